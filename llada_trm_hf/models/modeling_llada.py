@@ -1,0 +1,288 @@
+"""LLaDA (dense): a Llama-like transformer without causal mask, trained to fill in masked tokens (arXiv 2502.09992)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    eager_attention_forward,
+    rotate_half,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_llada import LLaDAConfig
+from .generation_masked_diffusion import MaskedDiffusionGenerationMixin
+from .loss_masked_diffusion import masked_diffusion_loss, masked_targets
+from .modeling_exportable import ExportableModel
+
+
+class LLaDARMSNorm(LlamaRMSNorm):
+    pass
+
+
+class LLaDAMLP(LlamaMLP):
+    pass
+
+
+class LLaDARotaryEmbedding(LlamaRotaryEmbedding):
+    """Returns cos and sin in float32: LLaDA rotates in full precision (`rope_full_precision`)."""
+
+    @torch.no_grad()
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().forward(hidden_states.float(), position_ids)
+
+
+def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates `states` `[B, heads, L, head_dim]` in the dtype of `cos` and `sin` `[B, L, head_dim]`."""
+    rotated = states.to(cos.dtype)
+    return (rotated * cos[:, None] + rotate_half(rotated) * sin[:, None]).to(states.dtype)
+
+
+class LLaDAAttention(nn.Module):
+    """Bidirectional multi-head (or grouped-query) attention through the transformers attention interface."""
+
+    is_causal = False
+
+    def __init__(self, config: LLaDAConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        query_size, key_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = apply_rotary(self.q_proj(hidden_states).view(heads).transpose(1, 2), *position_embeddings)
+        key = apply_rotary(self.k_proj(hidden_states).view(heads).transpose(1, 2), *position_embeddings)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)  # [B, kv_heads, L, head_dim]
+
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+class LLaDADecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: LLaDAConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = LLaDAAttention(config, layer_idx)
+        self.mlp = LLaDAMLP(config)
+        self.input_layernorm = LLaDARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LLaDARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_states), position_embeddings, attention_mask=attention_mask, **kwargs
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class LLaDAPreTrainedModel(ExportableModel, PreTrainedModel):
+    config: LLaDAConfig
+    config_class = LLaDAConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LLaDADecoderLayer"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": LLaDADecoderLayer, "attentions": LLaDAAttention}
+
+
+class LLaDAModel(LLaDAPreTrainedModel):
+    """The bidirectional transformer without LM head."""
+
+    def __init__(self, config: LLaDAConfig):
+        super().__init__(config)
+        # No padding_idx: LLaDA's padding token is its end-of-sequence token, which is learned like any other.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(LLaDADecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = LLaDARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LLaDARotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutput:
+        """
+        Args:
+            input_ids: `[B, L]`; or `inputs_embeds` `[B, L, D]`.
+            attention_mask: `[B, L]`, 1 for real tokens and 0 for padding, which may stand on either side.
+            position_ids: `[B, L]`. By default, positions count the real tokens of each row.
+
+        Returns:
+            `last_hidden_state` `[B, L, D]` after the final norm. With `output_hidden_states=True`, `hidden_states` are
+            the embeddings, the residual stream after each block but the last, and the last after the final norm.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if position_ids is None:
+            position_ids = positions_of_real_tokens(hidden_states, attention_mask)
+
+        mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, position_embeddings, attention_mask=mask, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
+
+
+def positions_of_real_tokens(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Each token's number `[B or 1, L]` among its row's real tokens, so that padding anywhere changes nothing."""
+    if attention_mask is None or attention_mask.ndim != 2:
+        return torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """
+    The hidden states `[B, L, D]` the LM head is evaluated at.
+
+    Args:
+        logits_to_keep: an int `n` for the last `n` positions (0 for all); a LongTensor `[P]` or `[B, P]` of positions,
+            giving `[B, P, D]`; a BoolTensor `[B, L]`, giving `[M, D]` for its `M` true positions in row-major order.
+    """
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    if logits_to_keep.ndim == 1:
+        return hidden_states[:, logits_to_keep]
+    return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
+
+
+class LLaDAForMaskedDiffusion(MaskedDiffusionGenerationMixin, LLaDAPreTrainedModel):
+    """LLaDA with its LM head: predicts every masked token at once, and generates by masked diffusion."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    accepts_loss_kwargs = False  # the loss is already a mean over rows: the Trainer must not divide it again
+
+    def __init__(self, config: LLaDAConfig):
+        super().__init__(config)
+        self.model = LLaDAModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        p_mask: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor | None = None,
+        **kwargs,
+    ) -> MaskedLMOutput:
+        """
+        Args:
+            input_ids, attention_mask, position_ids, inputs_embeds: see [`LLaDAModel`].
+            labels: `[B, L]` clean tokens, -100 where a token is never masked. Needs `input_ids` (the noisy tokens).
+            p_mask: `[B]` or `[B, L]`, the masking probability; see `masked_targets`.
+            logits_to_keep: where to evaluate the LM head; see `select_positions`. By default everywhere, except in
+                training with labels, where the loss needs the masked positions only and `logits` is None.
+
+        Returns:
+            `loss` (scalar, float32) and `logits` `[B, L, V]`, or of the shape `logits_to_keep` asks for. Logits at
+            position `i` predict the token at position `i`; nothing is shifted.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        loss = logits = None
+        if labels is not None:
+            if input_ids is None:
+                raise ValueError("labels need input_ids: the loss counts the positions that hold the mask token.")
+            targets = masked_targets(input_ids, labels, self.config.mask_token_id, p_mask)
+            loss = masked_diffusion_loss(self.lm_head(hidden_states[targets.positions]), targets)
+        if logits_to_keep is not None or not (self.training and labels is not None):
+            logits = self.lm_head(select_positions(hidden_states, logits_to_keep or 0))
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+# Tensor names of the official dense checkpoints, renamed one by one while loading (no second copy in memory).
+# `ff_out` is both the LM head (under `transformer`) and each block's MLP output (under `blocks.{i}`).
+_IN_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "attn_out": "self_attn.o_proj",
+    "ff_norm": "post_attention_layernorm",
+    "ff_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "ff_out": "mlp.down_proj",
+}
+register_checkpoint_conversion_mapping(
+    LLaDAConfig.model_type,
+    [
+        WeightRenaming(r"model\.transformer\.ff_out\.", "lm_head."),
+        WeightRenaming(r"transformer\.wte\.", "embed_tokens."),
+        WeightRenaming(r"transformer\.ln_f\.", "norm."),
+        *(
+            WeightRenaming(rf"transformer\.blocks\.(\d+)\.{official}\.", rf"layers.\1.{name}.")
+            for official, name in _IN_BLOCK.items()
+        ),
+    ],
+    overwrite=True,
+)
