@@ -253,8 +253,10 @@ class LLaDAForMaskedDiffusion(MaskedDiffusionGenerationMixin, LLaDAPreTrainedMod
                 raise ValueError("labels need input_ids: the loss counts the positions that hold the mask token.")
             targets = masked_targets(input_ids, labels, self.config.mask_token_id, p_mask)
             loss = masked_diffusion_loss(self.lm_head(hidden_states[targets.positions]), targets)
-        if logits_to_keep is not None or not (self.training and labels is not None):
-            logits = self.lm_head(select_positions(hidden_states, logits_to_keep or 0))
+        if logits_to_keep is None and not (self.training and labels is not None):
+            logits_to_keep = 0
+        if logits_to_keep is not None:
+            logits = self.lm_head(select_positions(hidden_states, logits_to_keep))
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
