@@ -1,0 +1,42 @@
+"""Models, configurations and generation. Importing this registers every model with the Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+
+from .configuration_llada import LLaDAConfig
+from .configuration_llada_trm import LLaDATRMConfig
+from .configuration_masked_diffusion_generation import MaskedDiffusionGenerationConfig
+from .configuration_refiners import RecursiveRefinementHeadConfig
+from .generation_masked_diffusion import MaskedDiffusionGenerateOutput, MaskedDiffusionGenerationMixin
+from .modeling_llada import LLaDAForMaskedDiffusion, LLaDAModel
+from .modeling_llada_trm import LLaDATRMForMaskedDiffusion, LLaDATRMOutput
+from .modeling_refinement_head import RecursiveRefinementHead
+from .refinement_trace import RefinementPass, RefinementTrace
+from .refiner_output import RefinerOutput
+
+_AUTO_CLASSES = {
+    AutoModel: (LLaDAModel, RecursiveRefinementHead, LLaDATRMForMaskedDiffusion),
+    AutoModelForMaskedLM: (LLaDAForMaskedDiffusion, LLaDATRMForMaskedDiffusion),
+    AutoModelForCausalLM: (LLaDAForMaskedDiffusion, LLaDATRMForMaskedDiffusion),
+}
+for _config in (LLaDAConfig, RecursiveRefinementHeadConfig, LLaDATRMConfig):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+for _auto_class, _models in _AUTO_CLASSES.items():
+    for _model in _models:
+        _auto_class.register(_model.config_class, _model, exist_ok=True)
+
+__all__ = [
+    "LLaDAConfig",
+    "LLaDAForMaskedDiffusion",
+    "LLaDAModel",
+    "LLaDATRMConfig",
+    "LLaDATRMForMaskedDiffusion",
+    "LLaDATRMOutput",
+    "MaskedDiffusionGenerateOutput",
+    "MaskedDiffusionGenerationConfig",
+    "MaskedDiffusionGenerationMixin",
+    "RecursiveRefinementHead",
+    "RecursiveRefinementHeadConfig",
+    "RefinementPass",
+    "RefinementTrace",
+    "RefinerOutput",
+]

@@ -10,8 +10,8 @@ from transformers import LogitsProcessorList, StoppingCriteriaList, TopKLogitsWa
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
-from .configuration_masked_diffusion_generation import MaskedDiffusionGenerationConfig, unknown_settings
 from .configuration_llada import check_token_id
+from .configuration_masked_diffusion_generation import MaskedDiffusionGenerationConfig, unknown_settings
 from .refinement_trace import RefinementTrace
 
 DEFAULT_MAX_NEW_TOKENS = 128
@@ -337,7 +337,9 @@ def check_prompt(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -
             f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}."
         )
     if not input_ids.numel() or (attention_mask is not None and not attention_mask.any(-1).all()):
-        raise ValueError("The prompt is empty: every row needs at least one token (a mask token to start from nothing).")
+        raise ValueError(
+            "The prompt is empty: every row needs at least one token (a mask token to start from nothing)."
+        )
 
 
 def process_logits(

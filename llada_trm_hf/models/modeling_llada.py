@@ -23,8 +23,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_llada import LLaDAConfig
 from .generation_masked_diffusion import MaskedDiffusionGenerationMixin
+from .logits_to_keep import select_positions
 from .loss_masked_diffusion import masked_diffusion_loss, masked_targets
-from .modeling_exportable import ExportableModel
+from .modeling_hub import HubModel
 
 
 class LLaDARMSNorm(LlamaRMSNorm):
@@ -118,7 +119,7 @@ class LLaDADecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-class LLaDAPreTrainedModel(ExportableModel, PreTrainedModel):
+class LLaDAPreTrainedModel(HubModel, PreTrainedModel):
     config: LLaDAConfig
     config_class = LLaDAConfig
     base_model_prefix = "model"
@@ -134,6 +135,8 @@ class LLaDAPreTrainedModel(ExportableModel, PreTrainedModel):
 
 class LLaDAModel(LLaDAPreTrainedModel):
     """The bidirectional transformer without LM head."""
+
+    auto_classes = ("AutoModel",)
 
     def __init__(self, config: LLaDAConfig):
         super().__init__(config)
@@ -186,26 +189,10 @@ def positions_of_real_tokens(hidden_states: torch.Tensor, attention_mask: torch.
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """
-    The hidden states `[B, L, D]` the LM head is evaluated at.
-
-    Args:
-        logits_to_keep: an int `n` for the last `n` positions (0 for all); a LongTensor `[P]` or `[B, P]` of positions,
-            giving `[B, P, D]`; a BoolTensor `[B, L]`, giving `[M, D]` for its `M` true positions in row-major order.
-    """
-    if isinstance(logits_to_keep, int):
-        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
-    if logits_to_keep.dtype == torch.bool:
-        return hidden_states[logits_to_keep]
-    if logits_to_keep.ndim == 1:
-        return hidden_states[:, logits_to_keep]
-    return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
-
-
 class LLaDAForMaskedDiffusion(MaskedDiffusionGenerationMixin, LLaDAPreTrainedModel):
     """LLaDA with its LM head: predicts every masked token at once, and generates by masked diffusion."""
 
+    auto_classes = ("AutoModelForMaskedLM", "AutoModelForCausalLM")
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     accepts_loss_kwargs = False  # the loss is already a mean over rows: the Trainer must not divide it again
 

@@ -1,0 +1,160 @@
+"""The recursive refinement head: re-reads a chunk of hidden states and corrects it until it stops changing."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from .chunk_layout import ChunkLayout
+from .configuration_refiners import RecursiveRefinementHeadConfig
+from .modeling_hub import HubModel
+from .refiner_output import RefinerOutput
+
+
+class RefinementSwiGLU(nn.Module):
+    """A pre-norm residual SwiGLU layer on the code of a chunk."""
+
+    def __init__(self, config: RecursiveRefinementHeadConfig):
+        super().__init__()
+        size, width = config.head_hidden_size, config.head_intermediate_size
+        self.norm = nn.LayerNorm(size)
+        self.gate_proj = nn.Linear(size, width, bias=False)
+        self.up_proj = nn.Linear(size, width, bias=False)
+        self.down_proj = nn.Linear(width, size, bias=False)
+
+    def forward(self, code: torch.Tensor) -> torch.Tensor:
+        normed = self.norm(code)
+        return code + self.down_proj(nn.functional.silu(self.gate_proj(normed)) * self.up_proj(normed))
+
+
+class _Recursion(NamedTuple):
+    """What a recursion over `A` chunks leaves behind."""
+
+    chunks: torch.Tensor  # [A, C * D], the final states
+    codes: torch.Tensor  # [A, head_hidden_size], the codes of the final states
+    num_steps: torch.Tensor  # [A], updates applied
+    steps: list[torch.Tensor]  # [A, C * D] after each step
+    similarity: torch.Tensor  # [A, K], NaN where a step was not run
+
+
+class RecursiveRefinementHead(HubModel, PreTrainedModel):
+    """
+    Refines hidden states chunk by chunk, all active chunks of a batch at once.
+
+    Each step encodes a chunk `[C, D]` to a code, decodes an update from it and adds `step_size` times the update. A
+    chunk stops when its code no longer turns (`convergence_threshold`), or after `max_recursive_steps` updates.
+    """
+
+    config: RecursiveRefinementHeadConfig
+    config_class = RecursiveRefinementHeadConfig
+    base_model_prefix = ""
+    auto_classes = ("AutoModel",)
+    # It has no attention: any implementation the backbone uses will do.
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+
+    def __init__(self, config: RecursiveRefinementHeadConfig):
+        super().__init__(config)
+        chunk_width, size = config.chunk_size * config.hidden_size, config.head_hidden_size
+        self.encoder = nn.Sequential(nn.Linear(chunk_width, size), nn.LayerNorm(size), nn.GELU())
+        self.layers = nn.Sequential(*(RefinementSwiGLU(config) for _ in range(config.head_layers)))
+        self.projector = nn.Linear(size, chunk_width)
+        self.confidence = nn.Sequential(nn.Linear(size, size // 2 or 1), nn.GELU(), nn.Linear(size // 2 or 1, 1))
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            # Near zero, not zero: an untrained head hardly changes the model, yet every weight gets a gradient.
+            init.normal_(self.projector.weight, std=0.01 * self.config.initializer_range)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        active_chunks: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        max_steps: int | None = None,
+        output_step_hidden_states: bool = False,
+        output_statistics: bool = False,
+    ) -> RefinerOutput:
+        """
+        Args:
+            hidden_states: `[B, L, D]`, in any float dtype; the recursion runs in the head's own.
+            active_chunks: BoolTensor `[B, N]`, the chunks to refine; all by default.
+            attention_mask: `[B, L]`, 0 for padding. Chunks are counted from a row's first real token.
+            max_steps: fewer or more recursion steps than `config.max_recursive_steps`.
+            output_step_hidden_states, output_statistics: see [`RefinerOutput`].
+
+        Raises:
+            ValueError: for hidden states of another width than the head's, or masks of the wrong shape.
+        """
+        config = self.config
+        batch, length, size = hidden_states.shape
+        if size != config.hidden_size:
+            raise ValueError(
+                f"The hidden states are {size} wide, the head refines hidden_size={config.hidden_size}: "
+                f"build the head with hidden_size={size}."
+            )
+        layout = ChunkLayout(batch, length, config.chunk_size, attention_mask, hidden_states.device)
+        active = layout.any_per_chunk(layout.is_real)
+        if active_chunks is not None:
+            if active_chunks.shape != active.shape:
+                raise ValueError(
+                    f"active_chunks has shape {tuple(active_chunks.shape)}, expected {tuple(active.shape)} for "
+                    f"{length} tokens in chunks of {config.chunk_size}."
+                )
+            active = active & active_chunks
+        max_steps = config.max_recursive_steps if max_steps is None else max_steps
+
+        chunks = layout.gather(hidden_states, active).to(self.dtype).flatten(1)  # [A, C * D]
+        recursion = self._recurse(chunks, max_steps, output_step_hidden_states)
+
+        def per_chunk(values: torch.Tensor, inactive: float) -> torch.Tensor:
+            """Spreads `[A, ...]` over `[B, N, ...]`."""
+            spread = values.new_full((*active.shape, *values.shape[1:]), inactive)
+            return spread.index_put((active,), values)
+
+        def tokens(flat_chunks: torch.Tensor) -> torch.Tensor:
+            return layout.scatter(hidden_states, flat_chunks.unflatten(1, (-1, size)), active)
+
+        return RefinerOutput(
+            hidden_states=tokens(recursion.chunks),
+            confidence=per_chunk(self.confidence(recursion.codes).squeeze(-1).float().sigmoid(), 1.0),
+            num_steps=per_chunk(recursion.num_steps, 0),
+            step_hidden_states=tuple(map(tokens, recursion.steps)) if output_step_hidden_states else None,
+            statistics={"similarity": per_chunk(recursion.similarity, torch.nan)} if output_statistics else None,
+        )
+
+    def _recurse(self, chunks: torch.Tensor, max_steps: int, keep_steps: bool) -> _Recursion:
+        """Runs the recursion on `chunks` `[A, C * D]`; those that have converged leave the batch."""
+        step_size = self.config.step_size
+        num_steps = torch.zeros(len(chunks), dtype=torch.long, device=chunks.device)
+        similarity = torch.full((len(chunks), max_steps), torch.nan, device=chunks.device)
+        running = torch.arange(len(chunks), device=chunks.device)  # indices of the chunks still moving
+        state, code, steps = chunks, self.encoder(chunks), []
+        codes = code
+        for step in range(max_steps):
+            if step > 0:
+                previous, code = code, self.encoder(state)
+                cosine = nn.functional.cosine_similarity(code.float(), previous.float(), dim=-1).clamp(max=1.0)
+                similarity[running, step] = cosine.detach()
+                moving = (cosine <= 1 - self.config.convergence_threshold).nonzero().squeeze(-1)
+                if len(moving) < len(running):
+                    # Written once, when they stop: the codes and states of chunks that have converged.
+                    codes = codes.index_copy(0, running, code)
+                    chunks = chunks.index_copy(0, running, state)
+                    running, state, code = running[moving], state[moving], code[moving]
+            if not len(running):
+                break
+            state = state + step_size * self.projector(self.layers(code))
+            num_steps[running] += 1
+            if keep_steps:
+                steps.append(chunks.index_copy(0, running, state.to(chunks.dtype)))
+        if len(running):
+            chunks = chunks.index_copy(0, running, state.to(chunks.dtype))
+            codes = codes.index_copy(0, running, self.encoder(state)) if max_steps else codes
+        return _Recursion(chunks, codes, num_steps, steps, similarity)

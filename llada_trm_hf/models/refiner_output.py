@@ -1,0 +1,25 @@
+"""What every refiner returns."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class RefinerOutput(ModelOutput):
+    """
+    Args:
+        hidden_states: `[B, L, D]`; tokens of inactive chunks are bit-identical to the input.
+        confidence: FloatTensor `[B, N]` in [0, 1], how sure the refiner is of a chunk; 1 for inactive chunks.
+        num_steps: LongTensor `[B, N]`, updates applied; 0 for inactive chunks.
+        step_hidden_states: with `output_step_hidden_states=True`, the `[B, L, D]` after each of the steps that any
+            chunk took.
+        statistics: with `output_statistics=True`, tensors by name; `similarity` `[B, N, K]` for a recursive head.
+    """
+
+    hidden_states: torch.Tensor | None = None
+    confidence: torch.Tensor | None = None
+    num_steps: torch.Tensor | None = None
+    step_hidden_states: tuple[torch.Tensor, ...] | None = None
+    statistics: dict[str, torch.Tensor] | None = None
