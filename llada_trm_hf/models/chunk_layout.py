@@ -76,8 +76,8 @@ class ChunkLayout:
         return chunks.masked_fill((columns == length)[..., None], 0.0)
 
     def scatter(self, hidden_states: torch.Tensor, chunks: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
-        """A copy of `hidden_states` `[B, L, D]` with `chunks` `[A, C, D]` in place of the active ones; positions a chunk
-        lacks are not written."""
+        """A copy of `hidden_states` `[B, L, D]` with `chunks` `[A, C, D]` in place of the active ones. Positions a
+        chunk lacks are not written."""
         batch, length, size = hidden_states.shape
         columns = self.positions[active]
         row = torch.arange(batch, device=active.device)[:, None].expand_as(active)[active]

@@ -20,7 +20,7 @@ from .loss_refinement import confidence_loss, deep_supervision_loss
 from .modeling_hub import HubModel
 from .refinement_trace import RefinementPass, RefinementTrace
 from .refiner_output import RefinerOutput
-from .refiners import REFINERS, resolve_refiner
+from .refiners import REFINERS, build_refiner, resolve_refiner
 
 # Arguments of `from_pretrained` that say where files come from.
 HUB_ARGUMENTS = (
@@ -84,9 +84,7 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTr
     ):
         super().__init__(config)
         self.backbone = build_backbone(config.backbone_config) if backbone is None else backbone
-        self.refiner = (
-            REFINERS[config.refiner_config.model_type](config.refiner_config) if refiner is None else refiner
-        )
+        self.refiner = build_refiner(config.refiner_config) if refiner is None else refiner
         self.post_init()
 
     @classmethod
@@ -122,7 +120,7 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTr
         fields["chunk_size"] = refiner_config.chunk_size if fields.get("chunk_size") is None else fields["chunk_size"]
         config = LLaDATRMConfig(backbone_config=backbone.config, refiner_config=refiner_config, **fields)
         if model is None:
-            model = REFINERS[refiner_config.model_type](refiner_config)
+            model = build_refiner(refiner_config)
         hybrid = cls(config, backbone=backbone, refiner=model.to(backbone.device))
         if freeze_backbone:
             hybrid.backbone.requires_grad_(False)

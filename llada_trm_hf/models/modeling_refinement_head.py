@@ -67,10 +67,12 @@ class RecursiveRefinementHead(HubModel, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if module is self:
+        if module is self.projector:
             # Near zero, not zero: an untrained head hardly changes the model, yet every weight gets a gradient.
-            init.normal_(self.projector.weight, std=0.01 * self.config.initializer_range)
+            init.normal_(module.weight, std=0.01 * self.config.initializer_range)
+            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
 
     def forward(
         self,

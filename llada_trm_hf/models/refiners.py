@@ -11,6 +11,11 @@ from .modeling_refinement_head import RecursiveRefinementHead
 REFINERS: dict[str, type[PreTrainedModel]] = {RecursiveRefinementHeadConfig.model_type: RecursiveRefinementHead}
 
 
+def build_refiner(config: PreTrainedConfig) -> PreTrainedModel:
+    """A refiner with fresh weights."""
+    return REFINERS[config.model_type](config)
+
+
 def resolve_refiner(
     refiner: str | os.PathLike | PreTrainedConfig | PreTrainedModel,
     text_config: PreTrainedConfig,

@@ -1,0 +1,15 @@
+"""What goes into training: reasoning datasets, generated arithmetic, a byte tokenizer, and masking."""
+
+from .arithmetic import running_sums
+from .masking import MaskedDiffusionCollator
+from .reasoning import load_reasoning_dataset, prompt_tokens, tokenize_reasoning
+from .tokenizer import byte_tokenizer
+
+__all__ = [
+    "MaskedDiffusionCollator",
+    "byte_tokenizer",
+    "load_reasoning_dataset",
+    "prompt_tokens",
+    "running_sums",
+    "tokenize_reasoning",
+]

@@ -1,0 +1,24 @@
+"""A byte-level tokenizer that needs no download: any text, one token a byte."""
+
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL_TOKENS = {
+    "bos_token": "<|startoftext|>",
+    "eos_token": "<|endoftext|>",
+    "pad_token": "<|endoftext|>",  # as in LLaDA: padding is the end of the text, and is learned
+    "mask_token": "<|mdm_mask|>",
+}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """
+    256 byte tokens and the special tokens of LLaDA (start, end = padding, mask); 259 in all. For models trained from
+    scratch, such as the demo's.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIAL_TOKENS)

@@ -1,0 +1,67 @@
+"""Choosing what trains, by module name."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+
+@dataclass
+class TrainableReport:
+    """How much of a model trains, in parameters; `modules` are the trainable leaf modules' names."""
+
+    trainable: int
+    total: int
+    modules: list[str]
+
+    @property
+    def percent(self) -> float:
+        return 100.0 * self.trainable / max(self.total, 1)
+
+    def __str__(self) -> str:
+        return f"trainable parameters: {self.trainable:,} of {self.total:,} ({self.percent:.2f}%)"
+
+
+def set_trainable(model: nn.Module, patterns: Sequence[str], train_layer_norms: bool = False) -> TrainableReport:
+    """
+    Freezes `model` except the modules whose names match, and prints how much trains.
+
+    Args:
+        model: any module; changed in place.
+        patterns: names of modules or parameters, with `*`, `?` and `[...]` as in file names. A module brings all that
+            it contains: `["refiner"]`, `["backbone.model.layers.3*", "refiner"]`, `["*"]`.
+        train_layer_norms: train every normalisation layer of the model as well.
+
+    Returns:
+        [`TrainableReport`].
+
+    Raises:
+        ValueError: for a pattern that matches nothing; the message lists the names that exist.
+    """
+    chosen: set[int] = set()
+    for pattern in patterns:
+        matched = [module for name, module in model.named_modules() if name and fnmatchcase(name, pattern)]
+        parameters = [parameter for name, parameter in model.named_parameters() if fnmatchcase(name, pattern)]
+        parameters += [parameter for module in matched for parameter in module.parameters()]
+        if not parameters:
+            names = [name for name, _ in model.named_modules() if name and name.count(".") < 2]
+            raise ValueError(f"{pattern!r} matches no module of the model. It has: {', '.join(names)}.")
+        chosen.update(map(id, parameters))
+    if train_layer_norms:
+        norms = (module for module in model.modules() if "Norm" in type(module).__name__)
+        chosen.update(id(parameter) for norm in norms for parameter in norm.parameters(recurse=False))
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in chosen)
+    report = TrainableReport(
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total=sum(p.numel() for p in model.parameters()),
+        modules=[
+            name
+            for name, module in model.named_modules()
+            if any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        ],
+    )
+    print(report)
+    return report

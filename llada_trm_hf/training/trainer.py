@@ -1,0 +1,153 @@
+"""The trainer of masked-diffusion models, with or without refiner."""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+
+from ..data.masking import MaskedDiffusionCollator
+from .arguments import MaskedDiffusionTrainingArguments
+from .csv_metrics import CSVMetricsCallback
+
+
+class MaskedDiffusionTrainer(Trainer):
+    """
+    The HF `Trainer` with the forward process of masked diffusion: training draws new masks every epoch, evaluation
+    always uses the same, so two evaluations of the same weights agree. Masks depend on the seed, the epoch and a
+    sample's number only: a resumed run, another batch size or more processes see the same ones.
+
+    Besides the loss it logs every component of it, the share of chunks refined, the refinement steps and the
+    confidences, to `report_to` and to `training_metrics.csv` and `validation_metrics.csv`.
+
+    Args:
+        model: a masked-diffusion model or hybrid.
+        args: [`MaskedDiffusionTrainingArguments`].
+        train_dataset, eval_dataset: of `tokenize_reasoning`.
+        processing_class: the tokenizer, saved with every checkpoint.
+        callbacks: as in `Trainer`.
+    """
+
+    args: MaskedDiffusionTrainingArguments
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: MaskedDiffusionTrainingArguments,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs: Any,
+    ):
+        self._collators = {fixed: self._collator(model, args, processing_class, fixed) for fixed in (False, True)}
+        self._records: dict[str, dict[str, list[torch.Tensor]]] = defaultdict(lambda: defaultdict(list))
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=self._collators[False],
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=[_NewMasksEveryEpoch(self._collators[False]), CSVMetricsCallback(), *(callbacks or [])],
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over rows; accumulation averages it
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        self.data_collator = self._collators[True]
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = self._collators[False]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        if not model.training:
+            # Evaluation needs the loss only: no logits beyond it.
+            inputs = {**inputs, "logits_to_keep": torch.zeros(0, dtype=torch.long, device=inputs["labels"].device)}
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        self._record("" if model.training else "eval_", outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        return super().prediction_step(model, inputs, prediction_loss_only=True, ignore_keys=ignore_keys)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self._records.pop("eval_", None)
+        return super().evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the mean of what was recorded since the last log; the only place that waits for the device."""
+        prefix = "eval_" if "eval_loss" in logs else "" if "loss" in logs else None
+        if prefix is not None:
+            for name, values in self._records.pop(prefix, {}).items():
+                mean = self.accelerator.gather(torch.stack(values).float().nanmean().reshape(1)).nanmean()
+                logs[prefix + name] = round(mean.item(), 6)
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.args.save_backbone or not hasattr(self.model, "refiner"):
+            super()._save(output_dir, state_dict)
+            return
+        save_whole = self.model.save_pretrained
+        try:
+            self.model.save_pretrained = lambda *a, **k: save_whole(*a, save_backbone=False, **k)
+            super()._save(output_dir, state_dict)
+        finally:
+            del self.model.save_pretrained
+
+    def _record(self, prefix: str, outputs: Any) -> None:
+        """Keeps what `log` reports, as tensors on the device."""
+        records = self._records[prefix]
+        for name, value in (outputs.get("loss_components") or {}).items():
+            records[f"{name}_loss"].append(value.detach())
+        if outputs.get("refinement_steps") is not None:
+            refined = outputs["refinement_steps"] > 0
+            num_refined = refined.sum().clamp(min=1)
+            undecided = outputs["chunk_confidence"] < 1
+            records["refined_share"].append(refined.sum() / undecided.sum().clamp(min=1))
+            records["refinement_steps"].append((outputs["refinement_steps"] * refined).sum() / num_refined)
+            for name in ("chunk_confidence", "refiner_confidence"):
+                records[name].append((outputs[name].detach() * refined).sum() / num_refined)
+
+    @staticmethod
+    def _collator(
+        model: PreTrainedModel,
+        args: MaskedDiffusionTrainingArguments,
+        tokenizer: PreTrainedTokenizerBase | None,
+        fixed: bool,
+    ) -> MaskedDiffusionCollator:
+        pad = tokenizer.pad_token_id if tokenizer is not None else model.config.get_text_config().pad_token_id
+        if pad is None:
+            raise ValueError("There is no padding token: set tokenizer.pad_token, for LLaDA the end of the sequence.")
+        return MaskedDiffusionCollator(
+            mask_token_id=model.config.mask_token_id,
+            pad_token_id=pad,
+            mask_epsilon=args.mask_epsilon,
+            learn_padding=args.learn_padding,
+            random_length_probability=0.0 if fixed else args.random_length_probability,
+            seed=args.seed,
+            fixed=fixed,
+        )
+
+
+class _NewMasksEveryEpoch(TrainerCallback):
+    def __init__(self, collator: MaskedDiffusionCollator):
+        self.collator = collator
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.collator.set_epoch(int((state.epoch or 0) + 1e-6))

@@ -1,0 +1,226 @@
+"""Traces: what they record, and the page and picture drawn from them."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+import llada_trm_hf.inspection
+from llada_trm_hf.models import LLaDAConfig, LLaDAForMaskedDiffusion, LLaDATRMForMaskedDiffusion
+from llada_trm_hf.models.refinement_trace import TRACE_RENDERERS
+
+MASK, PROMPT_LENGTH, NEW_TOKENS, NUM_STEPS = 49, 6, 16, 8
+ATTENTION_MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+# Texts that end a script element, keep it from ending, or look different in HTML and JSON.
+NASTY = ["</script><b>", "<!--<script>", "&amp;\"'`${x}", "\u2028\n", "x\\u003cy"]
+CHROMIUM = shutil.which("chromium")
+
+
+class Tokenizer:
+    def decode(self, ids):
+        (token,) = ids
+        return NASTY[token % len(NASTY)] + str(token)
+
+
+class StopRow(StoppingCriteria):
+    """Stops the rows whose prompt ends in a token."""
+
+    def __init__(self, token):
+        self.token = token
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids[:, PROMPT_LENGTH - 1] == self.token
+
+
+class Elements(HTMLParser):
+    """The scripts of a page, the names of all its elements, and its tokens as (classes, text)."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.names, self.scripts, self.tokens, self.inside = [], [], [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.names.append(tag)
+        classes = set((dict(attrs).get("class") or "").split())
+        self.inside = tag if tag == "script" or "token" in classes else ""
+        if tag == "script":
+            self.scripts.append("")
+        elif self.inside:
+            self.tokens.append((classes, ""))
+
+    def handle_endtag(self, tag):
+        self.inside = ""
+
+    def handle_data(self, data):
+        if self.inside == "script":
+            self.scripts[-1] += data
+        elif self.inside:
+            classes, text = self.tokens[-1]
+            self.tokens[-1] = (classes, text + data)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LLaDAConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        mask_token_id=MASK,
+        pad_token_id=0,
+        eos_token_id=0,
+        bos_token_id=1,
+        max_position_embeddings=128,
+    )
+    return LLaDATRMForMaskedDiffusion.from_backbone(LLaDAForMaskedDiffusion(config).eval(), chunk_size=4).eval()
+
+
+def generate(model, stop_first=False, **kwargs):
+    """Two rows, the first padded on the left; with `stop_first` it stops after the first of four blocks."""
+    prompt = torch.arange(2, 2 + 2 * PROMPT_LENGTH).view(2, PROMPT_LENGTH)
+    if stop_first:
+        kwargs["stopping_criteria"] = StoppingCriteriaList([StopRow(int(prompt[0, -1]))])
+        kwargs["block_length"] = 4
+    return model.generate(
+        prompt.masked_fill(ATTENTION_MASK == 0, 0),
+        attention_mask=ATTENTION_MASK,
+        max_new_tokens=NEW_TOKENS,
+        num_diffusion_steps=NUM_STEPS,
+        return_dict_in_generate=True,
+        output_history=True,
+        output_refinement_trace=True,
+        **kwargs,
+    )
+
+
+def embedded_data(page):
+    return Elements(page).scripts[0]
+
+
+def rendered(path, step, row):
+    """The page as a browser shows it at a step."""
+    options = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    profile = f"--user-data-dir={path.parent / 'profile'}"
+    address = f"{path.as_uri()}#step={step}&row={row}"
+    command = [CHROMIUM, *options.split(), "--disable-component-update", "--disable-sync", profile, "--dump-dom"]
+    page = subprocess.run([*command, address], capture_output=True, check=True, timeout=120).stdout.decode()
+    return page[: page.index('<ul class="legend"')]
+
+
+def test_json_holds_every_canvas_and_its_refinement(model, tmp_path):
+    out = generate(model)
+    out.refinement_trace.to_json(tmp_path / "trace.json", Tokenizer())
+    data = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))
+    assert (data["mask_token_id"], data["prompt_length"]) == (MASK, PROMPT_LENGTH)
+    assert len(data["rows"]) == 2
+    for row, steps in enumerate(data["rows"]):
+        assert [step["tokens"] for step in steps] == out.history[:, row].tolist()
+        for step in steps:
+            assert step["text"] == [None if t == MASK else Tokenizer().decode([t]) for t in step["tokens"]]
+        assert all(step["refinement"]["num_steps"] for step in steps[1:])
+        # Chunks of four are counted from the first token that is not padding.
+        length = PROMPT_LENGTH + NEW_TOKENS
+        padding = int((ATTENTION_MASK[row] == 0).sum())
+        expected = [-1] * padding + [i // 4 for i in range(length - padding)]
+        assert steps[1]["refinement"]["chunk_of_token"] == expected
+
+
+@pytest.mark.parametrize("tokenizer", [None, Tokenizer()])
+@pytest.mark.parametrize("kwargs", [{}, {"stop_first": True}, {"enable_refinement": False}, {"cfg_scale": 1.0}])
+def test_page_holds_exactly_the_data(model, tmp_path, tokenizer, kwargs):
+    trace = generate(model, **kwargs).refinement_trace
+    trace.to_html(tmp_path / "trace.html", tokenizer)
+    page = (tmp_path / "trace.html").read_text(encoding="utf-8")
+    assert json.loads(embedded_data(page)) == trace.to_dict(tokenizer)
+
+
+def test_texts_cannot_leave_the_data(model, tmp_path):
+    generate(model).refinement_trace.to_html(tmp_path / "trace.html", Tokenizer())
+    page = (tmp_path / "trace.html").read_text(encoding="utf-8")
+    elements = Elements(page)
+    assert len(elements.scripts) == 2
+    assert "b" not in elements.names
+    assert "<" not in embedded_data(page)
+
+
+def test_page_loads_nothing(model, tmp_path):
+    generate(model).refinement_trace.to_html(tmp_path / "trace.html", Tokenizer())
+    page = (tmp_path / "trace.html").read_text(encoding="utf-8")
+    template = page.replace(embedded_data(page), "")
+    assert not re.search(r"https?://|\bsrc\s*=|<link|@import|url\(|\bfetch\(|\bimport\b|XMLHttpRequest", template)
+    assert "default-src 'none'" in template
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_browser_shows_the_tokens(model, tmp_path):
+    out = generate(model, stop_first=True)
+    out.refinement_trace.to_html(tmp_path / "trace.html", Tokenizer())
+    canvases = out.history[:, 1]
+    for step in (0, 3, NUM_STEPS):
+        tokens = Elements(rendered(tmp_path / "trace.html", step, row=1)).tokens
+        assert len(tokens) == PROMPT_LENGTH + NEW_TOKENS
+        before = canvases[max(step - 1, 0)]
+        for (classes, text), token, earlier in zip(tokens, canvases[step].tolist(), before.tolist()):
+            assert ("undecided" in classes) == (token == MASK)
+            assert ("new" in classes) == (token != earlier)
+            if token != MASK:
+                assert text == Tokenizer().decode([token]).replace("\n", "↵\n")  # line ends are made visible
+    # The first row has left the batch, and its padding is folded up.
+    page = rendered(tmp_path / "trace.html", NUM_STEPS, row=0)
+    assert "finished after step 2." in page
+    assert re.search("2 . padding", page)
+    assert len(Elements(page).tokens) == PROMPT_LENGTH + NEW_TOKENS - 2
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"stop_first": True}, {"cfg_scale": 1.0}])
+def test_plot_is_a_picture(model, tmp_path, kwargs):
+    pytest.importorskip("matplotlib")
+    generate(model, **kwargs).refinement_trace.plot(tmp_path / "trace.png")
+    assert (tmp_path / "trace.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_plot_shows_the_first_row_while_it_takes_part(model, tmp_path, monkeypatch):
+    figure_module = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure_module.Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
+    trace = generate(model, stop_first=True).refinement_trace
+    trace.plot(tmp_path / "trace.png")
+    # Eight steps over four blocks: the first row stops after two.
+    passes = [step["refinement"] for step in trace.to_dict()["rows"][0][1:3]]
+    num_chunks = max(passes[0]["chunk_of_token"]) + 1
+    updates, confidence = (axes.images[0].get_array() for axes in drawn[0].axes if axes.images)
+    assert updates.shape == confidence.shape == (num_chunks, 2)
+    for step, done in enumerate(passes):
+        assert updates.filled(0)[:, step].tolist() == done["num_steps"][:num_chunks]
+        assert confidence.filled(1)[:, step].tolist() == pytest.approx(done["chunk_confidence"][:num_chunks])
+
+
+def test_plot_needs_a_refiner_and_matplotlib(model, tmp_path, monkeypatch):
+    trace = generate(model, enable_refinement=False).refinement_trace
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=re.escape("pip install llada-trm-hf[demo]")):
+        trace.plot(tmp_path / "trace.png")
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ValueError, match="no refinement passes"):
+        trace.plot(tmp_path / "trace.png")
+
+
+def test_drawing_without_the_package_says_what_is_missing(model, tmp_path, monkeypatch):
+    assert TRACE_RENDERERS["html"] is llada_trm_hf.inspection.write_html
+    assert TRACE_RENDERERS["plot"] is llada_trm_hf.inspection.plot_trace
+    trace = generate(model).refinement_trace
+    monkeypatch.delitem(TRACE_RENDERERS, "html")
+    with pytest.raises(RuntimeError, match="pip install llada-trm-hf"):
+        trace.to_html(tmp_path / "trace.html")
+    assert not os.path.exists(tmp_path / "trace.html")
