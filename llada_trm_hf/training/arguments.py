@@ -30,6 +30,9 @@ class MaskedDiffusionTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Off: the collator needs columns the model does not."}
     )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Off: a loss that is NaN stops the run instead of being hidden."}
+    )
     mask_epsilon: float = field(default=1e-3, metadata={"help": "Smallest masking probability."})
     learn_padding: bool = field(default=True, metadata={"help": "Learn the padding after a response as its end."})
     random_length_probability: float = field(

@@ -1,5 +1,6 @@
 """The trainer of masked-diffusion models, with or without refiner."""
 
+import math
 from collections import defaultdict
 from typing import Any
 
@@ -91,7 +92,17 @@ class MaskedDiffusionTrainer(Trainer):
         return super().evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean of what was recorded since the last log; the only place that waits for the device."""
+        """
+        Adds the mean of what was recorded since the last log; the only place that waits for the device.
+
+        Raises:
+            FloatingPointError: if the loss is NaN or infinite.
+        """
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise FloatingPointError(
+                f"The loss became {logs['loss']} before step {self.state.global_step}. Lower the learning rate or "
+                f"max_grad_norm, and go on from the last checkpoint in {self.args.output_dir}."
+            )
         prefix = "eval_" if "eval_loss" in logs else "" if "loss" in logs else None
         if prefix is not None:
             for name, values in self._records.pop(prefix, {}).items():

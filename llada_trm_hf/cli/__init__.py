@@ -1,0 +1,1 @@
+"""The `llada-trm` command; each subcommand is one module."""

@@ -1,0 +1,59 @@
+"""`llada-trm COMMAND ...`: finds the command and turns mistakes into one clear line."""
+
+import importlib
+import os
+import sys
+import traceback
+
+COMMANDS = {
+    "demo": "train a small model from scratch and watch the refiner help (no download, no GPU)",
+    "train": "train a refiner, or a backbone with it, from a recipe",
+    "generate": "generate text from prompts",
+}
+# What a user can get wrong; anything else that is raised is a failure of ours.
+USER_MISTAKES = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, IsADirectoryError)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """
+    Runs one command.
+
+    Returns:
+        0 on success; 2 for a user's mistake, with one line on stderr; 1 for a failure; 130 when interrupted.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if arguments else 2
+    command = arguments[0]
+    if command not in COMMANDS:
+        print(f"llada-trm: unknown command {command!r}; one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    try:
+        importlib.import_module(f".{command.replace('-', '_')}", __package__).run(arguments[1:])
+    except SystemExit as exit:  # argparse: --help or a wrong flag
+        return int(exit.code or 0)
+    except KeyboardInterrupt:
+        print("\nllada-trm: interrupted.", file=sys.stderr)
+        return 130
+    except USER_MISTAKES as error:
+        return _report(command, error, 2)
+    except OSError as error:
+        # transformers raises a bare OSError for a model that cannot be found; the system's have a number.
+        return _report(command, error, 2 if error.errno is None else 1)
+    except Exception as error:
+        if os.environ.get("LLADA_TRM_DEBUG") or os.environ.get("DEBUG"):
+            traceback.print_exc()
+        return _report(command, error, 1)
+    return 0
+
+
+def _report(command: str, error: BaseException, code: int) -> int:
+    text = " ".join(str(error).split()) or type(error).__name__
+    print(f"llada-trm {command}: {text}", file=sys.stderr)
+    return code
+
+
+def _help() -> str:
+    commands = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
+    return f"usage: llada-trm COMMAND [options]\n\n{commands}\n\nllada-trm COMMAND --help lists a command's options."

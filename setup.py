@@ -1,0 +1,40 @@
+"""llada-trm-hf: latent recursion for language models, Hugging Face-native."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    "train": ["accelerate>=1.10", "datasets>=4.0", "pyyaml>=6.0", "tqdm>=4.66", "filelock>=3.16", "peft>=0.18"],
+    "rl": ["trl>=1.0"],
+    "eval": ["lm-eval>=0.4.9"],
+    "export": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
+    "demo": ["matplotlib>=3.9"],
+}
+EXTRAS["dev"] = [
+    *EXTRAS["train"],
+    *EXTRAS["demo"],
+    "mypy>=1.15",
+    "pytest>=8.3",
+    "pytest-xdist>=3.6",
+    "ruff>=0.12",
+    "tensorboard>=2.18",
+    "types-pyyaml",
+    "types-tqdm",
+]
+
+setup(
+    name="llada-trm-hf",
+    version="0.1.0",
+    description="Latent recursion for language models: LLaDA with a recursive refiner, Hugging Face-native",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["llada_trm_hf", "llada_trm_hf.*"]),
+    package_data={"llada_trm_hf": ["training/recipes/*.yaml", "inspection/*.html"]},
+    install_requires=["torch>=2.8", "transformers>=5.17", "safetensors>=0.5", "huggingface_hub>=1.0"],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["llada-trm = llada_trm_hf.cli.main:main"]},
+)
