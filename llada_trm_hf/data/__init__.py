@@ -1,6 +1,6 @@
 """What goes into training: reasoning datasets, generated arithmetic, a byte tokenizer, and masking."""
 
-from .arithmetic import running_sums
+from .arithmetic import difference_chains
 from .masking import MaskedDiffusionCollator
 from .reasoning import load_reasoning_dataset, prompt_tokens, tokenize_reasoning
 from .tokenizer import byte_tokenizer
@@ -8,8 +8,8 @@ from .tokenizer import byte_tokenizer
 __all__ = [
     "MaskedDiffusionCollator",
     "byte_tokenizer",
+    "difference_chains",
     "load_reasoning_dataset",
     "prompt_tokens",
-    "running_sums",
     "tokenize_reasoning",
 ]

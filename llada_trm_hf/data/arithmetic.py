@@ -4,23 +4,24 @@ import random
 from collections.abc import Iterator
 
 
-def running_sums(
+def difference_chains(
     num_problems: int, num_terms: int = 8, split: str = "train", seed: int = 0
 ) -> Iterator[dict[str, str]]:
     """
-    Sums of single digits, with the last digit of every running total as the reasoning.
+    Chains of single-digit operations: take the difference of the running value and the next digit, again and again.
 
-    Each total follows from the one before in one look-up, so a model that writes them one after the other learns the
-    task quickly; written all at once, the last one takes `num_terms - 1` look-ups in a single forward pass.
+    Written one after the other, each value follows from the one before in one look-up, which a small model learns
+    quickly. Written all at once, the last one takes `num_terms - 1` look-ups in a single forward pass, and there is no
+    shortcut: unlike a sum, a chain of absolute differences cannot be regrouped.
 
     Args:
         num_problems: how many to make, all different.
-        num_terms: digits in a sum; the difficulty.
+        num_terms: digits in a chain; the difficulty.
         split: `"train"` or `"test"`, which share no problem.
         seed: of the random generator.
 
     Yields:
-        `{"prompt": "3942=", "reasoning": "326", "answer": "8"}`: 3, 3+9=12, 12+4=16, 16+2=18.
+        `{"prompt": "3942=", "reasoning": "362", "answer": "0"}`: 3, |3-9|=6, |6-4|=2, |2-2|=0.
 
     Raises:
         ValueError: for an unknown split, or more problems than there are.
@@ -36,17 +37,17 @@ def running_sums(
             misses += 1
             if misses > 1000 * (num_problems + 1):
                 raise ValueError(
-                    f"There are fewer than {num_problems} different {split} sums of {num_terms} digits: ask for fewer "
-                    f"problems or more terms."
+                    f"There are fewer than {num_problems} different {split} chains of {num_terms} digits: ask for "
+                    f"fewer problems or more terms."
                 )
             continue
         seen.add(number)
         digits = f"{number:0{num_terms}d}"
-        total, totals = 0, ""
-        for digit in digits:
-            total += int(digit)
-            totals += str(total % 10)
-        yield {"prompt": f"{digits}=", "reasoning": totals[:-1], "answer": totals[-1]}
+        values = [int(digits[0])]
+        for digit in digits[1:]:
+            values.append(abs(values[-1] - int(digit)))
+        text = "".join(map(str, values))
+        yield {"prompt": f"{digits}=", "reasoning": text[:-1], "answer": text[-1]}
 
 
 def _is_held_out(number: int) -> bool:

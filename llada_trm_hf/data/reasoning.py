@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from transformers import PreTrainedTokenizerBase
 
-from .arithmetic import running_sums
+from .arithmetic import difference_chains
 
 _FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 SCHEMA = ("prompt", "reasoning", "answer")
@@ -162,7 +162,7 @@ def _generate_arithmetic(split: str, num_terms: int, seed: int) -> Dataset:
     if match is None:
         raise ValueError(f"A split of arithmetic is 'train', 'test', or with a number 'train[:1000]'; got {split!r}.")
     number = int(match[2] or (50_000 if match[1] == "train" else 1_000))
-    return Dataset.from_list(list(running_sums(number, num_terms, match[1], seed)))
+    return Dataset.from_list(list(difference_chains(number, num_terms, match[1], seed)))
 
 
 def _read_file(path: str, split: str) -> Dataset:

@@ -221,6 +221,26 @@ class MaskedDiffusionGenerationMixin:
                     break
         return recorder.finish(sequences, prompt_tokens)
 
+    def adjust_generation_fn(
+        self,
+        generation_config: MaskedDiffusionGenerationConfig | None,
+        from_auto_class: bool,
+        from_pipeline: str | None,
+        pretrained_model_name_or_path: str | None,
+        trust_remote_code: bool | None = None,
+        **hub_arguments: Any,
+    ) -> None:
+        """What `from_pretrained` calls to load `generation_config.json`; without that file the defaults hold."""
+        if generation_config is not None:
+            self.generation_config = generation_config
+            return
+        try:
+            self.generation_config = self.generation_config_class.from_pretrained(
+                pretrained_model_name_or_path, **hub_arguments
+            )
+        except OSError:  # no such file: an official checkpoint
+            return
+
     def _denoise(
         self, inputs: DenoisingInputs, config: MaskedDiffusionGenerationConfig, trace: RefinementTrace | None
     ) -> torch.Tensor:
@@ -420,6 +440,8 @@ class _Recorder:
     ) -> torch.LongTensor | MaskedDiffusionGenerateOutput:
         if self.streamer is not None:
             self.streamer.end()
+        if self.trace is not None:
+            self.trace.canvases[-1] = sequences.clone().cpu()  # with the padding of rows that ended
         if not self.config.return_dict_in_generate:
             return sequences
         return MaskedDiffusionGenerateOutput(

@@ -400,7 +400,8 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTr
             changed_tokens=changed_tokens.cpu(),
             rows=torch.arange(len(input_ids)),
         )
-        return RefinementTrace(self.config.mask_token_id, input_ids.shape[1], [input_ids.cpu()], [recorded])
+        canvas = input_ids.cpu()
+        return RefinementTrace(self.config.mask_token_id, input_ids.shape[1], [canvas, canvas], [recorded])
 
     def _denoising_logits(
         self, inputs: DenoisingInputs, config: MaskedDiffusionGenerationConfig, trace: RefinementTrace | None

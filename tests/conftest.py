@@ -1,0 +1,95 @@
+"""Small models with weights large enough that their predictions mean something."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from llada_trm_hf.models import (
+    LLaDAConfig,
+    LLaDAForMaskedDiffusion,
+    LLaDATRMForMaskedDiffusion,
+    RecursiveRefinementHeadConfig,
+)
+
+# Two workers of pytest-xdist on two cores: more threads would only wait for each other.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+MASK, PAD, EOS = 49, 0, 1
+
+
+@pytest.fixture
+def make_backbone():
+    """Builds a LLaDA of 2 layers; keyword arguments change its config."""
+
+    def make(seed=0, **config):
+        defaults = {
+            "vocab_size": 50,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "mask_token_id": MASK,
+            "pad_token_id": PAD,
+            "eos_token_id": EOS,
+            "bos_token_id": 2,
+            "max_position_embeddings": 128,
+            "initializer_range": 0.3,
+        }
+        torch.manual_seed(seed)
+        return LLaDAForMaskedDiffusion(LLaDAConfig(**defaults | config)).eval()
+
+    return make
+
+
+@pytest.fixture
+def make_hybrid(make_backbone):
+    """
+    Puts a head with random (not near-zero) weights on a backbone: some chunks are below `min_confidence` and some
+    above, and those that are refined stop after different numbers of steps.
+    """
+
+    def make(backbone=None, head=None, **fields):
+        backbone = make_backbone() if backbone is None else backbone
+        width = backbone.config.hidden_size
+        defaults = {"hidden_size": width, "chunk_size": 4, "head_hidden_size": 16, "convergence_threshold": 0.02}
+        refiner = RecursiveRefinementHeadConfig(**defaults | (head or {}))
+        fields = {"min_confidence": 0.2} | fields
+        model = LLaDATRMForMaskedDiffusion.from_backbone(backbone, refiner=refiner, **fields).eval()
+        randomise(model.refiner)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def tiny_backbone(make_backbone):
+    return make_backbone()
+
+
+@pytest.fixture
+def tiny_hybrid(make_hybrid):
+    return make_hybrid()
+
+
+@pytest.fixture(scope="session")
+def goldens():
+    """Where the golden vectors of the official LLaDA code are; see the README there."""
+    beside = Path(__file__).resolve().parents[2] / "shared/goldens/llada"
+    folder = Path(os.environ.get("LLADA_GOLDENS", beside))
+    if not (folder / "README.md").exists():
+        pytest.skip(f"no golden data in {folder}")
+    return folder
+
+
+@torch.no_grad()
+def randomise(head, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in head.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.copy_(0.3 * noise if parameter.ndim > 1 else parameter + 0.1 * noise)
