@@ -17,7 +17,7 @@ from llada_trm_hf.models import (
 )
 
 # Two workers of pytest-xdist on two cores: more threads would only wait for each other.
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+torch.set_num_threads(2)
 
 MASK, PAD, EOS = 49, 0, 1
 

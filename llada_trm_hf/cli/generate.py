@@ -9,7 +9,6 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextDiffusionStreamer
 
 from ..data.reasoning import prompt_tokens
-from ..models import MaskedDiffusionGenerateOutput
 from ..models.backbones import load_backbone
 from ..models.modeling_llada_trm import LLaDATRMForMaskedDiffusion
 from .parser import CommandParser
@@ -76,7 +75,7 @@ def read_prompts(path: str) -> list[str]:
         raise ValueError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(entries, list):
         raise ValueError(f"{path} must hold a list of prompts, got a {type(entries).__name__}.")
-    prompts = [entry.get("prompt") if isinstance(entry, dict) else entry for entry in entries]
+    prompts: list[Any] = [entry.get("prompt") if isinstance(entry, dict) else entry for entry in entries]
     for number, prompt in enumerate(prompts, start=1):
         if not isinstance(prompt, str):
             raise ValueError(f"{path}: entry {number} is neither a text nor an object with a 'prompt'.")
@@ -120,7 +119,15 @@ def model_type_of(checkpoint: str) -> str | None:
 
 def generation_settings(options: Any) -> dict[str, Any]:
     """The settings given on the command line; the model's own hold for the rest."""
-    names = ("max_length", "max_new_tokens", "num_diffusion_steps", "block_length", "temperature", "top_k", "top_p")
+    names: tuple[str, ...] = (
+        "max_length",
+        "max_new_tokens",
+        "num_diffusion_steps",
+        "block_length",
+        "temperature",
+        "top_k",
+        "top_p",
+    )
     names += ("cfg_scale", "remasking", "confidence_threshold")
     settings = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.no_refinement:
@@ -139,7 +146,7 @@ def answer(
     """Answers a batch of prompts: a dictionary with prompt, answer and forward passes for each."""
     batch = tokenizer.pad({"input_ids": [prompt_tokens(prompt, tokenizer) for prompt in prompts]}, return_tensors="pt")
     batch = batch.to(model.device)
-    output: MaskedDiffusionGenerateOutput = model.generate(
+    output = model.generate(
         **batch,
         **settings,
         streamer=TextDiffusionStreamer(tokenizer, skip_prompt=True) if show_intermediates else None,

@@ -96,8 +96,8 @@ class LLaDAConfig(PreTrainedConfig):
     intermediate_size: int = 12288
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int = None  # type: ignore[assignment]
+    head_dim: int = None  # type: ignore[assignment]
     hidden_act: str = "silu"
     max_position_embeddings: int = 4096
     rope_parameters: dict | None = None

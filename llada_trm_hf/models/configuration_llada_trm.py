@@ -51,7 +51,7 @@ class LLaDATRMConfig(PreTrainedConfig):
     deep_supervision_weight: float = 0.3
     deep_supervision_schedule: str = "constant"
     confidence_loss_weight: float = 0.05
-    mask_token_id: int | None = None
+    mask_token_id: int = None  # type: ignore[assignment]
     backbone_name_or_path: str | None = None
     backbone_in_checkpoint: bool = True
 

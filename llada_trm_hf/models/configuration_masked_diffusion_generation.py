@@ -60,7 +60,7 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         self.suppress_tokens: list[int] | None = kwargs.pop("suppress_tokens", None)
         self.defer_tokens: list[int] | None = kwargs.pop("defer_tokens", None)
         self.stop_at_eos: bool = kwargs.pop("stop_at_eos", False)
-        self.mask_token_id: int | None = kwargs.pop("mask_token_id", None)
+        self.mask_token_id: Any = kwargs.pop("mask_token_id", None)
         self.eos_token_id: int | list[int] | None = kwargs.pop("eos_token_id", None)
         self.pad_token_id: int | None = kwargs.pop("pad_token_id", None)
         self.bos_token_id: int | None = kwargs.pop("bos_token_id", None)

@@ -29,7 +29,7 @@ class RecursiveRefinementHeadConfig(PreTrainedConfig):
     chunk_size: int = 16
     head_hidden_size: int = 512
     head_layers: int = 2
-    head_intermediate_size: int | None = None
+    head_intermediate_size: int = None  # type: ignore[assignment]
     max_recursive_steps: int = 8
     convergence_threshold: float = 0.01
     step_size: float = 0.1

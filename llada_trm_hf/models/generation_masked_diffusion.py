@@ -29,10 +29,10 @@ class MaskedDiffusionGenerateOutput(ModelOutput):
         refinement_trace: what the refiner did in each pass.
     """
 
-    sequences: torch.LongTensor | None = None
-    num_forward_passes: int | None = None
-    tokens_per_forward: torch.Tensor | None = None
-    history: torch.LongTensor | None = None
+    sequences: torch.Tensor = None  # type: ignore[assignment]
+    num_forward_passes: int = None  # type: ignore[assignment]
+    tokens_per_forward: torch.Tensor = None  # type: ignore[assignment]
+    history: torch.Tensor | None = None
     refinement_trace: RefinementTrace | None = None
 
 
@@ -147,14 +147,14 @@ class MaskedDiffusionGenerationMixin:
     @torch.no_grad()
     def generate(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         generation_config: MaskedDiffusionGenerationConfig | None = None,
         streamer: BaseStreamer | None = None,
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         **kwargs: Any,
-    ) -> torch.LongTensor | MaskedDiffusionGenerateOutput:
+    ) -> Any:
         """
         Generates by masked diffusion. Masks in the prompt are filled in too, together with the first block.
 
@@ -178,7 +178,7 @@ class MaskedDiffusionGenerationMixin:
         sequences = torch.nn.functional.pad(input_ids, (0, num_new_tokens), value=config.mask_token_id)
         if attention_mask is not None:
             attention_mask = torch.nn.functional.pad(attention_mask, (0, num_new_tokens), value=1)
-        is_masked = sequences == config.mask_token_id
+        is_masked = sequences.eq(config.mask_token_id)
         if attention_mask is not None:
             is_masked &= attention_mask.bool()
         prompt_tokens = ~is_masked
@@ -306,7 +306,7 @@ class MaskedDiffusionGenerationMixin:
             eos = torch.tensor(config.eos_token_id, device=sequences.device)
             finished |= torch.isin(sequences[:, prompt_length:end], eos).any(-1)
         if stopping_criteria:
-            finished |= stopping_criteria(sequences[:, :end], None)
+            finished |= stopping_criteria(sequences[:, :end], None)  # type: ignore[arg-type]
         return finished
 
     def _resolve_generation_config(
@@ -417,7 +417,7 @@ class _Recorder:
             self.trace = RefinementTrace(mask_token_id=config.mask_token_id, prompt_length=prompt_length)
             self.trace.canvases.append(sequences.clone().cpu())
         if streamer is not None:
-            masks = (sequences == config.mask_token_id).any(0)
+            masks = sequences.eq(config.mask_token_id).any(0)
             start = int(masks.int().argmax()) if masks.any() else sequences.shape[1]
             streamer.put(sequences[:, : min(start, prompt_length)].cpu())
 
@@ -435,9 +435,7 @@ class _Recorder:
         if self.streamer is not None:
             self.streamer.put(sequences[:, window].cpu())
 
-    def finish(
-        self, sequences: torch.Tensor, prompt_tokens: torch.Tensor
-    ) -> torch.LongTensor | MaskedDiffusionGenerateOutput:
+    def finish(self, sequences: torch.Tensor, prompt_tokens: torch.Tensor) -> Any:
         if self.streamer is not None:
             self.streamer.end()
         if self.trace is not None:

@@ -168,7 +168,7 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTr
         model = cls(config, backbone=backbone, refiner=refiner.to(backbone.device)).eval()
         return (model, info) if wants_info else model
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | os.PathLike,
         save_backbone: bool = True,
@@ -213,11 +213,11 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTr
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         p_mask: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
         relevant_tokens: torch.Tensor | None = None,

@@ -18,8 +18,8 @@ class RefinerOutput(ModelOutput):
         statistics: with `output_statistics=True`, tensors by name; `similarity` `[B, N, K]` for a recursive head.
     """
 
-    hidden_states: torch.Tensor | None = None
-    confidence: torch.Tensor | None = None
-    num_steps: torch.Tensor | None = None
+    hidden_states: torch.Tensor = None  # type: ignore[assignment]
+    confidence: torch.Tensor = None  # type: ignore[assignment]
+    num_steps: torch.Tensor = None  # type: ignore[assignment]
     step_hidden_states: tuple[torch.Tensor, ...] | None = None
-    statistics: dict[str, torch.Tensor] | None = None
+    statistics: dict[str, torch.Tensor] = None  # type: ignore[assignment]
