@@ -30,7 +30,8 @@ def difference_chains(
         raise ValueError(f"num_terms must be at least 2, got {num_terms}.")
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}.")
-    generator, seen, misses = random.Random(f"{split}-{num_terms}-{seed}"), set(), 0
+    generator, misses = random.Random(f"{split}-{num_terms}-{seed}"), 0
+    seen: set[int] = set()
     while len(seen) < num_problems:
         number = generator.randrange(10**num_terms)
         if number in seen or _is_held_out(number) != (split == "test"):

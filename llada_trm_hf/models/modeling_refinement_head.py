@@ -128,7 +128,7 @@ class RecursiveRefinementHead(HubModel, PreTrainedModel):
             confidence=per_chunk(self.confidence(recursion.codes).squeeze(-1).float().sigmoid(), 1.0),
             num_steps=per_chunk(recursion.num_steps, 0),
             step_hidden_states=tuple(map(tokens, recursion.steps)) if output_step_hidden_states else None,
-            statistics={"similarity": per_chunk(recursion.similarity, torch.nan)} if output_statistics else None,
+            statistics={"similarity": per_chunk(recursion.similarity, torch.nan)} if output_statistics else {},
         )
 
     def _recurse(self, chunks: torch.Tensor, max_steps: int, keep_steps: bool) -> _Recursion:

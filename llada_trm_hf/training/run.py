@@ -80,9 +80,9 @@ def load_model(what: RecipeArguments, tokenizer: PreTrainedTokenizerBase) -> Pre
         return load_backbone(backbone, dtype=what.dtype) if isinstance(backbone, str) else backbone
     refiner: Any = what.refiner
     if refiner == RecursiveRefinementHeadConfig.model_type:
-        size = (backbone if not isinstance(backbone, str) else AutoConfig.from_pretrained(backbone)).hidden_size
+        config = AutoConfig.from_pretrained(backbone) if isinstance(backbone, str) else backbone.config
         refiner = RecursiveRefinementHeadConfig(
-            hidden_size=size,
+            hidden_size=config.get_text_config().hidden_size,
             chunk_size=what.chunk_size,
             head_hidden_size=what.head_hidden_size,
             head_layers=what.head_layers,

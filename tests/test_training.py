@@ -1,0 +1,261 @@
+"""The trainer learns, evaluates with fixed masks, resumes exactly, and says what trains."""
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+from transformers.trainer_utils import get_last_checkpoint
+
+from llada_trm_hf import (
+    LLaDAConfig,
+    LLaDAForMaskedDiffusion,
+    LLaDATRMForMaskedDiffusion,
+    RecursiveRefinementHeadConfig,
+)
+from llada_trm_hf.cli.main import main
+from llada_trm_hf.data import byte_tokenizer, load_reasoning_dataset, tokenize_reasoning
+from llada_trm_hf.training import MaskedDiffusionTrainer, MaskedDiffusionTrainingArguments, set_trainable
+from llada_trm_hf.training.recipe import load_recipe
+
+TOKENIZER = byte_tokenizer()
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+}
+
+
+def new_backbone() -> LLaDAForMaskedDiffusion:
+    torch.manual_seed(0)
+    ids = {
+        name: getattr(TOKENIZER, name) for name in ("mask_token_id", "pad_token_id", "eos_token_id", "bos_token_id")
+    }
+    return LLaDAForMaskedDiffusion(LLaDAConfig(vocab_size=len(TOKENIZER), **SIZES, **ids))
+
+
+def new_hybrid() -> LLaDATRMForMaskedDiffusion:
+    head = RecursiveRefinementHeadConfig(
+        hidden_size=32, chunk_size=5, head_hidden_size=24, max_recursive_steps=3, convergence_threshold=0.0
+    )
+    return LLaDATRMForMaskedDiffusion.from_backbone(new_backbone(), head, min_confidence=0.9)
+
+
+@pytest.fixture(scope="module")
+def samples():
+    dataset, response = load_reasoning_dataset("arithmetic", "train[:400]", num_terms=4)
+    return tokenize_reasoning(dataset, TOKENIZER, response)
+
+
+def trainer(model, folder: Path, samples, **arguments) -> MaskedDiffusionTrainer:
+    settings = {
+        "max_steps": 12,
+        "per_device_train_batch_size": 16,
+        "learning_rate": 3e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return MaskedDiffusionTrainer(
+        model,
+        MaskedDiffusionTrainingArguments(output_dir=str(folder), **{**settings, **arguments}),
+        train_dataset=samples.select(range(320)),
+        eval_dataset=samples.select(range(320, 400)),
+        processing_class=TOKENIZER,
+    )
+
+
+def losses(run: MaskedDiffusionTrainer) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in run.state.log_history if "loss" in row}
+
+
+def test_training_learns_the_task(tmp_path, samples):
+    run = trainer(new_backbone(), tmp_path, samples, max_steps=250, per_device_train_batch_size=64, logging_steps=50)
+    before = run.evaluate()["eval_loss"]
+    run.train()
+    assert run.evaluate()["eval_loss"] < 0.6 * before
+
+
+def test_evaluation_uses_the_same_masks_whatever_the_batch(tmp_path, samples):
+    model = new_hybrid()
+    first = trainer(model, tmp_path, samples, per_device_eval_batch_size=80).evaluate()
+    again = trainer(model, tmp_path, samples, per_device_eval_batch_size=16).evaluate()
+    assert first["eval_loss"] == pytest.approx(again["eval_loss"], rel=1e-5)
+    assert first["eval_backbone_loss"] == pytest.approx(again["eval_backbone_loss"], rel=1e-5)
+
+
+def test_only_the_head_trains_and_every_metric_is_in_the_csv(tmp_path, samples):
+    model = new_hybrid()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    run = trainer(model, tmp_path, samples, eval_strategy="steps", eval_steps=6)
+    run.train()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == name.startswith("backbone."), name
+    rows = list(csv.DictReader((tmp_path / "training_metrics.csv").open()))
+    assert [int(row["step"]) for row in rows] == list(range(1, 13))
+    assert [float(row["loss"]) for row in rows] == pytest.approx(list(losses(run).values()))
+    names = {"loss", "learning_rate", "grad_norm", "diffusion_loss", "backbone_loss", "deep_supervision_loss"}
+    names |= {"confidence_loss", "refined_share", "refinement_steps", "chunk_confidence", "refiner_confidence"}
+    assert names <= set(rows[0]) and all(rows[0][name] for name in names)
+    validation = list(csv.DictReader((tmp_path / "validation_metrics.csv").open()))
+    assert [int(row["step"]) for row in validation] == [6, 12] and validation[0]["eval_refinement_steps"]
+
+
+def test_resuming_gives_the_losses_of_an_uninterrupted_run(tmp_path, samples):
+    whole = trainer(new_hybrid(), tmp_path / "whole", samples, max_steps=30)  # 20 steps an epoch
+    whole.train()
+    arguments = {"max_steps": 30, "save_strategy": "steps", "save_steps": 13}
+    first = trainer(new_hybrid(), tmp_path / "cut", samples, **arguments)
+    first.add_callback(StopAt(17))
+    first.train()
+    second = trainer(new_hybrid(), tmp_path / "cut", samples, **arguments)
+    second.train(resume_from_checkpoint=get_last_checkpoint(str(tmp_path / "cut")))
+    assert losses(second) == pytest.approx(losses(whole), rel=1e-4)
+    rows = list(csv.DictReader((tmp_path / "cut" / "training_metrics.csv").open()))
+    assert [int(row["step"]) for row in rows] == list(range(1, 31))
+
+
+def test_gradient_accumulation_equals_the_large_batch(tmp_path, samples):
+    large = trainer(new_hybrid(), tmp_path / "a", samples, max_steps=5)
+    small = trainer(
+        new_hybrid(),
+        tmp_path / "b",
+        samples,
+        max_steps=5,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=4,
+    )
+    large.train()
+    small.train()
+    # Deep supervision and calibration are means over what a micro-batch refines; the diffusion loss is the same.
+    diffusion = [[row["diffusion_loss"] for row in run.state.log_history if "loss" in row] for run in (large, small)]
+    assert diffusion[0] == pytest.approx(diffusion[1], rel=1e-2)
+
+
+def test_a_checkpoint_reloads_with_its_tokenizer(tmp_path, samples):
+    run = trainer(new_hybrid(), tmp_path, samples, max_steps=2)
+    run.train()
+    run.save_model()
+    model, tokenizer = AutoModelForMaskedLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    batch = tokenizer("3942=", return_tensors="pt")
+    expected = run.model.eval().generate(**batch, max_new_tokens=5)
+    assert torch.equal(model.generate(**batch, max_new_tokens=5), expected)
+
+
+def test_nan_stops_the_run_with_a_reason(tmp_path, samples):
+    model = new_backbone()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="loss became nan"):
+        trainer(model, tmp_path, samples).train()
+
+
+def test_set_trainable_reports_and_refuses_a_pattern_that_matches_nothing(capsys):
+    model = new_hybrid()
+    report = set_trainable(model, ["refiner", "backbone.model.layers.1.*"], train_layer_norms=True)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, _ in model.named_parameters():
+        expected = name.startswith(("refiner.", "backbone.model.layers.1.")) or "norm" in name
+        assert (name in trainable) == expected, name
+    assert report.total == model.num_parameters() and 0 < report.percent < 100
+    assert report.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert f"{report.trainable:,} of {report.total:,}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"'refinr' matches no module of the model. It has: .*refiner"):
+        set_trainable(model, ["refinr"])
+
+
+@pytest.mark.parametrize("name", ["warmup", "finetune"])
+def test_recipes_of_the_package_load(name):
+    assert load_recipe(name)["per_device_train_batch_size"] in (2, 4)
+
+
+def test_recipe_errors(tmp_path):
+    (tmp_path / "r.yaml").write_text("learning_rte: 1e-4\n")
+    with pytest.raises(ValueError, match=r"unknown key 'learning_rte' \(did you mean 'learning_rate'\?\)"):
+        load_recipe(str(tmp_path / "r.yaml"))
+    (tmp_path / "r.yaml").write_text("a: [1\n")
+    with pytest.raises(ValueError, match=r"r.yaml is not valid YAML"):
+        load_recipe(str(tmp_path / "r.yaml"))
+
+
+@pytest.fixture
+def config_file(tmp_path) -> str:
+    (tmp_path / "small.json").write_text(json.dumps(SIZES))
+    return str(tmp_path / "small.json")
+
+
+def train_command(config_file: str, folder: Path, *more: str) -> list[str]:
+    flags = f"--recipe warmup --backbone {config_file} --dataset_name arithmetic --split train[:64] --num_terms 4"
+    flags += f" --chunk_size 5 --head_hidden_size 16 --max_steps 4 --logging_steps 1 --use_cpu --output_dir {folder}"
+    return ["train", *flags.split(), *more]
+
+
+def test_train_command_with_recipe_values_typed_and_overridden(tmp_path, config_file, capsys):
+    (tmp_path / "mine.yaml").write_text("lr_scheduler_type: constant\nweight_decay: 5e-2\nmin_confidence: 0.9\n")
+    folder = tmp_path / "out"
+    more = ("--config", str(tmp_path / "mine.yaml"), "--batch_size", "8", "--save_steps", "2")
+    assert main(train_command(config_file, folder, *more)) == 0
+    saved = torch.load(folder / "training_args.bin", weights_only=False)  # written by the run above
+    assert (saved.learning_rate, saved.weight_decay, saved.per_device_train_batch_size) == (1e-4, 0.05, 8)
+    assert saved.lr_scheduler_type == "constant"
+    model = AutoModelForMaskedLM.from_pretrained(folder)
+    assert model.config.min_confidence == 0.9 and model.config.chunk_size == 5
+    assert "trainable parameters" in capsys.readouterr().out
+
+    assert main(train_command(config_file, folder)) == 2
+    assert "holds an earlier run" in capsys.readouterr().err
+    assert main(train_command(config_file, folder, "--resume_from_checkpoint", "true", "--max_steps", "6")) == 0
+    assert len(list(csv.DictReader((folder / "training_metrics.csv").open()))) == 6
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--backbone", "nowhere.json"], "There is no config file nowhere.json"),
+        (["--chunk_size", "0"], "chunk_size must be at least 1, got 0"),
+        (["--dataset_name", "gsm"], "did you mean 'gsm8k'"),
+        (["--max_length", "9999"], "max_length=9999 is more than the model's context of 512"),
+        (["--max_length", "4"], "raise max_length"),
+        (["--trainable", "refinr"], "'refinr' matches no module"),
+        (["--learning_rte", "1"], "did you mean '--learning_rate'"),
+        (["--resume_from_checkpoint", "true"], "holds no checkpoint"),
+        (["--lr", "fast"], "invalid float value: 'fast'"),
+        (["--deep_supervision_schedule", "cubic"], "must be one of"),
+    ],
+)
+def test_train_command_mistakes_leave_nothing_behind(tmp_path, config_file, capsys, change, message):
+    folder = tmp_path / "out"
+    assert main(train_command(config_file, folder, *change)) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not folder.exists() or not os.listdir(folder)
+
+
+def test_two_runs_on_one_folder(tmp_path, config_file, capsys):
+    from filelock import FileLock
+
+    folder = tmp_path / "out"
+    folder.mkdir()
+    with FileLock(folder / ".training.lock"):
+        assert main(train_command(config_file, folder)) == 1
+    assert "Another run is writing to" in capsys.readouterr().err
+
+
+class StopAt:
+    """A callback that ends training after a step, as if the machine had gone."""
+
+    def __new__(cls, step: int):
+        from transformers import TrainerCallback
+
+        class _StopAt(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                control.should_training_stop = state.global_step >= step
+
+        return _StopAt()
