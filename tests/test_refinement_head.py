@@ -203,7 +203,7 @@ def test_states_after_each_step(states):
         # A chunk that has converged keeps its result.
         torch.testing.assert_close(found, reference(head, states, mask, max_steps=step)[0])
     assert torch.equal(outputs.step_hidden_states[-1], outputs.hidden_states)
-    assert head(states).step_hidden_states is None and head(states).statistics is None
+    assert head(states).step_hidden_states is None and not head(states).statistics
 
 
 def test_untrained_head_hardly_changes_anything(states):

@@ -1,0 +1,173 @@
+"""The command line, from the outside: what it prints, writes and returns."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llada_trm_hf import (
+    LLaDAConfig,
+    LLaDAForMaskedDiffusion,
+    LLaDATRMForMaskedDiffusion,
+    RecursiveRefinementHeadConfig,
+)
+from llada_trm_hf.cli.main import main
+from llada_trm_hf.data import byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    tokenizer, folder = byte_tokenizer(), tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    backbone = LLaDAForMaskedDiffusion(
+        LLaDAConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            initializer_range=0.3,
+            mask_token_id=tokenizer.mask_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+        )
+    )
+    head = RecursiveRefinementHeadConfig(hidden_size=32, chunk_size=4, head_hidden_size=8)
+    hybrid = LLaDATRMForMaskedDiffusion.from_backbone(backbone, head, min_confidence=1.0)
+    hybrid.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def generate(checkpoint: str, *flags: str) -> int:
+    return main(["generate", "--checkpoint", checkpoint, "--max_new_tokens", "6", "--device", "cpu", *flags])
+
+
+def test_one_prompt_prints_the_answer(checkpoint, capsys):
+    assert generate(checkpoint, "--prompt", "12=") == 0
+    first = capsys.readouterr().out
+    assert generate(checkpoint, "--prompt", "12=") == 0
+    assert capsys.readouterr().out == first
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".txt"])
+def test_prompt_files_give_what_single_prompts_give(checkpoint, tmp_path, capsys, suffix):
+    prompts = ["12=", "a longer prompt", "7"]
+    text = {
+        ".json": json.dumps([prompts[0], {"prompt": prompts[1]}, prompts[2]]),
+        ".jsonl": "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts),
+        ".txt": "\n".join(prompts) + "\n",
+    }[suffix]
+    (tmp_path / f"prompts{suffix}").write_text(text)
+    output = tmp_path / "answers.jsonl"
+    assert (
+        generate(checkpoint, "--prompts_file", str(tmp_path / f"prompts{suffix}"), "--output_file", str(output)) == 0
+    )
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == prompts
+    for row in rows:
+        alone = tmp_path / "alone.jsonl"
+        assert generate(checkpoint, "--prompt", row["prompt"], "--output_file", str(alone)) == 0
+        assert json.loads(alone.read_text())["answer"] == row["answer"]
+
+
+def test_show_intermediates_and_trace(checkpoint, tmp_path, capsys):
+    trace = tmp_path / "trace.html"
+    assert generate(checkpoint, "--prompt", "12=", "--show_intermediates", "--trace_file", str(trace)) == 0
+    assert "\033[33m" in capsys.readouterr().out  # drafts are printed in yellow and overwritten
+    assert "<html" in trace.read_text()
+
+
+def test_no_refinement_is_the_backbone(checkpoint, tmp_path):
+    output = tmp_path / "bare.jsonl"
+    assert generate(checkpoint, "--prompt", "12=", "--no_refinement", "--output_file", str(output)) == 0
+    model = LLaDATRMForMaskedDiffusion.from_pretrained(checkpoint)
+    tokens = byte_tokenizer()("12=", return_tensors="pt")["input_ids"]
+    expected = model.backbone.eval().generate(tokens, max_new_tokens=6)[0, 3:]
+    text = byte_tokenizer().decode(expected[: (expected == model.config.eos_token_id).int().argmax() or None])
+    assert json.loads(output.read_text())["answer"] == text
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--prompt", "  "], "Prompt 1 is empty"),
+        (["--prompt", "x" * 100], "The prompt has 100 tokens"),
+        (["--prompts_file", "nowhere.txt"], "There is no prompts file nowhere.txt"),
+        (["--prompt", "1", "--num_diffusion_steps", "0"], "num_diffusion_steps must be an integer of at least 1"),
+        (["--prompt", "1", "--remasking", "lowest"], "remasking must be one of"),
+        (["--prompt", "1", "--top_p", "2"], "top_p must be above 0 and at most 1"),
+        (["--prompt", "1", "--temprature", "1"], "unrecognized arguments: --temprature"),
+        (["--prompt", "1", "--output_file", "no/such/folder/x.jsonl"], "There is no folder"),
+        (["--prompt", "1", "--batch_size", "0"], "batch_size must be at least 1"),
+        ([], "one of the arguments --prompt --prompts_file is required"),
+    ],
+)
+def test_mistakes_are_one_clear_line(checkpoint, capsys, flags, message):
+    assert generate(checkpoint, *flags) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "Traceback" not in error
+    assert len([line for line in error.splitlines() if line.startswith("llada-trm")]) == 1
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("p.json", "{not json", "p.json is not valid JSON"),
+        ("p.json", '{"prompt": "a"}', "must hold a list of prompts, got a dict"),
+        ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "entry 2 is neither a text nor an object with a 'prompt'"),
+        ("p.txt", "\n\n", "holds no prompts"),
+    ],
+)
+def test_bad_prompt_files(checkpoint, tmp_path, capsys, name, text, message):
+    (tmp_path / name).write_text(text)
+    assert generate(checkpoint, "--prompts_file", str(tmp_path / name)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_bad_checkpoints(checkpoint, tmp_path, capsys):
+    assert generate(str(tmp_path / "nowhere"), "--prompt", "1") == 2
+    assert "nowhere" in capsys.readouterr().err
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    for file in Path(checkpoint).iterdir():
+        content = file.read_bytes()
+        (cut / file.name).write_bytes(content[: len(content) // 2] if file.suffix == ".safetensors" else content)
+    assert generate(str(cut), "--prompt", "1") in (1, 2)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_unknown_command_and_help(capsys):
+    assert main(["generat"]) == 2
+    assert "unknown command 'generat'; one of demo, train, generate" in capsys.readouterr().err
+    assert main(["--help"]) == 0
+    for command in ("demo", "train", "generate"):
+        assert main([command, "--help"]) == 0
+        assert "usage: llada-trm" in capsys.readouterr().out
+
+
+def test_module_entry_point_and_exit_code():
+    result = subprocess.run(
+        [sys.executable, "-m", "llada_trm_hf.cli", "generate", "--prompt", "1"], capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert "the following arguments are required: --checkpoint" in result.stderr
+
+
+def test_demo_runs_from_start_to_end(tmp_path, capsys):
+    folder = tmp_path / "demo"
+    assert main(["demo", "--smoke_test", "--output_dir", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "bare backbone" in out and "control" in out and "refined" in out and "the same: True" in out
+    results = json.loads((folder / "results.json").read_text())
+    assert set(results["accuracy"]) == {"bare backbone", "control: backbone trained on", "refined"}
+    assert (folder / "trace.html").exists() and (folder / "checkpoint" / "model.safetensors").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    assert main(["demo", "--smoke_test", "--output_dir", str(tmp_path / "mine")]) == 2
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
