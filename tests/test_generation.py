@@ -21,6 +21,7 @@ from transformers import (
 from llada_trm_hf.data import byte_tokenizer
 from llada_trm_hf.models import LLaDAForMaskedDiffusion, LLaDATRMForMaskedDiffusion, MaskedDiffusionGenerationConfig
 from llada_trm_hf.models import generation_masked_diffusion as generation
+from llada_trm_hf.models.masked_diffusion_sampling import sample_tokens
 
 PROMPT = [5, 11, 23, 7, 42, 8]
 # Prompts of several lengths; the last one has masks to fill in.
@@ -37,11 +38,19 @@ def reference(
     confidence_threshold=None,
     cfg_scale=0.0,
     choice=0,
+    refine=False,
 ):
     """
     The sampler for one row, one forward over the whole canvas each step. Takes the most probable token, or the
-    `choice`-th after it. Returns the canvas before the first and after each step.
+    `choice`-th after it. Returns the canvas before the first and after each step. With `refine` the model is a hybrid
+    and refines what this step may decide.
     """
+
+    def predict(tokens, undecided):
+        relevant = torch.tensor([[i in undecided for i in range(len(tokens))]])
+        with torch.no_grad():
+            return model(torch.tensor([tokens]), **({"relevant_tokens": relevant} if refine else {})).logits[0]
+
     canvas = prompt + [MASK] * max_new_tokens
     given = [i for i, token in enumerate(canvas) if token != MASK]
     block_length = block_length or max(max_new_tokens, 1)
@@ -59,12 +68,11 @@ def reference(
             quota = num_masked // num_steps + (step < num_masked % num_steps)
             if not undecided or (quota == 0 and confidence_threshold is None):
                 break
-            with torch.no_grad():
-                logits = model(torch.tensor([canvas])).logits[0]
-                if cfg_scale > 0:
-                    blank = [MASK if i in given else token for i, token in enumerate(canvas)]
-                    unconditional = model(torch.tensor([blank])).logits[0]
-                    logits = unconditional + (cfg_scale + 1) * (logits - unconditional)
+            logits = predict(canvas, undecided)
+            if cfg_scale > 0:
+                blank = [MASK if i in given else token for i, token in enumerate(canvas)]
+                unconditional = predict(blank, undecided)
+                logits = unconditional + (cfg_scale + 1) * (logits - unconditional)
             confidence, tokens = {}, {}
             for i in undecided:
                 probabilities = logits[i].double().softmax(-1)
@@ -125,11 +133,19 @@ def test_confidence_threshold(tiny_backbone, remasking, threshold):
     assert generate(tiny_backbone, PROMPT, num_diffusion_steps=3, **settings) == expected
 
 
-def test_hybrid_without_refinement_samples_like_its_backbone(tiny_hybrid):
-    expected = reference(tiny_hybrid.backbone, PROMPT, 12, 8, 4)
-    settings = {"max_new_tokens": 12, "num_diffusion_steps": 8, "block_length": 4}
-    assert generate(tiny_hybrid, PROMPT, enable_refinement=False, **settings) == expected
-    assert generate(tiny_hybrid, PROMPT, **settings) != expected
+@pytest.mark.parametrize("cfg_scale", [0.0, 0.7])
+def test_hybrid_matches_plain_sampler(tiny_hybrid, cfg_scale):
+    # Chunks of 4 and blocks of 5: a chunk has tokens that this step may decide, and masks of the next block.
+    settings = {"max_new_tokens": 17, "num_diffusion_steps": 12, "block_length": 5, "cfg_scale": cfg_scale}
+    other_answers = 0
+    for seed in range(6):
+        prompt = torch.randint(2, MASK, (6,), generator=torch.Generator().manual_seed(seed)).tolist()
+        history = generate(tiny_hybrid, prompt, **settings)
+        assert history == reference(tiny_hybrid, prompt, refine=True, **settings)
+        bare = reference(tiny_hybrid.backbone, prompt, **settings)
+        assert generate(tiny_hybrid, prompt, enable_refinement=False, **settings) == bare != history
+        other_answers += history != reference(tiny_hybrid, prompt, **settings)
+    assert other_answers  # counting every mask of the row, not those of the step, is something else
 
 
 def test_guidance_of_zero_is_one_plain_forward(tiny_backbone):
@@ -149,7 +165,7 @@ def model(request, tiny_backbone, tiny_hybrid):
     return {"backbone": tiny_backbone, "hybrid": tiny_hybrid}[request.param]
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side, pad", [("left", 3), ("right", 3), ("left", MASK), ("right", MASK)])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -162,10 +178,10 @@ def model(request, tiny_backbone, tiny_hybrid):
     ],
     ids=str,
 )
-def test_ragged_batch_gives_each_row_what_it_gives_alone(model, side, settings):
+def test_ragged_batch_gives_each_row_what_it_gives_alone(model, side, pad, settings):
     settings = dict(max_new_tokens=9, **settings)
     longest = max(map(len, RAGGED))
-    padding = [[3] * (longest - len(prompt)) for prompt in RAGGED]
+    padding = [[pad] * (longest - len(prompt)) for prompt in RAGGED]
     rows = [p + prompt if side == "left" else prompt + p for p, prompt in zip(padding, RAGGED)]
     real = [[0] * len(p) + [1] * len(prompt) for p, prompt in zip(padding, RAGGED)]
     real = torch.tensor(real if side == "left" else [list(reversed(row)) for row in real])
@@ -174,7 +190,7 @@ def test_ragged_batch_gives_each_row_what_it_gives_alone(model, side, settings):
         keep = torch.cat([mask.bool(), torch.ones(9).bool()])
         alone = model.generate(torch.tensor([prompt]), **settings)[0]
         assert torch.equal(row[keep], alone)
-        assert (row[~keep] == 3).all()
+        assert (row[~keep] == pad).all()
 
 
 # --- Sampling ---
@@ -202,7 +218,7 @@ def test_samples_follow_the_distribution(temperature, restriction):
         number = int((kept[order].cumsum(-1) < restriction["top_p"]).sum()) + 1
         kept[order[number:]] = 0
         kept = kept / kept.sum()
-    samples = generation.sample_tokens(logits.expand(2, 10_000, -1), temperature, **restriction)
+    samples = sample_tokens(logits.expand(2, 10_000, -1), temperature, **restriction)
     counts = samples.flatten().bincount(minlength=6)
     assert chi_square(counts, kept) < 25  # with 5 degrees of freedom, chance exceeds this once in 7000
 
@@ -392,11 +408,16 @@ def test_finished_rows_leave_the_batch(tiny_backbone):
     settings = {"max_new_tokens": 8, "num_diffusion_steps": 4, "block_length": 4}
     free = tiny_backbone.generate(prompts, **settings)
     sizes.clear()
-    stopped = tiny_backbone.generate(
-        prompts, stopping_criteria=StoppingCriteriaList([StopRowsStartingWith()]), **settings
+    outputs = tiny_backbone.generate(
+        prompts,
+        stopping_criteria=StoppingCriteriaList([StopRowsStartingWith()]),
+        return_dict_in_generate=True,
+        **settings,
     )
     assert sizes == [2, 2, 1, 1]
     assert seen == [(2, 7), (1, 11)]
+    assert outputs.tokens_per_forward.tolist() == [2.0, 2.0]  # 4 tokens in 2 passes, 8 tokens in 4
+    stopped = outputs.sequences
     assert stopped[0].tolist() == free[0, :7].tolist() + [PAD] * 4
     assert torch.equal(stopped[1], free[1])
 
@@ -562,6 +583,16 @@ def test_settings_are_saved_with_the_head_alone(tiny_hybrid, tmp_path):
     tiny_hybrid.save_pretrained(tmp_path / "head", save_backbone=False)
     loaded = LLaDATRMForMaskedDiffusion.from_pretrained(tmp_path / "head")
     assert loaded.generation_config.num_diffusion_steps == 3
+
+
+def test_malformed_settings_file(model, tmp_path):
+    """Not ignored in silence."""
+    model.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises((OSError, ValueError), match=r"generation_config\.json|[Gg]eneration config"):
+        type(model).from_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()  # without one the defaults hold
+    assert type(model).from_pretrained(tmp_path).generation_config.num_diffusion_steps is None
 
 
 def test_special_tokens_come_from_the_model(tiny_hybrid):

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from llada_trm_hf.models import LLaDAForMaskedDiffusion
-from llada_trm_hf.models.generation_masked_diffusion import sample_tokens, tokens_per_step
 from llada_trm_hf.models.loss_masked_diffusion import masked_targets
+from llada_trm_hf.models.masked_diffusion_sampling import sample_tokens, tokens_per_step
 
 # The ids that the golden cases put in place of LLaDA-8B's.
 EOS, END_OF_TURN = 257, 260
@@ -104,6 +104,13 @@ def test_loss_and_gradients(golden):
             # The parameter that holds the official tensor.
             (ours,) = (p for p in parameters.values() if torch.equal(p, official[name]))
             assert ours.grad.norm().item() == pytest.approx(norm, rel=1e-3), (case, name)
+
+
+def test_official_layout_can_be_written_again(golden, tmp_path):
+    golden.model.save_pretrained(tmp_path, save_original_format=True)
+    written, official = (load_file(f / "model.safetensors") for f in (tmp_path, golden.folder / "checkpoint"))
+    assert set(written) == set(official)
+    assert all(torch.equal(tensor, official[name]) for name, tensor in written.items())
 
 
 def generation_arguments(case):

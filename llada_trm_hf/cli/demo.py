@@ -51,12 +51,12 @@ class DemoSize:
 
     problems: int = 200_000
     held_out: int = 1_000
-    backbone_steps: int = 5_000
-    head_steps: int = 1_200
+    backbone_steps: int = 5_500
+    head_steps: int = 1_500
 
 
 SMALLEST = DemoSize(problems=2_000, held_out=50, backbone_steps=20, head_steps=10)
-NUM_TERMS = 8
+NUM_TERMS = 7
 # What someone runs who has transformers but not this package.
 STRANGER = """
 import json, sys, torch
@@ -160,7 +160,7 @@ class Demo:
             head_layers=1,
             max_recursive_steps=4,
             step_size=0.5,
-            convergence_threshold=1e-3,
+            convergence_threshold=1e-4,
             initializer_range=0.06,
         )
         # A toy this small is overconfident: at the default 0.5 hardly any chunk would count as unsure.
@@ -184,6 +184,7 @@ class Demo:
             adam_beta2=0.98,
             logging_steps=max(steps // 20, 1),
             save_strategy="no",
+            disable_tqdm=False,
             use_cpu=True,
             seed=self.seed,
             data_seed=self.seed + (name == "control"),  # not the same order of problems once more

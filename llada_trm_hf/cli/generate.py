@@ -6,9 +6,15 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextDiffusionStreamer
+from transformers import (
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextDiffusionStreamer,
+)
 
-from ..data.reasoning import prompt_tokens
+from ..data import prompt_tokens
 from ..models.backbones import load_backbone
 from ..models.modeling_llada_trm import LLaDATRMForMaskedDiffusion
 from .parser import CommandParser
@@ -112,8 +118,6 @@ def load(checkpoint: str, dtype: str, device: str) -> tuple[PreTrainedModel, Pre
 
 def model_type_of(checkpoint: str) -> str | None:
     """What the `config.json` of a folder or repository says it is."""
-    from transformers import PreTrainedConfig
-
     return PreTrainedConfig.get_config_dict(checkpoint)[0].get("model_type")
 
 

@@ -5,6 +5,8 @@ import os
 import sys
 import traceback
 
+from safetensors import SafetensorError
+
 COMMANDS = {
     "demo": "train a small model from scratch and watch the refiner help (no download, no GPU)",
     "train": "train a refiner, or a backbone with it, from a recipe",
@@ -38,6 +40,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except USER_MISTAKES as error:
         return _report(command, error, 2)
+    except SafetensorError as error:
+        damaged = f"a weights file is damaged or cut short ({error}): copy or download the checkpoint again."
+        return _report(command, OSError(damaged), 2)
+    except ModuleNotFoundError as error:
+        hint = "the command needs more than the base install: pip install 'llada-trm-hf[train,demo]'"
+        return _report(command, ImportError(f"{error}; {hint}."), 2)
     except OSError as error:
         # transformers raises a bare OSError for a model that cannot be found; the system's have a number.
         return _report(command, error, 2 if error.errno is None else 1)

@@ -2,8 +2,8 @@
 
 from .arithmetic import difference_chains
 from .masking import MaskedDiffusionCollator
-from .reasoning import load_reasoning_dataset, prompt_tokens, tokenize_reasoning
-from .tokenizer import byte_tokenizer
+from .reasoning import load_reasoning_dataset, tokenize_reasoning
+from .tokenizer import byte_tokenizer, prompt_tokens
 
 __all__ = [
     "MaskedDiffusionCollator",

@@ -12,6 +12,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from transformers import PreTrainedTokenizerBase
 
 from .arithmetic import difference_chains
+from .tokenizer import prompt_tokens
 
 _FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 SCHEMA = ("prompt", "reasoning", "answer")
@@ -147,14 +148,6 @@ def tokenize_reasoning(
     if len(fitting) < len(samples):
         print(f"Dropped {len(samples) - len(fitting)} of {len(samples)} problems: prompt over {max_length} tokens.")
     return fitting
-
-
-def prompt_tokens(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens a prompt is generated from: a user's message if the tokenizer has a chat template, else the text."""
-    if tokenizer.chat_template:
-        message = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
-    return tokenizer(prompt)["input_ids"]
 
 
 def _generate_arithmetic(split: str, num_terms: int, seed: int) -> Dataset:

@@ -1,8 +1,8 @@
-"""A byte-level tokenizer that needs no download: any text, one token a byte."""
+"""Tokens of a prompt, and a byte-level tokenizer that needs no download: any text, one token a byte."""
 
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = {
     "bos_token": "<|startoftext|>",
@@ -22,3 +22,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIAL_TOKENS)
+
+
+def prompt_tokens(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens a prompt is generated from: a user's message if the tokenizer has a chat template, else the text."""
+    if tokenizer.chat_template:
+        message = [{"role": "user", "content": prompt}]
+        return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+    return tokenizer(prompt)["input_ids"]

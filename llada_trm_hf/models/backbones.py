@@ -1,5 +1,6 @@
 """The masked-diffusion models a refiner can stand on."""
 
+import os
 from typing import Any
 
 import torch
@@ -27,7 +28,11 @@ def load_backbone(name_or_path: Any, **kwargs: Any) -> PreTrainedModel:
     A masked-diffusion model from a folder or repository: one of the native families in the official or in this
     package's layout, or any model `AutoModelForMaskedLM` or `AutoModelForCausalLM` knows.
     """
+    if os.path.isabs(name_or_path) and not os.path.isdir(name_or_path):
+        raise FileNotFoundError(f"There is no folder {name_or_path}.")
     model_type = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
+    if model_type == "llada_trm":
+        raise ValueError(f"{name_or_path} is a hybrid already, not a backbone: load it with from_pretrained.")
     if model_type in BACKBONES:
         return BACKBONES[model_type].from_pretrained(name_or_path, **kwargs)
     try:

@@ -82,6 +82,13 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         names = ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id")
         return cls(**{name: config[name] for name in names if config.get(name) is not None})
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers; settings of autoregressive decoding that a published file may hold are left out."""
+        own = vars(cls())
+        foreign = vars(GenerationConfig()).keys() - own.keys()
+        return super().from_dict({k: v for k, v in config_dict.items() if k not in foreign}, **kwargs)
+
     def to_diff_dict(self) -> dict[str, Any]:
         """The settings that differ from the defaults."""
         defaults = type(self)().to_dict()
@@ -105,7 +112,13 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
 
 def _check(config: MaskedDiffusionGenerationConfig, name: str, is_valid: Any, expected: str) -> None:
     value = getattr(config, name)
-    if value is not None and (isinstance(value, bool) or not is_valid(value)):
+    if value is None:
+        return
+    try:
+        valid = not isinstance(value, bool) and is_valid(value)
+    except TypeError:
+        valid = False
+    if not valid:
         raise ValueError(f"{name} must be {expected}, got {value!r}.")
 
 

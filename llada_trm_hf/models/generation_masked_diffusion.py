@@ -6,12 +6,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList, StoppingCriteriaList, TopKLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import ModelOutput
+from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, cached_file
 
 from .configuration_llada import check_token_id
 from .configuration_masked_diffusion_generation import MaskedDiffusionGenerationConfig, unknown_settings
+from .masked_diffusion_sampling import (
+    choose_positions,
+    process_logits,
+    sample_tokens,
+    token_confidence,
+    tokens_per_step,
+)
 from .refinement_trace import RefinementTrace
 
 DEFAULT_MAX_NEW_TOKENS = 128
@@ -24,7 +31,7 @@ class MaskedDiffusionGenerateOutput(ModelOutput):
         sequences: LongTensor `[B, L_prompt + max_new_tokens]`, prompt included.
         num_forward_passes: how often the model ran. With guidance a pass has the conditional and the unconditional
             batch.
-        tokens_per_forward: FloatTensor `[B]`, the tokens a row had to decide over the passes it took part in.
+        tokens_per_forward: FloatTensor `[B]`, the tokens a row decided over the passes it took part in.
         history: LongTensor `[passes + 1, B, L]`, the canvas before the first and after each pass.
         refinement_trace: what the refiner did in each pass.
     """
@@ -54,89 +61,6 @@ class DenoisingInputs:
     undecided: torch.Tensor
     window: slice
     prompt_tokens: torch.Tensor
-
-
-def tokens_per_step(num_masked: torch.Tensor, num_steps: int) -> torch.Tensor:
-    """
-    How many tokens each step commits: `num_masked` `[B]` split evenly over `num_steps`, the first steps taking the
-    remainder. Returns `[B, num_steps]` (the schedule of the official sampler).
-    """
-    steps = torch.arange(num_steps, device=num_masked.device)
-    return num_masked[:, None] // num_steps + (steps < num_masked[:, None] % num_steps)
-
-
-def sample_tokens(
-    logits: torch.Tensor,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    uniform: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """
-    Chooses a token at each position by the Gumbel-max trick.
-
-    Args:
-        logits: `[..., V]`.
-        temperature: 0 takes the largest logit.
-        top_k, top_p: applied to the distribution at that temperature.
-        uniform: random numbers of the logits' shape, drawn by default.
-
-    Returns:
-        LongTensor `[...]`.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    scores = logits.flatten(0, -2) / temperature
-    if top_k is not None:
-        scores = TopKLogitsWarper(top_k)(None, scores)
-    if top_p is not None:
-        scores = TopPLogitsWarper(top_p)(None, scores)
-    # -log(uniform) is exponential; drawn directly it keeps float32's full precision near 0, where the maximum decides.
-    noise = torch.empty_like(scores).exponential_() if uniform is None else -uniform.flatten(0, -2).log()
-    return (scores - noise.log()).argmax(-1).view(logits.shape[:-1])
-
-
-def token_confidence(
-    logits: torch.Tensor, tokens: torch.Tensor, remasking: str, defer_tokens: list[int] | None = None
-) -> torch.Tensor:
-    """
-    How sure the model is of `tokens` `[B, P]`, from its clean `logits` `[B, P, V]` (before temperature, top-k and
-    top-p): the larger, the sooner a token is committed. Tokens in `defer_tokens` come last.
-    """
-    if remasking == "random":
-        return torch.rand(tokens.shape, device=tokens.device)
-    if defer_tokens:
-        logits = logits.index_fill(-1, torch.tensor(defer_tokens, device=logits.device), -torch.inf)
-    if remasking == "margin":
-        best = logits.softmax(-1).topk(2, dim=-1).values
-        confidence = best[..., 0] - best[..., 1]
-    elif remasking == "entropy":
-        log_probabilities = logits.log_softmax(-1)
-        confidence = torch.special.entr(log_probabilities.exp()).sum(-1).neg()
-    else:
-        return (logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(-1)).exp()
-    if defer_tokens:
-        deferred = torch.isin(tokens, torch.tensor(defer_tokens, device=tokens.device))
-        confidence = confidence.masked_fill(deferred, torch.finfo(confidence.dtype).min)
-    return confidence
-
-
-def choose_positions(
-    confidence: torch.Tensor, undecided: torch.Tensor, num_tokens: torch.Tensor | None, threshold: float | None
-) -> torch.Tensor:
-    """
-    Which positions to commit: in each row the `num_tokens` `[B]` most confident undecided ones, or, with a threshold,
-    all that reach it and always the best. `confidence` and `undecided` are `[B, P]`; so is the result.
-    """
-    confidence = confidence.masked_fill(~undecided, -torch.inf)
-    order = confidence.argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    )
-    if threshold is None:
-        assert num_tokens is not None
-        return undecided & (rank < num_tokens[:, None])
-    return undecided & ((rank == 0) | (confidence >= threshold))
 
 
 class MaskedDiffusionGenerationMixin:
@@ -210,7 +134,9 @@ class MaskedDiffusionGenerationMixin:
                 canvas[:, window] = torch.where(commit, tokens, canvas[:, window])
                 masked[:, window] &= ~commit
                 sequences[rows] = canvas
-                recorder.step(sequences, rows, torch.where(undecided[:, window], tokens, canvas[:, window]), window)
+                recorder.step(
+                    sequences, rows, commit, torch.where(undecided[:, window], tokens, canvas[:, window]), window
+                )
             is_masked[rows] = masked
             recorder.block(sequences, window)
             finished = self._finished(sequences[rows], window.stop, prompt_length, config, stopping_criteria)
@@ -219,7 +145,7 @@ class MaskedDiffusionGenerationMixin:
                 rows = rows[~finished]
                 if not len(rows):
                     break
-        return recorder.finish(sequences, prompt_tokens)
+        return recorder.finish(sequences)
 
     def adjust_generation_fn(
         self,
@@ -234,12 +160,17 @@ class MaskedDiffusionGenerationMixin:
         if generation_config is not None:
             self.generation_config = generation_config
             return
-        try:
+        file = cached_file(
+            pretrained_model_name_or_path,
+            GENERATION_CONFIG_NAME,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **hub_arguments,
+        )
+        if file is not None:
             self.generation_config = self.generation_config_class.from_pretrained(
                 pretrained_model_name_or_path, **hub_arguments
             )
-        except OSError:  # no such file: an official checkpoint
-            return
 
     def _denoise(
         self, inputs: DenoisingInputs, config: MaskedDiffusionGenerationConfig, trace: RefinementTrace | None
@@ -276,7 +207,7 @@ class MaskedDiffusionGenerationMixin:
         ends = [min(end, num_new_tokens) for end in range(block_length, num_new_tokens + block_length, block_length)]
         ends = ends or [0]
         steps = config.num_diffusion_steps
-        if steps is not None and steps < len(ends):
+        if steps is not None and steps < len(ends) and config.confidence_threshold is None:
             raise ValueError(
                 f"num_diffusion_steps={steps} is fewer than the {len(ends)} blocks of block_length={block_length}: "
                 f"give every block at least one step."
@@ -289,7 +220,8 @@ class MaskedDiffusionGenerationMixin:
                 num_steps = int(is_masked[:, window].sum(-1).max())
             else:
                 num_steps = steps // len(ends) + (i < steps % len(ends))
-            yield window, num_steps
+            if num_steps:
+                yield window, num_steps
             start = window.stop
 
     def _finished(
@@ -362,21 +294,6 @@ def check_prompt(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -
         )
 
 
-def process_logits(
-    logits: torch.Tensor,
-    canvas: torch.Tensor,
-    config: MaskedDiffusionGenerationConfig,
-    logits_processor: LogitsProcessorList | None,
-) -> torch.Tensor:
-    """Suppresses tokens and applies the caller's processors, each position as a row of its own, to `[B, P, V]`."""
-    if config.suppress_tokens:
-        logits = logits.index_fill(-1, torch.tensor(config.suppress_tokens, device=logits.device), -torch.inf)
-    if logits_processor:
-        rows = canvas.repeat_interleave(logits.shape[1], dim=0)
-        logits = logits_processor(rows, logits.flatten(0, 1)).view_as(logits)
-    return logits
-
-
 def pad_finished(
     sequences: torch.Tensor,
     finished: torch.Tensor,
@@ -410,6 +327,7 @@ class _Recorder:
         self.config = config
         self.streamer = streamer
         self.passes = torch.zeros(len(sequences), device=sequences.device)
+        self.decided = torch.zeros_like(self.passes)
         self.num_forward_passes = 0
         self.history = [sequences.clone()] if config.output_history else None
         self.trace = None
@@ -421,9 +339,12 @@ class _Recorder:
             start = int(masks.int().argmax()) if masks.any() else sequences.shape[1]
             streamer.put(sequences[:, : min(start, prompt_length)].cpu())
 
-    def step(self, sequences: torch.Tensor, rows: torch.Tensor, draft: torch.Tensor, window: slice) -> None:
+    def step(
+        self, sequences: torch.Tensor, rows: torch.Tensor, commit: torch.Tensor, draft: torch.Tensor, window: slice
+    ) -> None:
         self.num_forward_passes += 1
         self.passes[rows] += 1
+        self.decided[rows] += commit.sum(-1)
         if self.history is not None:
             self.history.append(sequences.clone())
         if self.trace is not None:
@@ -435,7 +356,7 @@ class _Recorder:
         if self.streamer is not None:
             self.streamer.put(sequences[:, window].cpu())
 
-    def finish(self, sequences: torch.Tensor, prompt_tokens: torch.Tensor) -> Any:
+    def finish(self, sequences: torch.Tensor) -> Any:
         if self.streamer is not None:
             self.streamer.end()
         if self.trace is not None:
@@ -445,7 +366,7 @@ class _Recorder:
         return MaskedDiffusionGenerateOutput(
             sequences=sequences,
             num_forward_passes=self.num_forward_passes,
-            tokens_per_forward=(~prompt_tokens).sum(-1) / self.passes.clamp(min=1),
+            tokens_per_forward=self.decided / self.passes.clamp(min=1),
             history=None if self.history is None else torch.stack(self.history),
             refinement_trace=self.trace,
         )

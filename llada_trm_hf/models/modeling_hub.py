@@ -24,15 +24,24 @@ class HubModel:
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """
         As in transformers, except that tensors missing from the checkpoint are an error instead of being initialised
-        at random.
+        at random, and so are tensors of another shape.
 
         Raises:
-            ValueError: naming the missing tensors.
+            ValueError: naming the tensors.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        may_differ = kwargs.pop("ignore_mismatched_sizes", False)
         model, info = super().from_pretrained(  # type: ignore[misc]
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
+        if info["mismatched_keys"] and not may_differ:
+            shapes = [
+                f"{n} {tuple(found)} instead of {tuple(expected)}" for n, found, expected in info["mismatched_keys"]
+            ]
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds tensors of another shape than {cls.__name__} with its config: "
+                f"{', '.join(sorted(shapes)[:8])}{', ...' if len(shapes) > 8 else ''}."
+            )
         missing = sorted(info["missing_keys"])
         if missing:
             raise ValueError(

@@ -40,6 +40,14 @@ class LLaDAMLP(LlamaMLP):
 class LLaDARotaryEmbedding(LlamaRotaryEmbedding):
     """Returns cos and sin in float32: LLaDA rotates in full precision (`rope_full_precision`)."""
 
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        """`model.to(torch.bfloat16)` must not round the frequencies: only their device changes."""
+        exact = self.inv_freq
+        super()._apply(fn, recurse)
+        if not exact.is_meta:
+            self.inv_freq = exact.to(self.inv_freq.device)
+        return self
+
     @torch.no_grad()
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return super().forward(hidden_states.float(), position_ids)
@@ -267,10 +275,10 @@ register_checkpoint_conversion_mapping(
     LLaDAConfig.model_type,
     [
         WeightRenaming(r"model\.transformer\.ff_out\.", "lm_head."),
-        WeightRenaming(r"transformer\.wte\.", "embed_tokens."),
-        WeightRenaming(r"transformer\.ln_f\.", "norm."),
+        WeightRenaming(r"model\.transformer\.wte\.", "model.embed_tokens."),
+        WeightRenaming(r"model\.transformer\.ln_f\.", "model.norm."),
         *(
-            WeightRenaming(rf"transformer\.blocks\.(\d+)\.{official}\.", rf"layers.\1.{name}.")
+            WeightRenaming(rf"model\.transformer\.blocks\.(\d+)\.{official}\.", rf"model.layers.\1.{name}.")
             for official, name in _IN_BLOCK.items()
         ),
     ],

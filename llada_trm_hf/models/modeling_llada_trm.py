@@ -1,5 +1,6 @@
 """The LLaDA-TRM hybrid: a masked-diffusion backbone proposes, a recursive refiner corrects where it is unsure."""
 
+import copy
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,8 @@ HUB_ARGUMENTS = (
     "subfolder",
     "token",
 )
+# Fields of the hybrid's own config, as opposed to arguments for the backbone.
+OWN_FIELDS = LLaDATRMConfig.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
 
 
 @dataclass
@@ -85,6 +88,8 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTr
         super().__init__(config)
         self.backbone = build_backbone(config.backbone_config) if backbone is None else backbone
         self.refiner = build_refiner(config.refiner_config) if refiner is None else refiner
+        if config.refiner_in_float32:
+            self._keep_in_fp32_modules_strict = {"refiner"}
         self.post_init()
 
     @classmethod
@@ -109,7 +114,7 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTr
         Raises:
             ValueError: if the refiner does not fit the backbone, or an argument has no use.
         """
-        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in LLaDATRMConfig.__dataclass_fields__}
+        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in OWN_FIELDS}
         if isinstance(backbone, (str, os.PathLike)):
             fields.setdefault("backbone_name_or_path", str(backbone))
             backbone = load_backbone(backbone, **kwargs)
@@ -122,6 +127,8 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTr
         if model is None:
             model = build_refiner(refiner_config)
         hybrid = cls(config, backbone=backbone, refiner=model.to(backbone.device))
+        if isinstance(getattr(backbone, "generation_config", None), MaskedDiffusionGenerationConfig):
+            hybrid.generation_config = copy.deepcopy(backbone.generation_config)
         if freeze_backbone:
             hybrid.backbone.requires_grad_(False)
         return hybrid
@@ -144,8 +151,8 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTr
     ) -> Any:
         """Loads the refiner from `path` and the backbone from where `config` says."""
         wants_info = kwargs.pop("output_loading_info", False)
-        for name in [name for name in kwargs if name in LLaDATRMConfig.__dataclass_fields__ and name != "dtype"]:
-            setattr(config, name, kwargs.pop(name))
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in OWN_FIELDS}
+        config = LLaDATRMConfig.from_dict({**config.to_dict(), **overrides})
         kwargs = {name: value for name, value in kwargs.items() if name not in hub}
         backbone = load_backbone(config.backbone_name_or_path, **kwargs)
         found, expected = backbone.config.get_text_config(), config.get_text_config()
@@ -166,6 +173,7 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTr
         )
         config.backbone_config = backbone.config
         model = cls(config, backbone=backbone, refiner=refiner.to(backbone.device)).eval()
+        model.adjust_generation_fn(None, False, None, path, **hub)
         return (model, info) if wants_info else model
 
     def save_pretrained(  # type: ignore[override]
@@ -193,6 +201,7 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTr
             state_dict = self.state_dict() if state_dict is None else state_dict
             state_dict = {name: tensor for name, tensor in state_dict.items() if name.startswith("refiner.")}
         self.config.backbone_in_checkpoint = save_backbone
+        self.config.refiner_in_float32 = self.refiner.dtype == torch.float32 != self.backbone.dtype
         try:
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         finally:
@@ -262,6 +271,8 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTr
 
         # Base logits at the P positions that someone asks for, one after the other.
         positions = relevant | kept_positions(logits_to_keep, relevant)
+        if targets is not None:
+            positions = positions | targets.positions
         base_logits = self._logits(hidden_states[positions])  # [P, V]
         confidence = self._chunk_confidence(base_logits, positions, relevant, layout)
         active = layout.any_per_chunk(relevant)

@@ -150,7 +150,8 @@ class RecursiveRefinementHead(HubModel, PreTrainedModel):
                     codes = codes.index_copy(0, running, code)
                     chunks = chunks.index_copy(0, running, state)
                     running, state, code = running[moving], state[moving], code[moving]
-            if not len(running):
+            # The first step runs even for no chunk at all, so that every weight gets a (zero) gradient: DDP needs it.
+            if step > 0 and not len(running):
                 break
             state = state + step_size * self.projector(self.layers(code))
             num_steps[running] += 1

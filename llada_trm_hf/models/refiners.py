@@ -1,5 +1,6 @@
 """The refiners a hybrid can hold."""
 
+import difflib
 import os
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -25,10 +26,18 @@ def resolve_refiner(
     if isinstance(refiner, PreTrainedModel):
         return refiner, refiner.config
     if isinstance(refiner, PreTrainedConfig):
+        if refiner.model_type not in REFINERS:
+            raise ValueError(f"A {refiner.model_type!r} is no refiner. Known refiners: {', '.join(REFINERS)}.")
         return None, refiner
     if refiner in REFINER_CONFIGS:
         return None, REFINER_CONFIGS[str(refiner)](
             hidden_size=text_config.hidden_size, **({} if chunk_size is None else {"chunk_size": chunk_size})
+        )
+    if not os.path.isdir(refiner) and "/" not in str(refiner):
+        close = difflib.get_close_matches(str(refiner), REFINERS, n=1)
+        raise ValueError(
+            f"Unknown refiner {str(refiner)!r}{f' (did you mean {close[0]!r}?)' if close else ''}. Known: "
+            f"{', '.join(REFINERS)}; or the folder or repository of one."
         )
     model_type = PreTrainedConfig.get_config_dict(refiner)[0].get("model_type")
     if model_type not in REFINER_CONFIGS:
