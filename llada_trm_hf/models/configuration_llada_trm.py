@@ -34,8 +34,8 @@ class LLaDATRMConfig(PreTrainedConfig):
         mask_token_id (`int`, *optional*): The backbone's by default.
         backbone_name_or_path (`str`, *optional*): Where the backbone came from; a checkpoint without it needs it.
         backbone_in_checkpoint (`bool`, defaults to `True`): Whether the checkpoint holds the backbone's weights.
-        refiner_in_float32 (`bool`, defaults to `False`): Whether the refiner stays in float32 when the checkpoint is
-            loaded in 16 bits; set when a float32 refiner on a 16-bit backbone is saved.
+        refiner_dtype (`str`, *optional*): Set when a refiner is saved in another dtype than its backbone. It is loaded
+            in that dtype again; a float32 one stays so whatever dtype is asked for.
 
     Raises:
         ValueError: for values out of range, a refiner that does not fit the backbone, or an unknown refiner.
@@ -56,7 +56,7 @@ class LLaDATRMConfig(PreTrainedConfig):
     mask_token_id: int = None  # type: ignore[assignment]
     backbone_name_or_path: str | None = None
     backbone_in_checkpoint: bool = True
-    refiner_in_float32: bool = False
+    refiner_dtype: str | None = None
 
     def __post_init__(self, **kwargs):
         self.backbone_config = config_from_dict(self.backbone_config or {"model_type": "llada"}, BACKBONE_CONFIGS)

@@ -40,6 +40,8 @@ class LLaDAMLP(LlamaMLP):
 class LLaDARotaryEmbedding(LlamaRotaryEmbedding):
     """Returns cos and sin in float32: LLaDA rotates in full precision (`rope_full_precision`)."""
 
+    inv_freq: torch.Tensor
+
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         """`model.to(torch.bfloat16)` must not round the frequencies: only their device changes."""
         exact = self.inv_freq

@@ -88,7 +88,7 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTr
         super().__init__(config)
         self.backbone = build_backbone(config.backbone_config) if backbone is None else backbone
         self.refiner = build_refiner(config.refiner_config) if refiner is None else refiner
-        if config.refiner_in_float32:
+        if config.refiner_dtype == "float32":
             self._keep_in_fp32_modules_strict = {"refiner"}
         self.post_init()
 
@@ -142,7 +142,10 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTr
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         saved = LLaDATRMConfig.from_pretrained(pretrained_model_name_or_path, **hub) if config is None else config
         if saved.backbone_in_checkpoint:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+            if saved.refiner_dtype and kwargs.get("dtype", "auto") == "auto":
+                (loaded[0] if isinstance(loaded, tuple) else loaded).refiner.to(getattr(torch, saved.refiner_dtype))
+            return loaded
         return cls._from_refiner_checkpoint(pretrained_model_name_or_path, saved, hub, kwargs)
 
     @classmethod
@@ -201,7 +204,8 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTr
             state_dict = self.state_dict() if state_dict is None else state_dict
             state_dict = {name: tensor for name, tensor in state_dict.items() if name.startswith("refiner.")}
         self.config.backbone_in_checkpoint = save_backbone
-        self.config.refiner_in_float32 = self.refiner.dtype == torch.float32 != self.backbone.dtype
+        differs = self.refiner.dtype != self.backbone.dtype
+        self.config.refiner_dtype = str(self.refiner.dtype).removeprefix("torch.") if differs else None
         try:
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         finally:
