@@ -149,6 +149,31 @@ def test_a_checkpoint_reloads_with_its_tokenizer(tmp_path, samples):
     assert torch.equal(model.generate(**batch, max_new_tokens=5), expected)
 
 
+def test_checkpoints_without_backbone_are_small_and_resume(tmp_path, samples):
+    new_backbone().save_pretrained(tmp_path / "backbone")
+
+    def start() -> MaskedDiffusionTrainer:
+        hybrid = new_hybrid()
+        hybrid.config.backbone_name_or_path = str(tmp_path / "backbone")
+        return trainer(
+            hybrid, tmp_path / "run", samples, max_steps=6, save_strategy="steps", save_steps=3, save_backbone=False
+        )
+
+    whole = start()
+    whole.train()
+    head = sum(parameter.numel() * 4 for parameter in whole.model.refiner.parameters())
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    assert head <= (checkpoint / "model.safetensors").stat().st_size < 1.2 * head + 10_000
+    resumed = start()
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert losses(resumed) == pytest.approx(losses(whole), rel=1e-4)
+    reloaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "run" / "checkpoint-6")
+    batch = TOKENIZER("3942=", return_tensors="pt")["input_ids"]
+    torch.testing.assert_close(reloaded(batch).logits, whole.model.eval()(batch).logits)
+    with pytest.raises(ValueError, match="save_backbone=False needs a hybrid"):
+        trainer(new_backbone(), tmp_path / "none", samples, save_backbone=False)
+
+
 def test_nan_stops_the_run_with_a_reason(tmp_path, samples):
     model = new_backbone()
     with torch.no_grad():

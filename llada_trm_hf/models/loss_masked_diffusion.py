@@ -22,7 +22,7 @@ class MaskedTargets(NamedTuple):
 
 
 def masked_targets(
-    input_ids: torch.Tensor, labels: torch.Tensor, mask_token_id: int, p_mask: torch.Tensor | None = None
+    input_ids: torch.Tensor | None, labels: torch.Tensor, mask_token_id: int, p_mask: torch.Tensor | None = None
 ) -> MaskedTargets:
     """
     Finds the tokens that count in the loss, and how much each counts.
@@ -37,6 +37,8 @@ def masked_targets(
     The weight of a token is `1 / (p_mask * n * B)` with `n` the labelled tokens of its row. With every token labelled
     this is the pre-training objective, with the response labelled the supervised fine-tuning objective.
     """
+    if input_ids is None:
+        raise ValueError("labels need input_ids: the loss counts the positions that hold the mask token.")
     if labels.shape != input_ids.shape:
         raise ValueError(f"labels have shape {tuple(labels.shape)}, input_ids {tuple(input_ids.shape)}.")
     labelled = labels != -100

@@ -247,8 +247,6 @@ class LLaDAForMaskedDiffusion(MaskedDiffusionGenerationMixin, LLaDAPreTrainedMod
         hidden_states = outputs.last_hidden_state
         loss = logits = None
         if labels is not None:
-            if input_ids is None:
-                raise ValueError("labels need input_ids: the loss counts the positions that hold the mask token.")
             targets = masked_targets(input_ids, labels, self.config.mask_token_id, p_mask)
             loss = masked_diffusion_loss(self.lm_head(hidden_states[targets.positions]), targets)
         if logits_to_keep is None and not (self.training and labels is not None):

@@ -260,11 +260,8 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTr
         }
         if logits_to_keep is None and not (self.training and labels is not None):
             logits_to_keep = 0
-        targets = None
-        if labels is not None:
-            if input_ids is None:
-                raise ValueError("labels need input_ids: the loss counts the positions that hold the mask token.")
-            targets = masked_targets(input_ids, labels, self.config.mask_token_id, p_mask)
+        mask_token_id = self.config.mask_token_id
+        targets = None if labels is None else masked_targets(input_ids, labels, mask_token_id, p_mask)
         if enable_refinement is False:
             return self._forward_backbone(inputs, targets, logits_to_keep, output_hidden_states)
 
@@ -279,17 +276,13 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTr
             positions = positions | targets.positions
         base_logits = self._logits(hidden_states[positions])  # [P, V]
         confidence = self._chunk_confidence(base_logits, positions, relevant, layout)
-        active = layout.any_per_chunk(relevant)
-        if self.config.refine_low_confidence_only:
-            active = active & (confidence < self.config.min_confidence)
-
-        supervise = targets is not None and self.config.deep_supervision_weight > 0
+        active = self._active_chunks(confidence, relevant, layout)
         refined = self.refiner(
             hidden_states,
             active_chunks=active,
             attention_mask=attention_mask,
             max_steps=max_steps,
-            output_step_hidden_states=supervise,
+            output_step_hidden_states=targets is not None and self.config.deep_supervision_weight > 0,
             output_statistics=bool(output_refinement_trace),
         )
         in_active = layout.to_tokens(active) & positions  # [B, L]
@@ -300,7 +293,8 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTr
             loss, components = self._loss(targets, positions, base_logits, logits, refined, active, layout)
         trace = None
         if output_refinement_trace and input_ids is not None:
-            changed = torch.zeros_like(relevant).index_put((positions,), base_logits.argmax(-1) != logits.argmax(-1))
+            changed = torch.zeros_like(relevant)
+            changed[positions] = base_logits.argmax(-1) != logits.argmax(-1)
             trace = self._trace(input_ids, layout, confidence, refined, changed & relevant)
         return LLaDATRMOutput(
             loss=loss,
@@ -358,6 +352,11 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTr
         largest = (logits.amax(-1) - logits.logsumexp(-1)).exp()  # [P]
         per_token = largest.new_zeros(positions.shape).index_put((positions,), largest)
         return layout.mean_per_chunk(per_token, relevant, empty=1.0)
+
+    def _active_chunks(self, confidence: torch.Tensor, relevant: torch.Tensor, layout: ChunkLayout) -> torch.Tensor:
+        """BoolTensor `[B, N]`: the chunks to refine."""
+        active = layout.any_per_chunk(relevant)
+        return active & (confidence < self.config.min_confidence) if self.config.refine_low_confidence_only else active
 
     def _loss(
         self,

@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,6 +44,10 @@ class MaskedDiffusionTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ):
+        if not args.save_backbone and not getattr(model.config, "backbone_name_or_path", None):
+            raise ValueError(
+                "save_backbone=False needs a hybrid whose config.backbone_name_or_path says where its backbone is."
+            )
         self._collators = {fixed: self._collator(model, args, processing_class, fixed) for fixed in (False, True)}
         self._records: dict[str, dict[str, list[torch.Tensor]]] = defaultdict(lambda: defaultdict(list))
         super().__init__(
@@ -114,9 +119,9 @@ class MaskedDiffusionTrainer(Trainer):
         if self.args.save_backbone or not hasattr(self.model, "refiner"):
             super()._save(output_dir, state_dict)
             return
-        save_whole = self.model.save_pretrained
+        # The Trainer calls `model.save_pretrained` with arguments of its own choosing: add ours to them.
+        self.model.save_pretrained = partial(self.model.save_pretrained, save_backbone=False)
         try:
-            self.model.save_pretrained = lambda *a, **k: save_whole(*a, save_backbone=False, **k)
             super()._save(output_dir, state_dict)
         finally:
             del self.model.save_pretrained
