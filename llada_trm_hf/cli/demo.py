@@ -217,10 +217,8 @@ class Demo:
         hybrid.generation_config.num_diffusion_steps = 2
         hybrid.save_pretrained(checkpoint)
         self.tokenizer.save_pretrained(checkpoint)
-        prompts = torch.tensor([sample["input_ids"][: NUM_TERMS + 1] for sample in test.select(range(3))])
-        output = hybrid.generate(
-            prompts, num_diffusion_steps=4, output_refinement_trace=True, return_dict_in_generate=True
-        )
+        prompts = self.turned_around(hybrid, test)
+        output = hybrid.generate(prompts, output_refinement_trace=True, return_dict_in_generate=True)
         output.refinement_trace.to_html(os.path.join(self.folder, "trace.html"), self.tokenizer)
         with tempfile.TemporaryDirectory() as cache:
             stranger = subprocess.run(
@@ -233,6 +231,15 @@ class Demo:
             raise RuntimeError(f"The checkpoint does not load as remote code: {stranger.stderr[-2000:]}")
         return json.loads(stranger.stdout.splitlines()[-1]) == hybrid.generate(prompts).tolist()
 
+    def turned_around(self, hybrid: LLaDATRMForMaskedDiffusion, test: Any, number: int = 3) -> torch.Tensor:
+        """Prompts `[number, L]` of held-out problems that the head gets right and the bare backbone wrong, if any."""
+        expected = torch.tensor([sample["input_ids"] for sample in test])
+        prompts = expected[:, : NUM_TERMS + 1]
+        right = [
+            (hybrid.generate(prompts, enable_refinement=enabled) == expected).all(-1) for enabled in (False, True)
+        ]
+        return prompts[(right[1] & ~right[0]).int().argsort(descending=True, stable=True)[:number]]
+
     def report(self, results: dict[str, list[Accuracy]], reloaded: bool) -> None:
         width = max(map(len, results))
         print(f"\nWhole response right, of {self.size.held_out} held-out problems (95% interval)\n")
@@ -242,7 +249,8 @@ class Demo:
         print("\n" + "   ".join(f"{name}: {seconds:.0f} s" for name, seconds in self.seconds.items()))
         print(f"\ncheckpoint {os.path.join(self.folder, 'checkpoint')}")
         print(f"           (loaded without this package, it generates the same: {reloaded})")
-        print(f"trace      {os.path.join(self.folder, 'trace.html')} (open it in a browser)")
+        print(f"trace      {os.path.join(self.folder, 'trace.html')}")
+        print("           (open it in a browser: three problems the head turned around)")
         with open(os.path.join(self.folder, "results.json"), "w", encoding="utf-8") as file:
             table = {name: [asdict(accuracy) for accuracy in row] for name, row in results.items()}
             json.dump({"steps": STEPS_COMPARED, "accuracy": table, "seconds": self.seconds}, file, indent=2)
