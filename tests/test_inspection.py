@@ -224,3 +224,13 @@ def test_drawing_without_the_package_says_what_is_missing(model, tmp_path, monke
     with pytest.raises(RuntimeError, match="pip install llada-trm-hf"):
         trace.to_html(tmp_path / "trace.html")
     assert not os.path.exists(tmp_path / "trace.html")
+
+
+def test_guidance_traces_the_conditional_pass(tiny_hybrid):
+    prompt = torch.tensor([[3, 4, 5], [6, 7, 8]])
+    settings = {"max_new_tokens": 6, "output_refinement_trace": True, "return_dict_in_generate": True}
+    guided = tiny_hybrid.generate(prompt, cfg_scale=1.0, **settings).refinement_trace
+    plain = tiny_hybrid.generate(prompt, **settings).refinement_trace
+    assert all(len(recorded.num_steps) == len(recorded.rows) == 2 for recorded in guided.passes)
+    # The first pass sees the same canvas with and without guidance.
+    torch.testing.assert_close(guided.passes[0].chunk_confidence, plain.passes[0].chunk_confidence)

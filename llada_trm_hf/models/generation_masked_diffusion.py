@@ -187,6 +187,8 @@ class MaskedDiffusionGenerationMixin:
             inputs.prompt_tokens.repeat(2, 1),
         )
         conditional, unconditional = self._denoising_logits(both, config, trace).float().chunk(2)
+        if trace is not None and trace.passes:
+            trace.passes[-1] = trace.passes[-1].first(len(inputs.tokens))  # of the conditional half
         return unconditional + (config.cfg_scale + 1) * (conditional - unconditional)
 
     def _denoising_logits(

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -35,9 +35,14 @@ class RefinementPass:
     num_steps: torch.Tensor
     similarity: torch.Tensor
     changed_tokens: torch.Tensor
-    rows: torch.Tensor | None = None
+    rows: torch.Tensor
+
+    def first(self, number: int) -> "RefinementPass":
+        """The same for the first `number` rows."""
+        return RefinementPass(*(getattr(self, part.name)[:number] for part in fields(self)))
 
     def of_row(self, index: int) -> dict[str, Any]:
+        """Row `index` as plain lists; similarity curves begin at the second recursion step, the first to have one."""
         similarity = [[s for s in curve if s == s] for curve in self.similarity[index].tolist()]
         return {
             "chunk_of_token": self.chunk_of_token[index].tolist(),
@@ -88,7 +93,7 @@ class RefinementTrace:
                     step["text"] = [self._text(token, tokenizer) for token in step["tokens"]]
                 done = self.passes[i - 1] if 0 < i <= len(self.passes) else None
                 if done is not None:
-                    where = [row] if done.rows is None else (done.rows == row).nonzero().flatten().tolist()
+                    where = (done.rows == row).nonzero().flatten().tolist()
                     step["refinement"] = done.of_row(where[0]) if where else None
                 steps.append(step)
             rows.append(steps)
