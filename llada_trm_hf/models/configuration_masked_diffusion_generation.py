@@ -99,6 +99,7 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         }
 
     def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
+        """Raises ValueError for a value out of range; called whenever settings change."""
         for name in ("num_diffusion_steps", "block_length", "max_length", "top_k"):
             _check(self, name, lambda value: isinstance(value, int) and value >= 1, "an integer of at least 1")
         _check(self, "max_new_tokens", lambda value: isinstance(value, int) and value >= 0, "an integer of at least 0")

@@ -76,6 +76,7 @@ class MaskedDiffusionTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
+        """The model's own loss, whose components are kept for the next log."""
         if not model.training:
             # Evaluation needs the loss only: no logits beyond it.
             inputs = {**inputs, "logits_to_keep": torch.zeros(0, dtype=torch.long, device=inputs["labels"].device)}
