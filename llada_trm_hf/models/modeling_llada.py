@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, MaskedLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaMLP,
@@ -22,6 +23,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from .block_kv_cache import BlockKVCache
 from .configuration_llada import LLaDAConfig
 from .generation_masked_diffusion import MaskedDiffusionGenerationMixin
 from .logits_to_keep import select_positions
@@ -56,9 +58,14 @@ class LLaDARotaryEmbedding(LlamaRotaryEmbedding):
 
 
 def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates `states` `[B, heads, L, head_dim]` in the dtype of `cos` and `sin` `[B, L, head_dim]`."""
-    rotated = states.to(cos.dtype)
-    return (rotated * cos[:, None] + rotate_half(rotated) * sin[:, None]).to(states.dtype)
+    """
+    Rotates `states` `[B, heads, L, head_dim]` in the dtype of `cos` and `sin` `[B, L, rotary_dim]`. What a head has
+    beyond `rotary_dim` stays as it is.
+    """
+    rotary_dim = cos.shape[-1]
+    rotated = states[..., :rotary_dim].to(cos.dtype)
+    rotated = (rotated * cos[:, None] + rotate_half(rotated) * sin[:, None]).to(states.dtype)
+    return rotated if rotary_dim == states.shape[-1] else torch.cat([rotated, states[..., rotary_dim:]], dim=-1)
 
 
 class LLaDAAttention(nn.Module):
@@ -79,18 +86,24 @@ class LLaDAAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
+        self.q_norm: nn.Module = nn.Identity()  # LLaDA-MoE has norms here
+        self.k_norm: nn.Module = nn.Identity()
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | BlockKVCache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = apply_rotary(self.q_proj(hidden_states).view(heads).transpose(1, 2), *position_embeddings)
-        key = apply_rotary(self.k_proj(hidden_states).view(heads).transpose(1, 2), *position_embeddings)
+        query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)  # [B, kv_heads, L, head_dim]
+        query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -121,10 +134,15 @@ class LLaDADecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | BlockKVCache | None = None,
         **kwargs,
     ) -> torch.Tensor:
         attended, _ = self.self_attn(
-            self.input_layernorm(hidden_states), position_embeddings, attention_mask=attention_mask, **kwargs
+            self.input_layernorm(hidden_states),
+            position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
         )
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
@@ -166,13 +184,16 @@ class LLaDAModel(LLaDAPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        past_key_values: Cache | BlockKVCache | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutput:
+    ) -> BaseModelOutputWithPast:
         """
         Args:
             input_ids: `[B, L]`; or `inputs_embeds` `[B, L, D]`.
             attention_mask: `[B, L]`, 1 for real tokens and 0 for padding, which may stand on either side.
             position_ids: `[B, L]`. By default, positions count the real tokens of each row.
+            past_key_values: a [`BlockKVCache`], whose columns the `L` tokens are, or a transformers cache that holds
+                the tokens before them. Then `attention_mask` covers every column of the cache, not only these.
 
         Returns:
             `last_hidden_state` `[B, L, D]` after the final norm. With `output_hidden_states=True`, `hidden_states` are
@@ -182,22 +203,44 @@ class LLaDAModel(LLaDAPreTrainedModel):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
-            position_ids = positions_of_real_tokens(hidden_states, attention_mask)
+            columns = columns_of_tokens(hidden_states, past_key_values)
+            position_ids = positions_of_real_tokens(columns, attention_mask)
 
-        mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
-        )
+        mask = None  # without padding, everything sees everything
+        if attention_mask is not None:
+            mask = create_bidirectional_mask(
+                config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+            )
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, position_embeddings, attention_mask=mask, **kwargs)
-        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
+            hidden_states = layer(
+                hidden_states, position_embeddings, attention_mask=mask, past_key_values=past_key_values, **kwargs
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,  # type: ignore[arg-type]
+        )
 
 
-def positions_of_real_tokens(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Each token's number `[B or 1, L]` among its row's real tokens, so that padding anywhere changes nothing."""
+def columns_of_tokens(hidden_states: torch.Tensor, past_key_values: Cache | BlockKVCache | None) -> torch.Tensor:
+    """Where in the sequence the tokens of `hidden_states` `[B, L, D]` stand: `[L]`."""
+    if isinstance(past_key_values, Cache):
+        start = past_key_values.get_seq_length()
+    elif past_key_values is not None and past_key_values.columns is not None:
+        return past_key_values.columns
+    else:
+        start = 0
+    return torch.arange(hidden_states.shape[1], device=hidden_states.device) + start
+
+
+def positions_of_real_tokens(columns: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """
+    The number of each token in `columns` `[L]` among its row's real tokens, `[B or 1, L]`, so that padding anywhere
+    changes nothing.
+    """
     if attention_mask is None or attention_mask.ndim != 2:
-        return torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        return columns[None]
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, columns]
 
 
 class LLaDAForMaskedDiffusion(MaskedDiffusionGenerationMixin, LLaDAPreTrainedModel):
@@ -220,6 +263,7 @@ class LLaDAForMaskedDiffusion(MaskedDiffusionGenerationMixin, LLaDAPreTrainedMod
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        past_key_values: Cache | BlockKVCache | None = None,
         labels: torch.Tensor | None = None,
         p_mask: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
@@ -227,7 +271,7 @@ class LLaDAForMaskedDiffusion(MaskedDiffusionGenerationMixin, LLaDAPreTrainedMod
     ) -> MaskedLMOutput:
         """
         Args:
-            input_ids, attention_mask, position_ids, inputs_embeds: see [`LLaDAModel`].
+            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values: see [`LLaDAModel`].
             labels: `[B, L]` clean tokens, -100 where a token is never masked. Needs `input_ids` (the noisy tokens).
             p_mask: `[B]` or `[B, L]`, the masking probability; see `masked_targets`.
             logits_to_keep: where to evaluate the LM head; see `select_positions`. By default everywhere, except in
@@ -242,6 +286,7 @@ class LLaDAForMaskedDiffusion(MaskedDiffusionGenerationMixin, LLaDAPreTrainedMod
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
