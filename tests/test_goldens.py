@@ -145,12 +145,14 @@ def test_official_sampler(golden):
             assert torch.equal(outputs.history, recorded["canvas"].long()), case
 
 
-def test_fast_dllm_sampler_without_cache(golden):
+@pytest.mark.parametrize("kv_cache", ["none", "prefix", "dual"])
+def test_fast_dllm_sampler(golden, kv_cache):
     recordings = golden.tensors("fastdllm")
-    cases = {name: case for name, case in golden.settings("fastdllm").items() if case["cache"] == "none"}
+    cases = {name: case for name, case in golden.settings("fastdllm").items() if case["cache"] == kv_cache}
     assert any(case["threshold"] for case in cases.values())
     for case, settings in cases.items():
-        outputs = golden.model.generate(recordings[case]["prompt"], **generation_arguments(settings))
+        arguments = generation_arguments(settings)
+        outputs = golden.model.generate(recordings[case]["prompt"], kv_cache=kv_cache, **arguments)
         assert torch.equal(outputs.sequences, recordings[case]["output"]), case
         assert outputs.num_forward_passes == settings["nfe"], case
         undecided = (outputs.history == golden.mask).sum((1, 2))

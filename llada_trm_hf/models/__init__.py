@@ -6,7 +6,8 @@ from .configuration_llada import LLaDAConfig
 from .configuration_llada_trm import LLaDATRMConfig
 from .configuration_masked_diffusion_generation import MaskedDiffusionGenerationConfig
 from .configuration_refiners import RecursiveRefinementHeadConfig
-from .generation_masked_diffusion import MaskedDiffusionGenerateOutput, MaskedDiffusionGenerationMixin
+from .generation_masked_diffusion import MaskedDiffusionGenerationMixin
+from .generation_recorder import MaskedDiffusionGenerateOutput
 from .modeling_llada import LLaDAForMaskedDiffusion, LLaDAModel
 from .modeling_llada_trm import LLaDATRMForMaskedDiffusion, LLaDATRMOutput
 from .modeling_refinement_head import RecursiveRefinementHead
