@@ -22,7 +22,10 @@ class MaskedTargets(NamedTuple):
 
 
 def masked_targets(
-    input_ids: torch.Tensor | None, labels: torch.Tensor, mask_token_id: int, p_mask: torch.Tensor | None = None
+    input_ids: torch.Tensor | None,
+    labels: torch.Tensor,
+    mask_token_id: int | None,
+    p_mask: torch.Tensor | None = None,
 ) -> MaskedTargets:
     """
     Finds the tokens that count in the loss, and how much each counts.
@@ -39,6 +42,8 @@ def masked_targets(
     """
     if input_ids is None:
         raise ValueError("labels need input_ids: the loss counts the positions that hold the mask token.")
+    if mask_token_id is None:
+        raise ValueError("labels need the mask token: set model.config.mask_token_id, the id the model trained with.")
     if labels.shape != input_ids.shape:
         raise ValueError(f"labels have shape {tuple(labels.shape)}, input_ids {tuple(input_ids.shape)}.")
     labelled = labels != -100

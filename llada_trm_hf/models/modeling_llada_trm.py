@@ -77,7 +77,7 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTr
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["LLaDADecoderLayer", "RecursiveRefinementHead"]
+    _no_split_modules = ["LLaDADecoderLayer", "LLaDAMoEDecoderLayer", "RecursiveRefinementHead"]
 
     def __init__(
         self,
@@ -265,7 +265,7 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTr
         if enable_refinement is False:
             return self._forward_backbone(inputs, targets, logits_to_keep, output_hidden_states)
 
-        hidden_states, all_hidden_states = encode(self.backbone, inputs, output_hidden_states)
+        hidden_states, all_hidden_states, router_aux_loss = encode(self.backbone, inputs, output_hidden_states)
         batch, length, _ = hidden_states.shape
         layout = ChunkLayout(batch, length, self.config.chunk_size, attention_mask, hidden_states.device)
         relevant = self._relevant_tokens(relevant_tokens, targets, input_ids, layout)
@@ -290,7 +290,9 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTr
 
         loss = components = None
         if targets is not None:
-            loss, components = self._loss(targets, positions, base_logits, logits, refined, active, layout)
+            loss, components = self._loss(
+                targets, positions, base_logits, logits, refined, active, layout, router_aux_loss
+            )
         trace = None
         if output_refinement_trace and input_ids is not None:
             changed = torch.zeros_like(relevant)
@@ -315,11 +317,14 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTr
         output_hidden_states: bool | None,
     ) -> LLaDATRMOutput:
         """The backbone alone."""
-        hidden_states, all_hidden_states = encode(self.backbone, inputs, output_hidden_states)
+        hidden_states, all_hidden_states, router_aux_loss = encode(self.backbone, inputs, output_hidden_states)
         loss = components = logits = None
         if targets is not None:
             loss = masked_diffusion_loss(self._logits(hidden_states[targets.positions]), targets)
             components = {"diffusion": loss.detach()}
+            if router_aux_loss is not None:
+                components["router_aux"] = router_aux_loss.detach()
+                loss = loss + self.backbone.config.router_aux_loss_coef * router_aux_loss
         if logits_to_keep is not None:
             logits = self._logits(select_positions(hidden_states, logits_to_keep))
         return LLaDATRMOutput(loss=loss, logits=logits, hidden_states=all_hidden_states, loss_components=components)
@@ -367,6 +372,7 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTr
         refined: RefinerOutput,
         active: torch.Tensor,
         layout: ChunkLayout,
+        router_aux_loss: torch.Tensor | None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The weighted sum of the losses, and each of them. `base_logits`, `logits` `[P, V]` stand at `positions`."""
         config = self.config
@@ -378,6 +384,9 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTr
         components = {"diffusion": loss, "backbone": backbone_loss}
         if backbone_trains:
             loss = loss + backbone_loss
+            if router_aux_loss is not None:
+                components["router_aux"] = router_aux_loss
+                loss = loss + self.backbone.config.router_aux_loss_coef * router_aux_loss
         if refined.step_hidden_states:
             in_active = layout.to_tokens(active)[targets.positions]  # [M]
             there = targets.positions & layout.to_tokens(active)
