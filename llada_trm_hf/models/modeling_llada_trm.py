@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .backbones import build_backbone, encode, load_backbone
 from .chunk_layout import ChunkLayout
-from .configuration_llada_trm import LLaDATRMConfig
+from .configuration_llada_trm import LLaDATRMConfig, of_the_backbone
 from .configuration_masked_diffusion_generation import MaskedDiffusionGenerationConfig
 from .generation_masked_diffusion import DenoisingInputs, MaskedDiffusionGenerationMixin
 from .logits_to_keep import kept_positions, select_positions, unpack_logits
@@ -142,6 +142,8 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTr
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         saved = LLaDATRMConfig.from_pretrained(pretrained_model_name_or_path, **hub) if config is None else config
         if saved.backbone_in_checkpoint:
+            if "experts_implementation" in kwargs:
+                kwargs["experts_implementation"] = of_the_backbone(kwargs["experts_implementation"])
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
             if saved.refiner_dtype and kwargs.get("dtype", "auto") == "auto":
                 (loaded[0] if isinstance(loaded, tuple) else loaded).refiner.to(getattr(torch, saved.refiner_dtype))
