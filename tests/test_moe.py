@@ -238,6 +238,12 @@ def test_experts_implementation_of_a_loaded_model(moe, batch, tmp_path):
         LLaDAMoEForMaskedDiffusion.from_pretrained(tmp_path, experts_implementation="fastest")
 
 
+def test_dense_models_beside_it_do_not_take_the_choice_of_experts_away(make_backbone):
+    assert not make_backbone()._can_set_experts_implementation()
+    assert make_moe().config._experts_implementation == "grouped_mm"
+    assert LLaDAMoEModel(LLaDAMoEConfig(**TINY, experts_implementation="grouped_mm"))
+
+
 def test_rotary_in_the_working_dtype():
     """Angles are computed in float32, whatever the model's dtype; cos and sin are rounded to it."""
     model, positions = make_moe(partial_rotary_factor=0.5), torch.arange(100)[None]

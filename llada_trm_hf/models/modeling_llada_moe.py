@@ -59,8 +59,10 @@ class LLaDAMoERotaryEmbedding(LLaDARotaryEmbedding):
     """Of `rotary_dim` components, computed in float32 and given in the dtype of the hidden states."""
 
     @staticmethod
-    def compute_default_rope_parameters(config: LLaDAMoEConfig, **kwargs: Any) -> tuple[torch.Tensor, float]:
-        exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float) / config.rotary_dim
+    def compute_default_rope_parameters(  # transformers 5.17 passes a device, later versions do not
+        config: LLaDAMoEConfig, device: Any = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, float]:
+        exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float, device=device) / config.rotary_dim
         return config.rope_parameters["rope_theta"] ** -exponents, 1.0  # type: ignore[index]
 
     @torch.no_grad()
@@ -160,6 +162,11 @@ class LLaDAMoEPreTrainedModel(LLaDAPreTrainedModel):
         **LLaDAPreTrainedModel._can_record_outputs,
         "router_logits": OutputRecorder(LLaDAMoERouter, index=0),
     }
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers reads it off the source and keeps it on the class, where a dense parent's "no" is inherited.
+        return True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
