@@ -3,23 +3,25 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from .configuration_llada import LLaDAConfig
+from .configuration_llada_moe import LLaDAMoEConfig
 from .configuration_llada_trm import LLaDATRMConfig
 from .configuration_masked_diffusion_generation import MaskedDiffusionGenerationConfig
 from .configuration_refiners import RecursiveRefinementHeadConfig
 from .generation_masked_diffusion import MaskedDiffusionGenerationMixin
 from .generation_recorder import MaskedDiffusionGenerateOutput
 from .modeling_llada import LLaDAForMaskedDiffusion, LLaDAModel
+from .modeling_llada_moe import LLaDAMoEForMaskedDiffusion, LLaDAMoEModel, LLaDAMoEOutput
 from .modeling_llada_trm import LLaDATRMForMaskedDiffusion, LLaDATRMOutput
 from .modeling_refinement_head import RecursiveRefinementHead
 from .refinement_trace import RefinementPass, RefinementTrace
 from .refiner_output import RefinerOutput
 
 _AUTO_CLASSES = {
-    AutoModel: (LLaDAModel, RecursiveRefinementHead, LLaDATRMForMaskedDiffusion),
-    AutoModelForMaskedLM: (LLaDAForMaskedDiffusion, LLaDATRMForMaskedDiffusion),
-    AutoModelForCausalLM: (LLaDAForMaskedDiffusion, LLaDATRMForMaskedDiffusion),
+    AutoModel: (LLaDAModel, LLaDAMoEModel, RecursiveRefinementHead, LLaDATRMForMaskedDiffusion),
+    AutoModelForMaskedLM: (LLaDAForMaskedDiffusion, LLaDAMoEForMaskedDiffusion, LLaDATRMForMaskedDiffusion),
+    AutoModelForCausalLM: (LLaDAForMaskedDiffusion, LLaDAMoEForMaskedDiffusion, LLaDATRMForMaskedDiffusion),
 }
-for _config in (LLaDAConfig, RecursiveRefinementHeadConfig, LLaDATRMConfig):
+for _config in (LLaDAConfig, LLaDAMoEConfig, RecursiveRefinementHeadConfig, LLaDATRMConfig):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
 for _auto_class, _models in _AUTO_CLASSES.items():
     for _model in _models:
@@ -28,6 +30,10 @@ for _auto_class, _models in _AUTO_CLASSES.items():
 __all__ = [
     "LLaDAConfig",
     "LLaDAForMaskedDiffusion",
+    "LLaDAMoEConfig",
+    "LLaDAMoEForMaskedDiffusion",
+    "LLaDAMoEModel",
+    "LLaDAMoEOutput",
     "LLaDAModel",
     "LLaDATRMConfig",
     "LLaDATRMForMaskedDiffusion",

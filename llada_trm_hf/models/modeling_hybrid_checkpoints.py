@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .backbones import load_backbone
-from .configuration_llada_trm import LLaDATRMConfig
+from .configuration_llada_trm import LLaDATRMConfig, of_the_backbone
 from .modeling_hub import HubModel
 from .refiners import REFINERS
 
@@ -41,6 +41,8 @@ class HybridCheckpoints(HubModel):
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         saved = LLaDATRMConfig.from_pretrained(pretrained_model_name_or_path, **hub) if config is None else config
         if saved.backbone_in_checkpoint:
+            if "experts_implementation" in kwargs:
+                kwargs["experts_implementation"] = of_the_backbone(kwargs["experts_implementation"])
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
             if saved.refiner_dtype and kwargs.get("dtype", "auto") == "auto":
                 (loaded[0] if isinstance(loaded, tuple) else loaded).refiner.to(getattr(torch, saved.refiner_dtype))

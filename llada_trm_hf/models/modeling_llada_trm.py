@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .active_block import DenoisingInputs
-from .backbones import build_backbone, encode, load_backbone
+from .backbones import EncodedTokens, build_backbone, encode, load_backbone
 from .block_kv_cache import BlockKVCache
 from .chunk_layout import ChunkLayout
 from .configuration_llada_trm import LLaDATRMConfig
@@ -24,6 +24,7 @@ from .modeling_hybrid_checkpoints import OWN_FIELDS, HybridCheckpoints
 from .refinement_trace import RefinementPass, RefinementTrace
 from .refiner_output import RefinerOutput
 from .refiners import build_refiner, resolve_refiner
+from .token_scores import score_tokens
 
 
 class _Refinement(NamedTuple):
@@ -31,12 +32,10 @@ class _Refinement(NamedTuple):
 
     layout: ChunkLayout
     relevant: torch.Tensor  # BoolTensor [B, L], the tokens to be decided
-    positions: torch.Tensor  # BoolTensor [B, L], the P tokens that logits are for, row-major
-    base_logits: torch.Tensor  # [P, V], the backbone's
-    logits: torch.Tensor  # [P, V]
     chunk_confidence: torch.Tensor  # [B, N], the backbone's
     active: torch.Tensor  # BoolTensor [B, N], the chunks refined
     refined: RefinerOutput
+    changed_tokens: torch.Tensor  # BoolTensor [B, L], where the best guess is another now; filled in where it is known
 
 
 @dataclass
@@ -80,7 +79,7 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HybridCheckpoin
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["LLaDADecoderLayer", "RecursiveRefinementHead"]
+    _no_split_modules = ["LLaDADecoderLayer", "LLaDAMoEDecoderLayer", "RecursiveRefinementHead"]
 
     def __init__(
         self,
@@ -190,35 +189,33 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HybridCheckpoin
         if logits_to_keep is None and not (self.training and labels is not None):
             logits_to_keep = 0
         targets = None if labels is None else masked_targets(input_ids, labels, self.config.mask_token_id, p_mask)
-        hidden_states, all_hidden_states = encode(self.backbone, inputs, output_hidden_states)
+        encoded = encode(self.backbone, inputs, output_hidden_states)
+        hidden_states = encoded.last_hidden_state
         if past_key_values is not None:
             hidden_states = past_key_values.update_hidden_states(hidden_states)
         if enable_refinement is False:
-            return self._predict(hidden_states, all_hidden_states, targets, logits_to_keep)
+            return self._predict(hidden_states, encoded, targets, logits_to_keep)
 
         batch, length, _ = hidden_states.shape
         layout = ChunkLayout(batch, length, self.config.chunk_size, attention_mask, hidden_states.device)
         relevant = self._relevant_tokens(relevant_tokens, targets, input_ids, layout)
-        positions = relevant | kept_positions(logits_to_keep, relevant)
-        if targets is not None:
-            positions = positions | targets.positions
-        keep_steps = targets is not None and self.config.deep_supervision_weight > 0
-        result = self._refine(
-            hidden_states,
-            layout,
-            relevant,
-            positions,
-            attention_mask=attention_mask,
-            max_steps=max_steps,
-            output_step_hidden_states=keep_steps,
-            output_statistics=bool(output_refinement_trace),
-        )
-        loss, components = (None, None) if targets is None else self._loss(targets, result)
+        arguments = {
+            "attention_mask": attention_mask,
+            "max_steps": max_steps,
+            "output_statistics": bool(output_refinement_trace),
+        }
+        loss = components = logits = None
+        if targets is None:
+            assert logits_to_keep is not None
+            result, logits = self._refine_logits(hidden_states, layout, relevant, logits_to_keep, arguments)
+        else:
+            result, loss, components = self._refine_loss(hidden_states, layout, relevant, targets, encoded, arguments)
+            logits = self._logits_at(result.refined.hidden_states, logits_to_keep)
         refined = result.refined
         return LLaDATRMOutput(
             loss=loss,
-            logits=None if logits_to_keep is None else unpack_logits(result.logits, result.positions, logits_to_keep),
-            hidden_states=None if all_hidden_states is None else (*all_hidden_states, refined.hidden_states),
+            logits=logits,
+            hidden_states=(*encoded.hidden_states, refined.hidden_states) if encoded.hidden_states else None,
             refinement_steps=refined.num_steps,
             chunk_confidence=result.chunk_confidence,
             refiner_confidence=refined.confidence,
@@ -226,43 +223,127 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HybridCheckpoin
             refinement_trace=self._trace(input_ids, result) if output_refinement_trace else None,
         )
 
+    def _predict(
+        self,
+        hidden_states: torch.Tensor,
+        encoded: EncodedTokens,
+        targets: MaskedTargets | None,
+        logits_to_keep: int | torch.Tensor | None,
+    ) -> LLaDATRMOutput:
+        """What the backbone alone says."""
+        loss = components = None
+        if targets is not None:
+            scores = score_tokens(hidden_states[targets.positions], self._logits, targets.tokens)
+            loss = masked_diffusion_loss(scores.losses, targets)
+            components = {"diffusion": loss.detach()}
+            if encoded.router_aux_loss is not None:
+                components["router_aux"] = encoded.router_aux_loss.detach()
+                loss = loss + self.backbone.config.router_aux_loss_coef * encoded.router_aux_loss
+        logits = self._logits_at(hidden_states, logits_to_keep)
+        return LLaDATRMOutput(
+            loss=loss, logits=logits, hidden_states=encoded.hidden_states, loss_components=components
+        )
+
     def _refine(
         self,
         hidden_states: torch.Tensor,
         layout: ChunkLayout,
         relevant: torch.Tensor,
-        positions: torch.Tensor,
-        **refiner_arguments: Any,
+        probability: torch.Tensor,
+        arguments: dict[str, Any],
     ) -> "_Refinement":
         """
-        Refines the chunks of `hidden_states` `[B, L, D]` that are unsure of their `relevant` tokens, and predicts the
-        tokens at `positions` (both BoolTensors `[B, L]`) before and after.
+        Refines the chunks of `hidden_states` `[B, L, D]` whose `relevant` tokens (BoolTensor `[B, L]`) have a low mean
+        `probability` `[B, L]` of the best guess.
         """
-        base_logits = self._logits(hidden_states[positions])  # [P, V], one position after the other
-        confidence = self._chunk_confidence(base_logits, positions, relevant, layout)
+        confidence = layout.mean_per_chunk(probability, relevant, empty=1.0)
         active = layout.any_per_chunk(relevant)
         if self.config.refine_low_confidence_only:
             active = active & (confidence < self.config.min_confidence)
-        refined = self.refiner(hidden_states, active_chunks=active, **refiner_arguments)
-        in_active = layout.to_tokens(active) & positions  # [B, L]
-        logits = base_logits.index_put((in_active[positions],), self._logits(refined.hidden_states[in_active]))
-        return _Refinement(layout, relevant, positions, base_logits, logits, confidence, active, refined)
+        refined = self.refiner(hidden_states, active_chunks=active, **arguments)
+        return _Refinement(layout, relevant, confidence, active, refined, torch.zeros_like(relevant))
 
-    def _predict(
+    def _refine_logits(
         self,
         hidden_states: torch.Tensor,
-        all_hidden_states: tuple[torch.Tensor, ...] | None,
-        targets: MaskedTargets | None,
-        logits_to_keep: int | torch.Tensor | None,
-    ) -> LLaDATRMOutput:
-        """What the backbone alone says."""
-        loss = components = logits = None
-        if targets is not None:
-            loss = masked_diffusion_loss(self._logits(hidden_states[targets.positions]), targets)
-            components = {"diffusion": loss.detach()}
-        if logits_to_keep is not None:
-            logits = self._logits(select_positions(hidden_states, logits_to_keep))
-        return LLaDATRMOutput(loss=loss, logits=logits, hidden_states=all_hidden_states, loss_components=components)
+        layout: ChunkLayout,
+        relevant: torch.Tensor,
+        logits_to_keep: int | torch.Tensor,
+        arguments: dict[str, Any],
+    ) -> tuple["_Refinement", torch.Tensor]:
+        """Refines `hidden_states` `[B, L, D]`; the logits `logits_to_keep` asks for, computed anew where refined."""
+        positions = relevant | kept_positions(logits_to_keep, relevant)
+        base_logits = self._logits(hidden_states[positions])  # [P, V], one position after the other
+        largest = (base_logits.float().amax(-1) - base_logits.float().logsumexp(-1)).exp()
+        probability = largest.new_zeros(positions.shape).index_put((positions,), largest)
+        result = self._refine(hidden_states, layout, relevant, probability, arguments)
+        again = layout.to_tokens(result.active) & positions  # [B, L]
+        logits = base_logits.index_put((again[positions],), self._logits(result.refined.hidden_states[again]))
+        if arguments["output_statistics"]:
+            result.changed_tokens[positions] = base_logits.argmax(-1) != logits.argmax(-1)
+        return result, unpack_logits(logits, positions, logits_to_keep)
+
+    def _refine_loss(
+        self,
+        hidden_states: torch.Tensor,
+        layout: ChunkLayout,
+        relevant: torch.Tensor,
+        targets: MaskedTargets,
+        encoded: EncodedTokens,
+        arguments: dict[str, Any],
+    ) -> tuple["_Refinement", torch.Tensor, dict[str, torch.Tensor]]:
+        """Refines `hidden_states` `[B, L, D]`; the weighted sum of the losses, and each of them. Keeps no logits."""
+        config = self.config
+        positions = relevant | targets.positions  # [B, L]; P of them
+        tokens = torch.full_like(positions, -100, dtype=torch.long).masked_scatter(targets.positions, targets.tokens)
+        backbone_trains = any(parameter.requires_grad for parameter in self.backbone.parameters())
+        with torch.set_grad_enabled(backbone_trains and torch.is_grad_enabled()):
+            base = score_tokens(hidden_states[positions], self._logits, tokens[positions])
+        probability = base.probability.new_zeros(positions.shape).index_put((positions,), base.probability)
+        arguments = {**arguments, "output_step_hidden_states": config.deep_supervision_weight > 0}
+        result = self._refine(hidden_states, layout, relevant, probability, arguments)
+
+        in_active = layout.to_tokens(result.active)  # [B, L]
+        again = in_active & positions
+        anew = score_tokens(result.refined.hidden_states[again], self._logits, tokens[again])
+        losses = base.losses.index_put((again[positions],), anew.losses)
+        best = base.best.index_put((again[positions],), anew.best)
+        result.changed_tokens[positions] = base.best != best
+        counted = targets.positions[positions]  # [P], which of the positions are in the loss
+
+        loss = masked_diffusion_loss(losses[counted], targets)
+        components = {"diffusion": loss, "backbone": masked_diffusion_loss(base.losses[counted], targets)}
+        if backbone_trains:
+            loss = loss + components["backbone"]
+            if encoded.router_aux_loss is not None:
+                components["router_aux"] = encoded.router_aux_loss
+                loss = loss + self.backbone.config.router_aux_loss_coef * encoded.router_aux_loss
+        if result.refined.step_hidden_states:
+            components["deep_supervision"] = self._deep_supervision(result.refined, targets, in_active)
+            loss = loss + config.deep_supervision_weight * components["deep_supervision"]
+        if config.confidence_loss_weight > 0:
+            correct = torch.zeros_like(positions).index_put((targets.positions,), best[counted] == targets.tokens)
+            share = layout.mean_per_chunk(correct, targets.positions, empty=1.0)
+            components["confidence"] = confidence_loss(result.refined.confidence[result.active], share[result.active])
+            loss = loss + config.confidence_loss_weight * components["confidence"]
+        return result, loss, {name: value.detach() for name, value in components.items()}
+
+    def _deep_supervision(
+        self, refined: RefinerOutput, targets: MaskedTargets, in_active: torch.Tensor
+    ) -> torch.Tensor:
+        """The loss after every recursion step, at the targets in chunks that were refined."""
+        there, among = targets.positions & in_active, in_active[targets.positions]  # [B, L], [M]
+        supervised = MaskedTargets(there, targets.tokens[among], targets.weights[among])
+        losses = []
+        for states in refined.step_hidden_states or ():
+            scores = score_tokens(states[there], self._logits, supervised.tokens)
+            losses.append(masked_diffusion_loss(scores.losses, supervised))
+        return deep_supervision_loss(losses, self.config.deep_supervision_schedule)
+
+    def _logits_at(
+        self, hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor | None
+    ) -> torch.Tensor | None:
+        return None if logits_to_keep is None else self._logits(select_positions(hidden_states, logits_to_keep))
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The LM head at `hidden_states` `[..., D]`."""
@@ -286,57 +367,16 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HybridCheckpoin
         masks = (input_ids == self.config.mask_token_id) & layout.is_real
         return torch.where(masks.any(-1, keepdim=True), masks, layout.is_real)
 
-    def _chunk_confidence(
-        self, logits: torch.Tensor, positions: torch.Tensor, relevant: torch.Tensor, layout: ChunkLayout
-    ) -> torch.Tensor:
-        """Mean largest probability `[B, N]` over each chunk's relevant tokens; 1 for a chunk with none."""
-        logits = logits.detach().float()
-        largest = (logits.amax(-1) - logits.logsumexp(-1)).exp()  # [P]
-        per_token = largest.new_zeros(positions.shape).index_put((positions,), largest)
-        return layout.mean_per_chunk(per_token, relevant, empty=1.0)
-
-    def _loss(self, targets: MaskedTargets, result: "_Refinement") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The weighted sum of the losses, and each of them."""
-        config, layout, logits = self.config, result.layout, result.logits
-        in_active = layout.to_tokens(result.active)  # [B, L]
-        counted = targets.positions[result.positions]  # [P], which of the positions are in the loss
-        backbone_trains = any(parameter.requires_grad for parameter in self.backbone.parameters())
-        with torch.set_grad_enabled(backbone_trains and torch.is_grad_enabled()):
-            backbone_loss = masked_diffusion_loss(result.base_logits[counted], targets)
-        loss = masked_diffusion_loss(logits[counted], targets)
-        components = {"diffusion": loss, "backbone": backbone_loss}
-        if backbone_trains:
-            loss = loss + backbone_loss
-        if result.refined.step_hidden_states:
-            there, among = targets.positions & in_active, in_active[targets.positions]  # [B, L], [M]
-            supervised = MaskedTargets(there, targets.tokens[among], targets.weights[among])
-            components["deep_supervision"] = deep_supervision_loss(
-                (self._logits(states[there]) for states in result.refined.step_hidden_states),
-                supervised,
-                config.deep_supervision_schedule,
-            )
-            loss = loss + config.deep_supervision_weight * components["deep_supervision"]
-        if config.confidence_loss_weight > 0:
-            correct = torch.zeros_like(targets.positions).index_put(
-                (targets.positions,), logits[counted].argmax(-1) == targets.tokens
-            )
-            share = layout.mean_per_chunk(correct, targets.positions, empty=1.0)
-            components["confidence"] = confidence_loss(result.refined.confidence[result.active], share[result.active])
-            loss = loss + config.confidence_loss_weight * components["confidence"]
-        return loss, {name: value.detach() for name, value in components.items()}
-
     def _trace(self, input_ids: torch.Tensor | None, result: "_Refinement") -> RefinementTrace | None:
         if input_ids is None:
             return None
-        changed = torch.zeros_like(result.relevant)
-        changed[result.positions] = result.base_logits.argmax(-1) != result.logits.argmax(-1)
         recorded = RefinementPass(
             chunk_of_token=result.layout.chunk_of_token.cpu(),
             chunk_confidence=result.chunk_confidence.cpu(),
             refiner_confidence=result.refined.confidence.detach().cpu(),
             num_steps=result.refined.num_steps.cpu(),
             similarity=result.refined.statistics["similarity"].cpu(),
-            changed_tokens=(changed & result.relevant).cpu(),
+            changed_tokens=(result.changed_tokens & result.relevant).cpu(),
             rows=torch.arange(len(input_ids)),
         )
         canvas = input_ids.cpu()

@@ -32,8 +32,8 @@ def score_tokens(
     """
     Scores `tokens` LongTensor `[M]` (-100 for "no right token here") by `lm_head` of `hidden_states` `[M, D]`.
 
-    More than `TOKENS_AT_ONCE` tokens are taken in turn, and their logits computed once more for the gradient instead of
-    being kept: the peak does not grow with the number of tokens.
+    More than `TOKENS_AT_ONCE` tokens are taken in turn, and their logits computed once more for the gradient instead
+    of being kept: the peak does not grow with the number of tokens.
     """
     if len(tokens) <= TOKENS_AT_ONCE:
         return _score(hidden_states, lm_head, tokens)
