@@ -22,6 +22,7 @@ from llada_trm_hf.models import (
     LLaDAMoEModel,
     LLaDATRMForMaskedDiffusion,
 )
+from llada_trm_hf.models.block_kv_cache import BlockKVCache
 from llada_trm_hf.models.modeling_llada_moe import LLaDAMoESparseMLP
 
 EXPERTS = ["eager", "batched_mm", "grouped_mm"]
@@ -573,3 +574,36 @@ def test_loads_where_the_package_is_not_installed(moe, make_hybrid, batch, tmp_p
     for name, logits in outputs.items():
         expected = (hybrid if "hybrid" in name or name == "again" else moe)(batch[0]).logits
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+# --- Decoding with caches ---
+
+
+@pytest.mark.parametrize("kv_cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize("settings", [{}, {"confidence_threshold": 0.1, "cfg_scale": 0.5}], ids=str)
+def test_ragged_generation(moe, kv_cache, settings):
+    prompts = [[5, 11, 23, 7], [30, 31], [9, MASK, 40]]
+    settings = {"max_new_tokens": 10, "block_length": 4, "kv_cache": kv_cache, **settings}
+    ids = torch.tensor([[0] * (4 - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (4 - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    together = moe.generate(ids, attention_mask=mask, **settings)
+    for i, prompt in enumerate(prompts):
+        alone = moe.generate(torch.tensor([prompt]), **settings)[0].tolist()
+        assert together[i, 4 - len(prompt) :].tolist() == alone, i
+
+
+@pytest.mark.parametrize("kv_cache", ["prefix", "dual"])
+def test_what_is_exact_with_a_cache(kv_cache):
+    ids, settings = torch.tensor([[5, 11, 23, 7]]), {"max_new_tokens": 10, "block_length": 5}
+    for num_layers in (1, 3):
+        model = make_moe(num_hidden_layers=num_layers, moe_layer_freq=[1] * num_layers)
+        same = torch.equal(model.generate(ids, kv_cache=kv_cache, **settings), model.generate(ids, **settings))
+        assert same == (num_layers == 1)
+
+
+def test_cached_pass_matches_full_pass(moe):
+    ids = torch.randint(2, MASK, (2, 9), generator=torch.Generator().manual_seed(0))
+    cache = BlockKVCache(moe.config.num_hidden_layers)
+    full = moe(ids, past_key_values=cache).logits
+    cache.columns = torch.arange(3, 6)
+    torch.testing.assert_close(moe(ids[:, 3:6], past_key_values=cache).logits, full[:, 3:6])

@@ -87,10 +87,10 @@ class ActiveBlock:
             if self.cache is not None and self.step == 1:
                 self._narrow(self.cache)
             going_on, width = self._look(undecided)
-            if not going_on:
+            if not len(going_on):
                 return
             if len(going_on) < len(self.rows):
-                undecided = self._select_rows(torch.tensor(going_on, device=self.rows.device), undecided)
+                undecided = self._select_rows(going_on.to(undecided.device), undecided)
             yield self._inputs(undecided, width)
 
     def update(
@@ -133,21 +133,21 @@ class ActiveBlock:
         """What can change: the undecided, and the decided that can be masked again."""
         return undecided if self.budget is None else undecided | (self.budget > 0)
 
-    def _look(self, undecided: torch.Tensor) -> tuple[list[int], int]:
+    def _look(self, undecided: torch.Tensor) -> tuple[torch.Tensor, int]:
         """
-        Which of the rows of `undecided` `[b, W]` go on, by their numbers; and at how many positions of a row the step
-        has to look.
+        Which of the rows of `undecided` `[b, W]` go on, by their numbers, as a LongTensor on the host; and at how many
+        positions of a row the step has to look.
         """
-        everyone = list(range(len(undecided)))
+        everyone = torch.arange(len(undecided))
         if self.is_fixed:
             width = self.most_left[self.step]
-            rows = everyone if width else []
+            rows = everyone if width else everyone[:0]
         else:
-            counts = torch.stack([undecided.sum(-1), self._candidates(undecided).sum(-1)], dim=-1).tolist()
-            rows = [row for row, (left, _) in enumerate(counts) if left or self.step < self.min_steps]
-            width = max((counts[row][1] for row in rows), default=0)
+            left, candidates = torch.stack([undecided.sum(-1), self._candidates(undecided).sum(-1)]).cpu()  # [b] each
+            rows = everyone[(left > 0) | (self.step < self.min_steps)]
+            width = int(candidates[rows].max()) if len(rows) else 0
         if self.config.compile:
-            return (everyone if rows else []), undecided.shape[1]
+            return everyone if len(rows) else rows, undecided.shape[1]
         return rows, max(width, 1)
 
     def _select_rows(self, kept: torch.Tensor, undecided: torch.Tensor) -> torch.Tensor:

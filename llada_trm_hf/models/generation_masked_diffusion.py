@@ -75,8 +75,8 @@ class MaskedDiffusionGenerationMixin:
                     tokens = block.update(inputs, logits, output.refiner_confidence)
                     recorder.step(block, inputs, tokens)
                 recorder.block(window)
-                finished = self._finished(canvas, window.stop, stopping_criteria)
-                if finished.any():
+                if config.stop_at_eos or stopping_criteria:
+                    finished = self._finished(canvas, window.stop, stopping_criteria)
                     canvas.finish(finished, window.stop)
                     if finished.all():
                         break
