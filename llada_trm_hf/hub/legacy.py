@@ -3,8 +3,8 @@ Reads the pickled `.pt` files of the older llm-trm trainers without executing an
 
 The files are zip archives: a pickle that names tensors and classes, and the tensors' bytes. Not read by `torch.load`:
 even with `weights_only=True`, before torch 2.10 a crafted file corrupts memory (CVE-2026-24747). Here the unpickler
-knows the five kinds of names these files need, none of which runs anything, and tensors are views of the bytes that
-are there, with their bounds checked.
+knows the few names these files need, none of which runs anything, and tensors are views of the bytes that are there,
+with their bounds checked.
 """
 
 import io
@@ -83,9 +83,13 @@ def read_legacy_hidden_pairs(path: str | os.PathLike) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{path} does not hold hidden pairs: it lacks {missing} and has {list(content)}.")
     pre, post, size = content["hidden_pre"], content["hidden_post"], content["hidden_size"]
-    expected = [(length, size) for length in content["seq_lengths"]]
-    counts = {key: len(content[key]) for key in _PAIRS_KEYS[:-1]}
-    if [tuple(states.shape) for states in pre] != expected or tuple(post.shape) != (len(pre), size):
+    try:
+        shapes = [tuple(states.shape) for states in pre]
+        fits = shapes == [(length, size) for length in content["seq_lengths"]] and post.shape == (len(pre), size)
+        counts = {key: len(content[key]) for key in _PAIRS_KEYS[:-1]}
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{path} does not hold hidden pairs: {error}") from error
+    if not fits:
         raise ValueError(f"{path}: the shapes of hidden_pre and hidden_post differ from seq_lengths and hidden_size.")
     if len(set(counts.values())) > 1:
         raise ValueError(f"{path}: its parts are of different lengths: {counts}.")

@@ -126,7 +126,7 @@ class SequenceTRM(HubModel, PreTrainedModel):
             if module is self.halt_head:
                 init.zeros_(module.weight)  # an untrained model does not halt: its probability is 0.5
             else:
-                init.lecun_normal_(module.weight)
+                init.normal_(module.weight, std=module.in_features**-0.5)  # keeps the variance (LeCun)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.RMSNorm) and module.weight is not None:
@@ -182,7 +182,8 @@ class SequenceTRM(HubModel, PreTrainedModel):
             for _ in range(self.config.n_deep_recursions - 1):
                 y, z = self.latent_recursion(inputs, y, z)
         if torch.is_grad_enabled() and torch.is_autocast_enabled(y.device.type):
-            # Autocast keeps the weights it has cast, here without gradients: the last recursion would reuse those.
+            # Autocast keeps the weights it has cast. Older torch releases (issue 112583) would now reuse, in the last
+            # recursion, those they cast without gradients.
             torch.clear_autocast_cache()
         return self.latent_recursion(inputs, y, z)
 
