@@ -248,6 +248,8 @@ try:
     model.fit_pca([torch.full((9, data.shape[-1]), float("nan") if rank else 1.0)])
 except ValueError as error:
     open(f"{folder}/{rank}.txt", "w").write(str(error))
+distributed.barrier()
+distributed.destroy_process_group()
 """
 
 
