@@ -4,13 +4,16 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from .configuration_compressor import DimensionCompressorConfig
 from .configuration_llada import LLaDAConfig
+from .configuration_llada_moe import LLaDAMoEConfig
 from .configuration_llada_trm import LLaDATRMConfig
 from .configuration_masked_diffusion_generation import MaskedDiffusionGenerationConfig
 from .configuration_refiners import RecursiveRefinementHeadConfig
 from .configuration_sequence_trm import SequenceTRMConfig
-from .generation_masked_diffusion import MaskedDiffusionGenerateOutput, MaskedDiffusionGenerationMixin
+from .generation_masked_diffusion import MaskedDiffusionGenerationMixin
+from .generation_recorder import MaskedDiffusionGenerateOutput
 from .modeling_compressor import CompressorOutput, DimensionCompressor, PCAFit
 from .modeling_llada import LLaDAForMaskedDiffusion, LLaDAModel
+from .modeling_llada_moe import LLaDAMoEForMaskedDiffusion, LLaDAMoEModel, LLaDAMoEOutput
 from .modeling_llada_trm import LLaDATRMForMaskedDiffusion, LLaDATRMOutput
 from .modeling_refinement_head import RecursiveRefinementHead
 from .modeling_sequence_trm import SequenceTRM, SequenceTRMOutput, SequenceTRMReasoning
@@ -21,16 +24,18 @@ from .refiner_output import RefinerOutput
 _AUTO_CLASSES = {
     AutoModel: (
         LLaDAModel,
+        LLaDAMoEModel,
         RecursiveRefinementHead,
         LLaDATRMForMaskedDiffusion,
         DimensionCompressor,
         SequenceTRM,
     ),
-    AutoModelForMaskedLM: (LLaDAForMaskedDiffusion, LLaDATRMForMaskedDiffusion),
-    AutoModelForCausalLM: (LLaDAForMaskedDiffusion, LLaDATRMForMaskedDiffusion),
+    AutoModelForMaskedLM: (LLaDAForMaskedDiffusion, LLaDAMoEForMaskedDiffusion, LLaDATRMForMaskedDiffusion),
+    AutoModelForCausalLM: (LLaDAForMaskedDiffusion, LLaDAMoEForMaskedDiffusion, LLaDATRMForMaskedDiffusion),
 }
 for _config in (
     LLaDAConfig,
+    LLaDAMoEConfig,
     RecursiveRefinementHeadConfig,
     LLaDATRMConfig,
     DimensionCompressorConfig,
@@ -47,6 +52,10 @@ __all__ = [
     "DimensionCompressorConfig",
     "LLaDAConfig",
     "LLaDAForMaskedDiffusion",
+    "LLaDAMoEConfig",
+    "LLaDAMoEForMaskedDiffusion",
+    "LLaDAMoEModel",
+    "LLaDAMoEOutput",
     "LLaDAModel",
     "LLaDATRMConfig",
     "LLaDATRMForMaskedDiffusion",

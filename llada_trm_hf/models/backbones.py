@@ -1,18 +1,38 @@
 """The masked-diffusion models a refiner can stand on."""
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
 from .configuration_llada import LLaDAConfig
+from .configuration_llada_moe import LLaDAMoEConfig, model_type_of
 from .modeling_llada import LLaDAForMaskedDiffusion
+from .modeling_llada_moe import LLaDAMoEForMaskedDiffusion
 
 # The native families by `model_type`; any other model with a mask token and an output embedding is taken as it is.
 # (Not by config class: remote code may load the same class twice, from two files.)
-BACKBONES: dict[str, type[PreTrainedModel]] = {LLaDAConfig.model_type: LLaDAForMaskedDiffusion}
+BACKBONES: dict[str, type[PreTrainedModel]] = {
+    LLaDAConfig.model_type: LLaDAForMaskedDiffusion,
+    LLaDAMoEConfig.model_type: LLaDAMoEForMaskedDiffusion,
+}
+
+
+class EncodedTokens(NamedTuple):
+    """
+    What a backbone hands to the refiner.
+
+    Attributes:
+        last_hidden_state: `[B, L, D]`, what the LM head reads.
+        hidden_states: on request, those of every layer.
+        router_aux_loss: the balancing loss of a backbone with experts, in training.
+    """
+
+    last_hidden_state: torch.Tensor
+    hidden_states: tuple[torch.Tensor, ...] | None
+    router_aux_loss: torch.Tensor | None = None
 
 
 def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
@@ -30,7 +50,7 @@ def load_backbone(name_or_path: Any, **kwargs: Any) -> PreTrainedModel:
     """
     if os.path.isabs(name_or_path) and not os.path.isdir(name_or_path):
         raise FileNotFoundError(f"There is no folder {name_or_path}.")
-    model_type = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
+    model_type = model_type_of(PreTrainedConfig.get_config_dict(name_or_path)[0])
     if model_type == "llada_trm":
         raise ValueError(f"{name_or_path} is a hybrid already, not a backbone: load it with from_pretrained.")
     if model_type in BACKBONES:
@@ -43,12 +63,16 @@ def load_backbone(name_or_path: Any, **kwargs: Any) -> PreTrainedModel:
 
 def encode(
     backbone: PreTrainedModel, inputs: dict[str, Any], output_hidden_states: bool | None = None
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
-    """The hidden states `[B, L, D]` that `backbone`'s LM head reads, and on request those of every layer."""
+) -> EncodedTokens:
+    """The hidden states that `backbone`'s LM head reads, on request those of every layer, and its balancing loss."""
     inputs = {name: value for name, value in inputs.items() if value is not None}
+    if isinstance(backbone, LLaDAMoEForMaskedDiffusion) and backbone.training:
+        outputs = backbone.model(**inputs | {"output_router_logits": True}, output_hidden_states=output_hidden_states)
+        aux_loss = backbone.balancing_loss(outputs.router_logits, inputs.get("attention_mask"))
+        return EncodedTokens(outputs.last_hidden_state, outputs.hidden_states, aux_loss)
     if type(backbone) in BACKBONES.values():
         outputs = backbone.model(**inputs, output_hidden_states=output_hidden_states)
-        return outputs.last_hidden_state, outputs.hidden_states
+        return EncodedTokens(outputs.last_hidden_state, outputs.hidden_states)
     # Any other model: listen at the door of its LM head, and spare it the work.
     captured: list[torch.Tensor] = []
 
@@ -61,4 +85,4 @@ def encode(
         outputs = backbone(**inputs, output_hidden_states=output_hidden_states)
     finally:
         hook.remove()
-    return captured[-1], outputs.hidden_states if output_hidden_states else None
+    return EncodedTokens(captured[-1], outputs.hidden_states if output_hidden_states else None)

@@ -4,6 +4,9 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from .configuration_checks import check_at_least_one, check_heads, check_token_id
+from .configuration_llada_moe import LLaDAMoEConfig, model_type_of
+
 # Field names of the official `config.json` files and what they are called in transformers.
 _OFFICIAL_NAMES = {
     "d_model": "hidden_size",
@@ -49,15 +52,6 @@ _OFFICIAL_IGNORED = (
     "residual_dropout",
     "use_cache",
 )
-
-
-def check_token_id(name: str, token_id: int | None, vocab_size: int) -> None:
-    """Raises ValueError if `token_id` is not a row of the embedding matrix."""
-    if token_id is not None and not 0 <= token_id < vocab_size:
-        raise ValueError(
-            f"{name}={token_id} is outside the vocabulary (0 to {vocab_size - 1}). "
-            f"Pass the id the model was trained with, or a larger vocab_size."
-        )
 
 
 class LLaDAConfig(PreTrainedConfig):
@@ -121,12 +115,19 @@ class LLaDAConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers; LLaDA-MoE's official files, which say "llada" too, give a [`LLaDAMoEConfig`]."""
+        if model_type_of(config_dict) == LLaDAMoEConfig.model_type:
+            return LLaDAMoEConfig.from_dict(config_dict, **kwargs)
+        return super().from_dict(config_dict, **kwargs)
+
     def _read_official_fields(self, kwargs: dict[str, Any]) -> None:
         """Moves what an official `config.json` says into the fields above; `kwargs` keeps the rest."""
         if "num_experts" in kwargs:
             raise ValueError(
-                "This config has expert fields (num_experts): it is a LLaDA-MoE checkpoint, and LLaDAConfig describes "
-                "the dense family. LLaDA-MoE also says model_type 'llada'."
+                "This config has expert fields (num_experts): it describes LLaDA-MoE, for LLaDAMoEConfig, "
+                "LLaDAMoEModel and LLaDAMoEForMaskedDiffusion."
             )
         for official, allowed in _OFFICIAL_FIXED.items():
             value = kwargs.pop(official, allowed[0])
@@ -144,16 +145,6 @@ class LLaDAConfig(PreTrainedConfig):
             kwargs.pop(name, None)
 
     def _check_sizes(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}."
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads={self.num_key_value_heads}."
-            )
+        check_at_least_one(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        check_heads(self)
         check_token_id("mask_token_id", self.mask_token_id, self.vocab_size)

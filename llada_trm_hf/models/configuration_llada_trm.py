@@ -4,10 +4,15 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from .configuration_llada import LLaDAConfig, check_token_id
+from .configuration_checks import check_token_id
+from .configuration_llada import LLaDAConfig
+from .configuration_llada_moe import LLaDAMoEConfig
 from .configuration_refiners import RecursiveRefinementHeadConfig
 
-BACKBONE_CONFIGS: dict[str, type[PreTrainedConfig]] = {LLaDAConfig.model_type: LLaDAConfig}
+BACKBONE_CONFIGS: dict[str, type[PreTrainedConfig]] = {
+    LLaDAConfig.model_type: LLaDAConfig,
+    LLaDAMoEConfig.model_type: LLaDAMoEConfig,
+}
 REFINER_CONFIGS: dict[str, type[PreTrainedConfig]] = {
     RecursiveRefinementHeadConfig.model_type: RecursiveRefinementHeadConfig
 }
@@ -71,8 +76,10 @@ class LLaDATRMConfig(PreTrainedConfig):
         self._check(text_config)
         kwargs.setdefault("pad_token_id", getattr(text_config, "pad_token_id", None))
         kwargs.setdefault("eos_token_id", getattr(text_config, "eos_token_id", None))
-        # Setting it on this config sets it on the backbone's as well: keep what a loaded backbone runs with.
+        # Setting these on this config sets them on the backbone's as well: keep what a loaded backbone runs with.
         kwargs.setdefault("attn_implementation", self.backbone_config._attn_implementation)
+        experts = kwargs.get("experts_implementation", self.backbone_config._experts_implementation)
+        kwargs["experts_implementation"] = of_the_backbone(experts)
         super().__post_init__(**kwargs)
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
@@ -105,6 +112,13 @@ class LLaDATRMConfig(PreTrainedConfig):
         for name in ("deep_supervision_weight", "confidence_loss_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}.")
+
+
+def of_the_backbone(experts_implementation: str | dict | None) -> dict[str, Any]:
+    """Says that only the backbone has experts: transformers refuses a choice of them for models without."""
+    if isinstance(experts_implementation, dict):
+        return experts_implementation
+    return {"backbone_config": experts_implementation}
 
 
 def config_from_dict(

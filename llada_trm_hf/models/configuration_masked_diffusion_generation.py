@@ -5,7 +5,8 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 
-REMASKING_STRATEGIES = ("low_confidence", "random", "entropy", "margin")
+REMASKING_STRATEGIES = ("low_confidence", "random", "entropy", "margin", "refiner")
+KV_CACHES = ("none", "prefix", "dual")
 
 
 class MaskedDiffusionGenerationConfig(GenerationConfig):
@@ -25,10 +26,24 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         top_k (`int`, *optional*), top_p (`float`, *optional*): Restrict the tokens that can be sampled.
         remasking (`str`, defaults to `"low_confidence"`): Which tokens to commit first: those of highest probability
             (`"low_confidence"`), of lowest entropy (`"entropy"`), of largest distance between the best two tokens
-            (`"margin"`), or at random (`"random"`).
+            (`"margin"`), at random (`"random"`), or, in a hybrid, those of the chunks the refiner is surest of
+            (`"refiner"`; the backbone's confidence stands for chunks that needed no refinement, and within a chunk
+            the highest probability comes first).
         confidence_threshold (`float`, *optional*): Instead of a fixed number, commit every token whose confidence
             reaches the threshold, and always the best one, until the block is decided. For `"entropy"` the confidence
             is minus the entropy in nats.
+        confidence_factor (`float`, *optional*): Instead of a fixed number, commit the `n` most confident tokens for
+            the largest `n` with `(n + 1) * (1 - confidence of the n-th) < confidence_factor`, and always the best one
+            (Fast-dLLM, arXiv 2505.22618, section 3.3).
+        kv_cache (`str`, defaults to `"none"`): The first step of a block computes the whole canvas; what the others
+            compute: again all of it (`"none"`), the active block and what follows it (`"prefix"`), or the active block
+            only (`"dual"`). The keys and values of the rest stay those of the block's first step, which is an
+            approximation. With a confidence threshold or factor, a cached block takes at least two passes, as in
+            Fast-dLLM.
+        remask_committed (`float`, *optional*): A committed token of the active block whose probability (with
+            `remasking="refiner"`, whose chunk's confidence) falls below this is masked again. `True` means 0.5.
+        remask_budget (`int`, defaults to 1): How often one position can be masked again. It bounds the number of
+            steps, so that generation always ends.
         cfg_scale (`float`, defaults to 0.0): Classifier-free guidance; above 0 doubles the batch.
         suppress_tokens (`list[int]`, *optional*): Tokens that are never chosen (the official `logits_eos_inf`).
         defer_tokens (`list[int]`, *optional*): Tokens that are committed last (the official
@@ -36,6 +51,8 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         stop_at_eos (`bool`, defaults to `False`): A row that holds an end-of-sequence token after a block is finished:
             what follows that token becomes padding and the row leaves the batch.
         mask_token_id, eos_token_id, pad_token_id: Special tokens, taken from the model's config by default.
+        compile (`bool`, defaults to `False`): Run the transformer through `torch.compile`, with static shapes: rows
+            that are finished stay in the batch.
         enable_refinement (`bool`, *optional*): For models with a refiner; `False` gives the bare backbone.
         output_history (`bool`, defaults to `False`): Return the canvas before the first and after every step.
         output_refinement_trace (`bool`, defaults to `False`): Return a `RefinementTrace`.
@@ -56,6 +73,11 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         self.top_p: float | None = kwargs.pop("top_p", None)
         self.remasking: str = kwargs.pop("remasking", "low_confidence")
         self.confidence_threshold: float | None = kwargs.pop("confidence_threshold", None)
+        self.confidence_factor: float | None = kwargs.pop("confidence_factor", None)
+        self.kv_cache: str = kwargs.pop("kv_cache", "none")
+        self.remask_committed: float | bool | None = kwargs.pop("remask_committed", None)
+        self.remask_budget: int = kwargs.pop("remask_budget", 1)
+        self.compile: bool = kwargs.pop("compile", False)
         self.cfg_scale: float = kwargs.pop("cfg_scale", 0.0)
         self.suppress_tokens: list[int] | None = kwargs.pop("suppress_tokens", None)
         self.defer_tokens: list[int] | None = kwargs.pop("defer_tokens", None)
@@ -107,8 +129,29 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         _check(self, "cfg_scale", lambda value: value >= 0, "0 or more")
         _check(self, "top_p", lambda value: 0 < value <= 1, "above 0 and at most 1")
         _check(self, "remasking", lambda value: value in REMASKING_STRATEGIES, f"one of {REMASKING_STRATEGIES}")
+        _check(self, "kv_cache", lambda value: value in KV_CACHES, f"one of {KV_CACHES}")
+        _check(self, "confidence_factor", lambda value: value > 0, "above 0")
+        _check(self, "remask_budget", lambda value: isinstance(value, int) and value >= 0, "an integer of at least 0")
+        if not isinstance(self.remask_committed, bool):
+            _check(self, "remask_committed", lambda value: 0 <= value <= 1, "between 0 and 1")
         if self.remasking != "entropy":
             _check(self, "confidence_threshold", lambda value: 0 <= value <= 1, "between 0 and 1")
+        elif self.confidence_factor is not None:
+            raise ValueError("confidence_factor needs confidences between 0 and 1; remasking='entropy' has none.")
+        if self.confidence_threshold is not None and self.confidence_factor is not None:
+            raise ValueError("Give confidence_threshold or confidence_factor, not both.")
+
+    @property
+    def commits_by_confidence(self) -> bool:
+        """Whether a step commits what the model is sure of, instead of a number fixed beforehand."""
+        return self.confidence_threshold is not None or self.confidence_factor is not None
+
+    @property
+    def remask_threshold(self) -> float | None:
+        """The confidence below which a committed token is masked again; None for never."""
+        if self.remask_committed is None or self.remask_committed is False:
+            return None
+        return 0.5 if self.remask_committed is True else self.remask_committed
 
 
 def _check(config: MaskedDiffusionGenerationConfig, name: str, is_valid: Any, expected: str) -> None:

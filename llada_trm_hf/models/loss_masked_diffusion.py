@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 
 class MaskedTargets(NamedTuple):
@@ -22,7 +21,10 @@ class MaskedTargets(NamedTuple):
 
 
 def masked_targets(
-    input_ids: torch.Tensor | None, labels: torch.Tensor, mask_token_id: int, p_mask: torch.Tensor | None = None
+    input_ids: torch.Tensor | None,
+    labels: torch.Tensor,
+    mask_token_id: int | None,
+    p_mask: torch.Tensor | None = None,
 ) -> MaskedTargets:
     """
     Finds the tokens that count in the loss, and how much each counts.
@@ -39,6 +41,8 @@ def masked_targets(
     """
     if input_ids is None:
         raise ValueError("labels need input_ids: the loss counts the positions that hold the mask token.")
+    if mask_token_id is None:
+        raise ValueError("labels need the mask token: set model.config.mask_token_id, the id the model trained with.")
     if labels.shape != input_ids.shape:
         raise ValueError(f"labels have shape {tuple(labels.shape)}, input_ids {tuple(input_ids.shape)}.")
     labelled = labels != -100
@@ -52,7 +56,6 @@ def masked_targets(
     return MaskedTargets(positions, labels[positions], weights.expand_as(positions)[positions])
 
 
-def masked_diffusion_loss(logits: torch.Tensor, targets: MaskedTargets) -> torch.Tensor:
-    """The loss for `logits` `[M, V]` at `targets.positions`; a scalar in float32, 0 when nothing is masked."""
-    token_losses = nn.functional.cross_entropy(logits.float(), targets.tokens, reduction="none")
-    return (token_losses * targets.weights).sum()
+def masked_diffusion_loss(losses: torch.Tensor, targets: MaskedTargets) -> torch.Tensor:
+    """The loss from the cross-entropies `[M]` at `targets.positions`; a scalar, 0 when nothing is masked."""
+    return (losses * targets.weights).sum()

@@ -1,23 +1,18 @@
 """Losses that train a refiner besides the masked-diffusion loss of its result."""
 
-from collections.abc import Iterable
-
 import torch
 
-from .loss_masked_diffusion import MaskedTargets, masked_diffusion_loss
 
-
-def deep_supervision_loss(step_logits: Iterable[torch.Tensor], targets: MaskedTargets, schedule: str) -> torch.Tensor:
+def deep_supervision_loss(step_losses: list[torch.Tensor], schedule: str) -> torch.Tensor:
     """
     The weighted mean of the masked-diffusion losses after every recursion step.
 
     Args:
-        step_logits: `[M, V]` for each step.
-        targets: the `M` tokens.
+        step_losses: a scalar for each step.
         schedule: `"constant"`, `"linear"` (a step counts in proportion to its number) or `"exponential"` (twice the
             step before).
     """
-    losses = torch.stack([masked_diffusion_loss(logits, targets) for logits in step_logits])
+    losses = torch.stack(step_losses)
     number = torch.arange(1, len(losses) + 1, device=losses.device, dtype=losses.dtype)
     weights = {"constant": torch.ones_like(number), "linear": number, "exponential": 2.0**number}[schedule]
     return (losses * weights / weights.sum()).sum()

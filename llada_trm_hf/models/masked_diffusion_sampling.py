@@ -1,5 +1,8 @@
 """The choices of a denoising step: how many tokens, which tokens, how sure, and which positions."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
@@ -13,6 +16,15 @@ def tokens_per_step(num_masked: torch.Tensor, num_steps: int) -> torch.Tensor:
     """
     steps = torch.arange(num_steps, device=num_masked.device)
     return num_masked[:, None] // num_steps + (steps < num_masked[:, None] % num_steps)
+
+
+@contextlib.contextmanager
+def without_token(logits: torch.Tensor, token_id: int) -> Iterator[None]:
+    """Within it, `logits` `[..., V]` rule out `token_id`; in place, for the tensor may be large."""
+    column = logits[..., token_id].clone()
+    logits[..., token_id] = -torch.inf
+    yield
+    logits[..., token_id] = column
 
 
 def sample_tokens(
@@ -47,15 +59,20 @@ def sample_tokens(
 
 
 def token_confidence(
-    logits: torch.Tensor, tokens: torch.Tensor, remasking: str, defer_tokens: list[int] | None = None
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    remasking: str,
+    defer_tokens: list[int] | None = None,
+    refiner_confidence: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     How sure the model is of `tokens` `[B, P]`, from its clean `logits` `[B, P, V]` (before temperature, top-k and
-    top-p): the larger, the sooner a token is committed. Tokens in `defer_tokens` come last.
+    top-p): the larger, the sooner a token is committed. Tokens in `defer_tokens` come last. For `"refiner"` it is
+    `refiner_confidence` `[B, P]`.
     """
     if remasking == "random":
         return torch.rand(tokens.shape, device=tokens.device)
-    if defer_tokens:
+    if defer_tokens and remasking != "refiner":
         logits = logits.index_fill(-1, torch.tensor(defer_tokens, device=logits.device), -torch.inf)
     if remasking == "margin":
         best = logits.softmax(-1).topk(2, dim=-1).values
@@ -63,6 +80,9 @@ def token_confidence(
     elif remasking == "entropy":
         log_probabilities = logits.log_softmax(-1)
         confidence = torch.special.entr(log_probabilities.exp()).sum(-1).neg()
+    elif remasking == "refiner":
+        assert refiner_confidence is not None
+        confidence = refiner_confidence
     else:
         return (logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(-1)).exp()
     if defer_tokens:
@@ -72,21 +92,36 @@ def token_confidence(
 
 
 def choose_positions(
-    confidence: torch.Tensor, undecided: torch.Tensor, num_tokens: torch.Tensor | None, threshold: float | None
+    confidence: torch.Tensor,
+    undecided: torch.Tensor,
+    num_tokens: torch.Tensor,
+    config: MaskedDiffusionGenerationConfig,
+    tie_breaker: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Which positions to commit: in each row the `num_tokens` `[B]` most confident undecided ones, or, with a threshold,
-    all that reach it and always the best. `confidence` and `undecided` are `[B, P]`; so is the result.
+    Which positions to commit: in each row the `num_tokens` `[B]` most confident undecided ones, or, with a confidence
+    threshold or factor, those that reach it and always the best.
+
+    Args:
+        confidence, undecided: `[B, P]`, as is the result.
+        tie_breaker: `[B, P]`, the larger the sooner where confidences are equal.
     """
     confidence = confidence.masked_fill(~undecided, -torch.inf)
-    order = confidence.argsort(dim=-1, descending=True, stable=True)
+    order = None if tie_breaker is None else tie_breaker.argsort(dim=-1, descending=True, stable=True)
+    by_confidence = confidence if order is None else confidence.gather(-1, order)
+    ranked = by_confidence.argsort(dim=-1, descending=True, stable=True)
+    order = ranked if order is None else order.gather(-1, ranked)
     rank = torch.empty_like(order).scatter_(
         -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
     )
-    if threshold is None:
-        assert num_tokens is not None
-        return undecided & (rank < num_tokens[:, None])
-    return undecided & ((rank == 0) | (confidence >= threshold))
+    if config.confidence_threshold is not None:
+        chosen = (rank == 0) | (confidence >= config.confidence_threshold)
+    elif config.confidence_factor is not None:
+        # Confidence falls and rank rises, so the condition holds for a row's first n positions and no others.
+        chosen = (rank == 0) | ((rank + 2) * (1 - confidence) < config.confidence_factor)
+    else:
+        chosen = rank < num_tokens[:, None]
+    return undecided & chosen
 
 
 def process_logits(

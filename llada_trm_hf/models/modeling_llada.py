@@ -1,7 +1,7 @@
 """LLaDA (dense): a Llama-like transformer without causal mask, trained to fill in masked tokens (arXiv 2502.09992)."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
     rotate_half,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .block_kv_cache import BlockKVCache
@@ -29,6 +29,7 @@ from .generation_masked_diffusion import MaskedDiffusionGenerationMixin
 from .logits_to_keep import select_positions
 from .loss_masked_diffusion import masked_diffusion_loss, masked_targets
 from .modeling_hub import HubModel
+from .token_scores import score_tokens
 
 
 class LLaDARMSNorm(LlamaRMSNorm):
@@ -125,7 +126,7 @@ class LLaDADecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: LLaDAConfig, layer_idx: int):
         super().__init__()
         self.self_attn = LLaDAAttention(config, layer_idx)
-        self.mlp = LLaDAMLP(config)
+        self.mlp: nn.Module = LLaDAMLP(config)
         self.input_layernorm = LLaDARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LLaDARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -161,19 +162,37 @@ class LLaDAPreTrainedModel(HubModel, PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": LLaDADecoderLayer, "attentions": LLaDAAttention}
 
+    def __init__(self, config: LLaDAConfig):
+        # Both families' official files say "llada", so a checkpoint may meet the wrong class.
+        if config.model_type != self.config_class.model_type:
+            family = type(config).__name__.removesuffix("Config")
+            raise ValueError(
+                f"{type(self).__name__} needs a {self.config_class.__name__}, got a {type(config).__name__}: use "
+                f"{family}Model, {family}ForMaskedDiffusion or an Auto class."
+            )
+        super().__init__(config)
+
 
 class LLaDAModel(LLaDAPreTrainedModel):
-    """The bidirectional transformer without LM head."""
+    """
+    The bidirectional transformer without LM head.
+
+    Attributes:
+        layer_class, rotary_class, output_class: what a family of its own puts in place of these.
+    """
 
     auto_classes = ("AutoModel",)
+    layer_class: ClassVar[type[nn.Module]] = LLaDADecoderLayer
+    rotary_class: ClassVar[type[LLaDARotaryEmbedding]] = LLaDARotaryEmbedding
+    output_class: ClassVar[type[ModelOutput]] = BaseModelOutputWithPast
 
     def __init__(self, config: LLaDAConfig):
         super().__init__(config)
         # No padding_idx: LLaDA's padding token is its end-of-sequence token, which is learned like any other.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(LLaDADecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self.layer_class(config, i) for i in range(config.num_hidden_layers))
         self.norm = LLaDARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LLaDARotaryEmbedding(config)
+        self.rotary_emb = self.rotary_class(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -186,7 +205,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         past_key_values: Cache | BlockKVCache | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> ModelOutput:
         """
         Args:
             input_ids: `[B, L]`; or `inputs_embeds` `[B, L, D]`.
@@ -216,10 +235,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
             hidden_states = layer(
                 hidden_states, position_embeddings, attention_mask=mask, past_key_values=past_key_values, **kwargs
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,  # type: ignore[arg-type]
-        )
+        return self.output_class(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
 def columns_of_tokens(hidden_states: torch.Tensor, past_key_values: Cache | BlockKVCache | None) -> torch.Tensor:
@@ -249,10 +265,11 @@ class LLaDAForMaskedDiffusion(MaskedDiffusionGenerationMixin, LLaDAPreTrainedMod
     auto_classes = ("AutoModelForMaskedLM", "AutoModelForCausalLM")
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     accepts_loss_kwargs = False  # the loss is already a mean over rows: the Trainer must not divide it again
+    model_class: ClassVar[type[LLaDAPreTrainedModel]] = LLaDAModel
 
     def __init__(self, config: LLaDAConfig):
         super().__init__(config)
-        self.model = LLaDAModel(config)
+        self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -289,18 +306,30 @@ class LLaDAForMaskedDiffusion(MaskedDiffusionGenerationMixin, LLaDAPreTrainedMod
             past_key_values=past_key_values,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
-        loss = logits = None
-        if labels is not None:
-            targets = masked_targets(input_ids, labels, self.config.mask_token_id, p_mask)
-            loss = masked_diffusion_loss(self.lm_head(hidden_states[targets.positions]), targets)
-        if logits_to_keep is None and not (self.training and labels is not None):
-            logits_to_keep = 0
-        if logits_to_keep is not None:
-            logits = self.lm_head(select_positions(hidden_states, logits_to_keep))
+        loss, logits = self._loss_and_logits(outputs.last_hidden_state, input_ids, labels, p_mask, logits_to_keep)
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+    def _loss_and_logits(
+        self,
+        hidden_states: torch.Tensor,
+        input_ids: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        p_mask: torch.Tensor | None,
+        logits_to_keep: int | torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The LM head on `hidden_states` `[B, L, D]`, where it is needed; see `forward`."""
+        loss = None
+        if labels is not None:
+            targets = masked_targets(input_ids, labels, self.config.mask_token_id, p_mask)
+            scores = score_tokens(hidden_states[targets.positions], self.lm_head, targets.tokens)
+            loss = masked_diffusion_loss(scores.losses, targets)
+        if logits_to_keep is None:
+            if self.training and labels is not None:
+                return loss, None
+            logits_to_keep = 0
+        return loss, self.lm_head(select_positions(hidden_states, logits_to_keep))
 
 
 # Tensor names of the official dense checkpoints, renamed one by one while loading (no second copy in memory).

@@ -3,37 +3,39 @@
 import copy
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .backbones import build_backbone, encode, load_backbone
+from .active_block import DenoisingInputs
+from .backbones import EncodedTokens, build_backbone, encode, load_backbone
+from .block_kv_cache import BlockKVCache
 from .chunk_layout import ChunkLayout
 from .configuration_llada_trm import LLaDATRMConfig
 from .configuration_masked_diffusion_generation import MaskedDiffusionGenerationConfig
-from .generation_masked_diffusion import DenoisingInputs, MaskedDiffusionGenerationMixin
+from .generation_masked_diffusion import DenoisingOutput, MaskedDiffusionGenerationMixin
 from .logits_to_keep import kept_positions, select_positions, unpack_logits
 from .loss_masked_diffusion import MaskedTargets, masked_diffusion_loss, masked_targets
 from .loss_refinement import confidence_loss, deep_supervision_loss
-from .modeling_hub import HubModel
+from .modeling_hybrid_checkpoints import OWN_FIELDS, HybridCheckpoints
 from .refinement_trace import RefinementPass, RefinementTrace
 from .refiner_output import RefinerOutput
-from .refiners import REFINERS, build_refiner, resolve_refiner
+from .refiners import build_refiner, resolve_refiner
+from .token_scores import score_tokens
 
-# Arguments of `from_pretrained` that say where files come from.
-HUB_ARGUMENTS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "revision",
-    "subfolder",
-    "token",
-)
-# Fields of the hybrid's own config, as opposed to arguments for the backbone.
-OWN_FIELDS = LLaDATRMConfig.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
+
+class _Refinement(NamedTuple):
+    """What one refinement saw and did."""
+
+    layout: ChunkLayout
+    relevant: torch.Tensor  # BoolTensor [B, L], the tokens to be decided
+    chunk_confidence: torch.Tensor  # [B, N], the backbone's
+    active: torch.Tensor  # BoolTensor [B, N], the chunks refined
+    refined: RefinerOutput
+    changed_tokens: torch.Tensor  # BoolTensor [B, L], where the best guess is another now; filled in where it is known
 
 
 @dataclass
@@ -61,7 +63,7 @@ class LLaDATRMOutput(ModelOutput):
     refinement_trace: RefinementTrace | None = None
 
 
-class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTrainedModel):
+class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HybridCheckpoints, PreTrainedModel):
     """
     A masked-diffusion backbone whose last hidden states a refiner corrects, chunk by chunk, only where the backbone is
     unsure. Build one with [`from_backbone`](LLaDATRMForMaskedDiffusion.from_backbone).
@@ -77,7 +79,7 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTr
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["LLaDADecoderLayer", "RecursiveRefinementHead"]
+    _no_split_modules = ["LLaDADecoderLayer", "LLaDAMoEDecoderLayer", "RecursiveRefinementHead"]
 
     def __init__(
         self,
@@ -133,84 +135,6 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTr
             hybrid.backbone.requires_grad_(False)
         return hybrid
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
-        """
-        Loads a checkpoint. One without backbone (`save_pretrained(dir, save_backbone=False)`) is put together with the
-        backbone its config names; `dtype`, `device_map`, `quantization_config` then apply to that backbone.
-        """
-        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        saved = LLaDATRMConfig.from_pretrained(pretrained_model_name_or_path, **hub) if config is None else config
-        if saved.backbone_in_checkpoint:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
-            if saved.refiner_dtype and kwargs.get("dtype", "auto") == "auto":
-                (loaded[0] if isinstance(loaded, tuple) else loaded).refiner.to(getattr(torch, saved.refiner_dtype))
-            return loaded
-        return cls._from_refiner_checkpoint(pretrained_model_name_or_path, saved, hub, kwargs)
-
-    @classmethod
-    def _from_refiner_checkpoint(
-        cls, path: Any, config: LLaDATRMConfig, hub: dict[str, Any], kwargs: dict[str, Any]
-    ) -> Any:
-        """Loads the refiner from `path` and the backbone from where `config` says."""
-        wants_info = kwargs.pop("output_loading_info", False)
-        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in OWN_FIELDS}
-        config = LLaDATRMConfig.from_dict({**config.to_dict(), **overrides})
-        kwargs = {name: value for name, value in kwargs.items() if name not in hub}
-        backbone = load_backbone(config.backbone_name_or_path, **kwargs)
-        found, expected = backbone.config.get_text_config(), config.get_text_config()
-        for name in ("hidden_size", "vocab_size"):
-            if getattr(found, name) != getattr(expected, name):
-                raise ValueError(
-                    f"{path} refines a backbone with {name}={getattr(expected, name)}, but "
-                    f"{config.backbone_name_or_path} has {getattr(found, name)}: it is another model. Pass "
-                    f"backbone_name_or_path to name the right one."
-                )
-        refiner, info = REFINERS[config.refiner_config.model_type].from_pretrained(
-            path,
-            config=config.refiner_config,
-            key_mapping={r"^refiner\.": ""},
-            output_loading_info=True,
-            dtype=kwargs.get("dtype", "auto"),
-            **hub,
-        )
-        config.backbone_config = backbone.config
-        model = cls(config, backbone=backbone, refiner=refiner.to(backbone.device)).eval()
-        model.adjust_generation_fn(None, False, None, path, **hub)
-        return (model, info) if wants_info else model
-
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | os.PathLike,
-        save_backbone: bool = True,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """
-        Args:
-            save_directory: a folder.
-            save_backbone: with `False`, only the refiner's tensors and the backbone's name are written.
-            state_dict, kwargs: as in transformers.
-
-        Raises:
-            ValueError: without the backbone, if the config does not say where it came from.
-        """
-        if not save_backbone:
-            if not self.config.backbone_name_or_path:
-                raise ValueError(
-                    "save_backbone=False needs to know where the backbone comes from: set "
-                    "model.config.backbone_name_or_path to its folder or repository."
-                )
-            state_dict = self.state_dict() if state_dict is None else state_dict
-            state_dict = {name: tensor for name, tensor in state_dict.items() if name.startswith("refiner.")}
-        self.config.backbone_in_checkpoint = save_backbone
-        differs = self.refiner.dtype != self.backbone.dtype
-        self.config.refiner_dtype = str(self.refiner.dtype).removeprefix("torch.") if differs else None
-        try:
-            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
-        finally:
-            self.config.backbone_in_checkpoint = True
-
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
 
@@ -230,6 +154,7 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTr
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        past_key_values: BlockKVCache | None = None,
         labels: torch.Tensor | None = None,
         p_mask: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
@@ -244,6 +169,8 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTr
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds, labels, p_mask, logits_to_keep: see
                 [`LLaDAForMaskedDiffusion.forward`].
+            past_key_values: a [`BlockKVCache`], which then also holds the last hidden states. `input_ids` are the
+                columns it asks for; `logits_to_keep`, `relevant_tokens` and the results are those of the whole canvas.
             relevant_tokens: BoolTensor `[B, L]`, the tokens to be decided, which a chunk's confidence is taken over.
                 By default the masked and labelled tokens with labels; without, the mask tokens of a row, or all its
                 tokens if it has no mask.
@@ -256,73 +183,167 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTr
             "attention_mask": attention_mask,
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
+            "past_key_values": past_key_values,
             **kwargs,
         }
         if logits_to_keep is None and not (self.training and labels is not None):
             logits_to_keep = 0
-        mask_token_id = self.config.mask_token_id
-        targets = None if labels is None else masked_targets(input_ids, labels, mask_token_id, p_mask)
+        targets = None if labels is None else masked_targets(input_ids, labels, self.config.mask_token_id, p_mask)
+        encoded = encode(self.backbone, inputs, output_hidden_states)
+        hidden_states = encoded.last_hidden_state
+        if past_key_values is not None:
+            hidden_states = past_key_values.update_hidden_states(hidden_states)
         if enable_refinement is False:
-            return self._forward_backbone(inputs, targets, logits_to_keep, output_hidden_states)
+            return self._predict(hidden_states, encoded, targets, logits_to_keep)
 
-        hidden_states, all_hidden_states = encode(self.backbone, inputs, output_hidden_states)
         batch, length, _ = hidden_states.shape
         layout = ChunkLayout(batch, length, self.config.chunk_size, attention_mask, hidden_states.device)
         relevant = self._relevant_tokens(relevant_tokens, targets, input_ids, layout)
-
-        # Base logits at the P positions that someone asks for, one after the other.
-        positions = relevant | kept_positions(logits_to_keep, relevant)
-        if targets is not None:
-            positions = positions | targets.positions
-        base_logits = self._logits(hidden_states[positions])  # [P, V]
-        confidence = self._chunk_confidence(base_logits, positions, relevant, layout)
-        active = self._active_chunks(confidence, relevant, layout)
-        refined = self.refiner(
-            hidden_states,
-            active_chunks=active,
-            attention_mask=attention_mask,
-            max_steps=max_steps,
-            output_step_hidden_states=targets is not None and self.config.deep_supervision_weight > 0,
-            output_statistics=bool(output_refinement_trace),
-        )
-        in_active = layout.to_tokens(active) & positions  # [B, L]
-        logits = base_logits.index_put((in_active[positions],), self._logits(refined.hidden_states[in_active]))
-
-        loss = components = None
-        if targets is not None:
-            loss, components = self._loss(targets, positions, base_logits, logits, refined, active, layout)
-        trace = None
-        if output_refinement_trace and input_ids is not None:
-            changed = torch.zeros_like(relevant)
-            changed[positions] = base_logits.argmax(-1) != logits.argmax(-1)
-            trace = self._trace(input_ids, layout, confidence, refined, changed & relevant)
+        arguments = {
+            "attention_mask": attention_mask,
+            "max_steps": max_steps,
+            "output_statistics": bool(output_refinement_trace),
+        }
+        loss = components = logits = None
+        if targets is None:
+            assert logits_to_keep is not None
+            result, logits = self._refine_logits(hidden_states, layout, relevant, logits_to_keep, arguments)
+        else:
+            result, loss, components = self._refine_loss(hidden_states, layout, relevant, targets, encoded, arguments)
+            logits = self._logits_at(result.refined.hidden_states, logits_to_keep)
+        refined = result.refined
         return LLaDATRMOutput(
             loss=loss,
-            logits=None if logits_to_keep is None else unpack_logits(logits, positions, logits_to_keep),
-            hidden_states=None if all_hidden_states is None else (*all_hidden_states, refined.hidden_states),
+            logits=logits,
+            hidden_states=(*encoded.hidden_states, refined.hidden_states) if encoded.hidden_states else None,
             refinement_steps=refined.num_steps,
-            chunk_confidence=confidence,
+            chunk_confidence=result.chunk_confidence,
             refiner_confidence=refined.confidence,
             loss_components=components,
-            refinement_trace=trace,
+            refinement_trace=self._trace(input_ids, result) if output_refinement_trace else None,
         )
 
-    def _forward_backbone(
+    def _predict(
         self,
-        inputs: dict[str, Any],
+        hidden_states: torch.Tensor,
+        encoded: EncodedTokens,
         targets: MaskedTargets | None,
         logits_to_keep: int | torch.Tensor | None,
-        output_hidden_states: bool | None,
     ) -> LLaDATRMOutput:
-        """The backbone alone."""
-        hidden_states, all_hidden_states = encode(self.backbone, inputs, output_hidden_states)
-        loss = components = logits = None
+        """What the backbone alone says."""
+        loss = components = None
         if targets is not None:
-            loss = masked_diffusion_loss(self._logits(hidden_states[targets.positions]), targets)
+            scores = score_tokens(hidden_states[targets.positions], self._logits, targets.tokens)
+            loss = masked_diffusion_loss(scores.losses, targets)
             components = {"diffusion": loss.detach()}
-        if logits_to_keep is not None:
-            logits = self._logits(select_positions(hidden_states, logits_to_keep))
-        return LLaDATRMOutput(loss=loss, logits=logits, hidden_states=all_hidden_states, loss_components=components)
+            if encoded.router_aux_loss is not None:
+                components["router_aux"] = encoded.router_aux_loss.detach()
+                loss = loss + self.backbone.config.router_aux_loss_coef * encoded.router_aux_loss
+        logits = self._logits_at(hidden_states, logits_to_keep)
+        return LLaDATRMOutput(
+            loss=loss, logits=logits, hidden_states=encoded.hidden_states, loss_components=components
+        )
+
+    def _refine(
+        self,
+        hidden_states: torch.Tensor,
+        layout: ChunkLayout,
+        relevant: torch.Tensor,
+        probability: torch.Tensor,
+        arguments: dict[str, Any],
+    ) -> "_Refinement":
+        """
+        Refines the chunks of `hidden_states` `[B, L, D]` whose `relevant` tokens (BoolTensor `[B, L]`) have a low mean
+        `probability` `[B, L]` of the best guess.
+        """
+        confidence = layout.mean_per_chunk(probability, relevant, empty=1.0)
+        active = layout.any_per_chunk(relevant)
+        if self.config.refine_low_confidence_only:
+            active = active & (confidence < self.config.min_confidence)
+        refined = self.refiner(hidden_states, active_chunks=active, **arguments)
+        return _Refinement(layout, relevant, confidence, active, refined, torch.zeros_like(relevant))
+
+    def _refine_logits(
+        self,
+        hidden_states: torch.Tensor,
+        layout: ChunkLayout,
+        relevant: torch.Tensor,
+        logits_to_keep: int | torch.Tensor,
+        arguments: dict[str, Any],
+    ) -> tuple["_Refinement", torch.Tensor]:
+        """Refines `hidden_states` `[B, L, D]`; the logits `logits_to_keep` asks for, computed anew where refined."""
+        positions = relevant | kept_positions(logits_to_keep, relevant)
+        base_logits = self._logits(hidden_states[positions])  # [P, V], one position after the other
+        largest = (base_logits.float().amax(-1) - base_logits.float().logsumexp(-1)).exp()
+        probability = largest.new_zeros(positions.shape).index_put((positions,), largest)
+        result = self._refine(hidden_states, layout, relevant, probability, arguments)
+        again = layout.to_tokens(result.active) & positions  # [B, L]
+        logits = base_logits.index_put((again[positions],), self._logits(result.refined.hidden_states[again]))
+        if arguments["output_statistics"]:
+            result.changed_tokens[positions] = base_logits.argmax(-1) != logits.argmax(-1)
+        return result, unpack_logits(logits, positions, logits_to_keep)
+
+    def _refine_loss(
+        self,
+        hidden_states: torch.Tensor,
+        layout: ChunkLayout,
+        relevant: torch.Tensor,
+        targets: MaskedTargets,
+        encoded: EncodedTokens,
+        arguments: dict[str, Any],
+    ) -> tuple["_Refinement", torch.Tensor, dict[str, torch.Tensor]]:
+        """Refines `hidden_states` `[B, L, D]`; the weighted sum of the losses, and each of them. Keeps no logits."""
+        config = self.config
+        positions = relevant | targets.positions  # [B, L]; P of them
+        tokens = torch.full_like(positions, -100, dtype=torch.long).masked_scatter(targets.positions, targets.tokens)
+        backbone_trains = any(parameter.requires_grad for parameter in self.backbone.parameters())
+        with torch.set_grad_enabled(backbone_trains and torch.is_grad_enabled()):
+            base = score_tokens(hidden_states[positions], self._logits, tokens[positions])
+        probability = base.probability.new_zeros(positions.shape).index_put((positions,), base.probability)
+        arguments = {**arguments, "output_step_hidden_states": config.deep_supervision_weight > 0}
+        result = self._refine(hidden_states, layout, relevant, probability, arguments)
+
+        in_active = layout.to_tokens(result.active)  # [B, L]
+        again = in_active & positions
+        anew = score_tokens(result.refined.hidden_states[again], self._logits, tokens[again])
+        losses = base.losses.index_put((again[positions],), anew.losses)
+        best = base.best.index_put((again[positions],), anew.best)
+        result.changed_tokens[positions] = base.best != best
+        counted = targets.positions[positions]  # [P], which of the positions are in the loss
+
+        loss = masked_diffusion_loss(losses[counted], targets)
+        components = {"diffusion": loss, "backbone": masked_diffusion_loss(base.losses[counted], targets)}
+        if backbone_trains:
+            loss = loss + components["backbone"]
+            if encoded.router_aux_loss is not None:
+                components["router_aux"] = encoded.router_aux_loss
+                loss = loss + self.backbone.config.router_aux_loss_coef * encoded.router_aux_loss
+        if result.refined.step_hidden_states:
+            components["deep_supervision"] = self._deep_supervision(result.refined, targets, in_active)
+            loss = loss + config.deep_supervision_weight * components["deep_supervision"]
+        if config.confidence_loss_weight > 0:
+            correct = torch.zeros_like(positions).index_put((targets.positions,), best[counted] == targets.tokens)
+            share = layout.mean_per_chunk(correct, targets.positions, empty=1.0)
+            components["confidence"] = confidence_loss(result.refined.confidence[result.active], share[result.active])
+            loss = loss + config.confidence_loss_weight * components["confidence"]
+        return result, loss, {name: value.detach() for name, value in components.items()}
+
+    def _deep_supervision(
+        self, refined: RefinerOutput, targets: MaskedTargets, in_active: torch.Tensor
+    ) -> torch.Tensor:
+        """The loss after every recursion step, at the targets in chunks that were refined."""
+        there, among = targets.positions & in_active, in_active[targets.positions]  # [B, L], [M]
+        supervised = MaskedTargets(there, targets.tokens[among], targets.weights[among])
+        losses = []
+        for states in refined.step_hidden_states or ():
+            scores = score_tokens(states[there], self._logits, supervised.tokens)
+            losses.append(masked_diffusion_loss(scores.losses, supervised))
+        return deep_supervision_loss(losses, self.config.deep_supervision_schedule)
+
+    def _logits_at(
+        self, hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor | None
+    ) -> torch.Tensor | None:
+        return None if logits_to_keep is None else self._logits(select_positions(hidden_states, logits_to_keep))
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The LM head at `hidden_states` `[..., D]`."""
@@ -337,6 +358,8 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTr
     ) -> torch.Tensor:
         if relevant_tokens is not None:
             return relevant_tokens & layout.is_real
+        if input_ids is not None and input_ids.shape != layout.is_real.shape:
+            raise ValueError("With a cache, relevant_tokens has to say which tokens of the canvas are to be decided.")
         if targets is not None:
             return targets.positions & layout.is_real
         if input_ids is None:
@@ -344,90 +367,50 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HubModel, PreTr
         masks = (input_ids == self.config.mask_token_id) & layout.is_real
         return torch.where(masks.any(-1, keepdim=True), masks, layout.is_real)
 
-    def _chunk_confidence(
-        self, logits: torch.Tensor, positions: torch.Tensor, relevant: torch.Tensor, layout: ChunkLayout
-    ) -> torch.Tensor:
-        """Mean largest probability `[B, N]` over each chunk's relevant tokens; 1 for a chunk with none."""
-        logits = logits.detach().float()
-        largest = (logits.amax(-1) - logits.logsumexp(-1)).exp()  # [P]
-        per_token = largest.new_zeros(positions.shape).index_put((positions,), largest)
-        return layout.mean_per_chunk(per_token, relevant, empty=1.0)
-
-    def _active_chunks(self, confidence: torch.Tensor, relevant: torch.Tensor, layout: ChunkLayout) -> torch.Tensor:
-        """BoolTensor `[B, N]`: the chunks to refine."""
-        active = layout.any_per_chunk(relevant)
-        return active & (confidence < self.config.min_confidence) if self.config.refine_low_confidence_only else active
-
-    def _loss(
-        self,
-        targets: MaskedTargets,
-        positions: torch.Tensor,
-        base_logits: torch.Tensor,
-        logits: torch.Tensor,
-        refined: RefinerOutput,
-        active: torch.Tensor,
-        layout: ChunkLayout,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The weighted sum of the losses, and each of them. `base_logits`, `logits` `[P, V]` stand at `positions`."""
-        config = self.config
-        counted = targets.positions[positions]  # [P], which of the positions are in the loss
-        backbone_trains = any(parameter.requires_grad for parameter in self.backbone.parameters())
-        with torch.set_grad_enabled(backbone_trains and torch.is_grad_enabled()):
-            backbone_loss = masked_diffusion_loss(base_logits[counted], targets)
-        loss = masked_diffusion_loss(logits[counted], targets)
-        components = {"diffusion": loss, "backbone": backbone_loss}
-        if backbone_trains:
-            loss = loss + backbone_loss
-        if refined.step_hidden_states:
-            in_active = layout.to_tokens(active)[targets.positions]  # [M]
-            there = targets.positions & layout.to_tokens(active)
-            supervised = MaskedTargets(there, targets.tokens[in_active], targets.weights[in_active])
-            components["deep_supervision"] = deep_supervision_loss(
-                (self._logits(states[there]) for states in refined.step_hidden_states),
-                supervised,
-                config.deep_supervision_schedule,
-            )
-            loss = loss + config.deep_supervision_weight * components["deep_supervision"]
-        if config.confidence_loss_weight > 0:
-            correct = torch.zeros_like(targets.positions).index_put(
-                (targets.positions,), logits[counted].argmax(-1) == targets.tokens
-            )
-            share = layout.mean_per_chunk(correct, targets.positions, empty=1.0)
-            components["confidence"] = confidence_loss(refined.confidence[active], share[active])
-            loss = loss + config.confidence_loss_weight * components["confidence"]
-        return loss, {name: value.detach() for name, value in components.items()}
-
-    def _trace(
-        self,
-        input_ids: torch.Tensor,
-        layout: ChunkLayout,
-        confidence: torch.Tensor,
-        refined: RefinerOutput,
-        changed_tokens: torch.Tensor,
-    ) -> RefinementTrace:
+    def _trace(self, input_ids: torch.Tensor | None, result: "_Refinement") -> RefinementTrace | None:
+        if input_ids is None:
+            return None
         recorded = RefinementPass(
-            chunk_of_token=layout.chunk_of_token.cpu(),
-            chunk_confidence=confidence.cpu(),
-            refiner_confidence=refined.confidence.detach().cpu(),
-            num_steps=refined.num_steps.cpu(),
-            similarity=refined.statistics["similarity"].cpu(),
-            changed_tokens=changed_tokens.cpu(),
+            chunk_of_token=result.layout.chunk_of_token.cpu(),
+            chunk_confidence=result.chunk_confidence.cpu(),
+            refiner_confidence=result.refined.confidence.detach().cpu(),
+            num_steps=result.refined.num_steps.cpu(),
+            similarity=result.refined.statistics["similarity"].cpu(),
+            changed_tokens=(result.changed_tokens & result.relevant).cpu(),
             rows=torch.arange(len(input_ids)),
         )
         canvas = input_ids.cpu()
         return RefinementTrace(self.config.mask_token_id, input_ids.shape[1], [canvas, canvas], [recorded])
 
-    def _denoising_logits(
+    @property
+    def _transformer(self) -> Any:
+        return self.backbone.base_model
+
+    def _block_kv_cache(self) -> BlockKVCache:
+        if not hasattr(self.backbone, "_block_kv_cache"):
+            raise ValueError(
+                f"kv_cache needs a native LLaDA or LLaDA-MoE backbone; {type(self.backbone).__name__} computes the "
+                f"whole canvas in every step: use kv_cache='none'."
+            )
+        return self.backbone._block_kv_cache()
+
+    def _denoising_output(
         self, inputs: DenoisingInputs, config: MaskedDiffusionGenerationConfig, trace: RefinementTrace | None
-    ) -> torch.Tensor:
+    ) -> DenoisingOutput:
         outputs = self(
-            input_ids=inputs.tokens,
-            attention_mask=inputs.attention_mask,
-            logits_to_keep=torch.arange(inputs.window.start, inputs.window.stop, device=inputs.tokens.device),
+            **inputs.model_inputs(),
+            logits_to_keep=inputs.positions,
             relevant_tokens=inputs.undecided,
             enable_refinement=config.enable_refinement,
             output_refinement_trace=trace is not None,
         )
         if trace is not None and outputs.refinement_trace is not None:
             trace.passes.extend(outputs.refinement_trace.passes)
-        return outputs.logits
+        if config.remasking != "refiner":
+            return DenoisingOutput(outputs.logits)
+        # The refiner's verdict on a chunk; the backbone's where it was sure enough.
+        refined = outputs.refinement_steps > 0
+        per_chunk = torch.where(refined, outputs.refiner_confidence, outputs.chunk_confidence)
+        batch, length = inputs.tokens.shape
+        layout = ChunkLayout(batch, length, self.config.chunk_size, inputs.attention_mask, per_chunk.device)
+        return DenoisingOutput(outputs.logits, layout.to_tokens(per_chunk).gather(1, inputs.positions))

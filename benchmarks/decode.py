@@ -1,0 +1,212 @@
+"""
+Decoding: the official LLaDA sampler written plainly against `generate` with and without caches, same weights, one run.
+
+    python benchmarks/decode.py [--train_steps 600] [--problems 16] [--repeats 3] [--threads 2]
+
+The model (hidden 512, 8 layers, vocabulary 32k) is first trained on sixteen chains of differences at once, prompt and
+response of 128 tokens each, so that its confidence and its answers mean something; it is kept in `--model_dir`. Prints
+tables and writes benchmarks/results/decode.json: seconds for 128 new tokens in blocks of 32 beside the plain sampler,
+the share of chains answered right, and how the time grows with the number of new tokens.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from llada_trm_hf import LLaDAConfig, LLaDAForMaskedDiffusion
+from llada_trm_hf.data.arithmetic import difference_chains
+
+MASK, EQUALS, END, ZERO = 31999, 11, 12, 100  # digit d is token 100 + d
+CHAINS, TERMS, BLOCK = 16, 7, 32
+MODES = {
+    "exact": {},
+    "prefix": {"kv_cache": "prefix"},
+    "dual": {"kv_cache": "dual"},
+    "exact + threshold": {"confidence_threshold": 0.9},
+    "dual + threshold": {"kv_cache": "dual", "confidence_threshold": 0.9},
+    "dual + factor": {"kv_cache": "dual", "confidence_factor": 1.0},
+}
+
+
+def make_problems(number: int, split: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts and responses, each `[number, 128]`: sixteen chains, `3942754=` ..., `3620722;` ..."""
+    prompts, responses = [], []
+    for chain in difference_chains(number * CHAINS, TERMS, split, seed):
+        prompts += [ZERO + int(digit) for digit in chain["prompt"][:-1]] + [EQUALS]
+        responses += [ZERO + int(digit) for digit in chain["reasoning"] + chain["answer"]] + [END]
+    return torch.tensor(prompts).view(number, -1), torch.tensor(responses).view(number, -1)
+
+
+def train(num_steps: int, batch_size: int = 8) -> LLaDAForMaskedDiffusion:
+    """A model that mostly knows the task."""
+    torch.manual_seed(0)
+    config = LLaDAConfig(
+        vocab_size=32000,
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        mask_token_id=MASK,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    model = LLaDAForMaskedDiffusion(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-4, total_steps=num_steps, pct_start=0.15)
+    prompts, responses = make_problems(num_steps * batch_size, "train")
+    progress = tqdm(range(num_steps), desc="training")
+    for step in progress:
+        batch = slice(step * batch_size, (step + 1) * batch_size)
+        p_mask = torch.rand(batch_size, 1) * 0.999 + 0.001
+        noisy = responses[batch].masked_fill(torch.rand(batch_size, CHAINS * (TERMS + 1)) < p_mask, MASK)
+        labels = torch.cat([torch.full_like(prompts[batch], -100), responses[batch]], dim=1)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(torch.cat([prompts[batch], noisy], dim=1), labels=labels, p_mask=p_mask[:, 0]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        progress.set_postfix(loss=f"{loss.item():.3f}")
+    return model.eval()
+
+
+@torch.no_grad()
+def plain_sampler(model: LLaDAForMaskedDiffusion, prompt: torch.Tensor, new_tokens: int, steps: int) -> torch.Tensor:
+    """Algorithm 5 of the LLaDA paper as published: the whole canvas, all logits, confidence in float64."""
+    prompt_length = prompt.shape[1]
+    canvas = torch.nn.functional.pad(prompt, (0, new_tokens), value=MASK)
+    num_blocks = new_tokens // BLOCK
+    for block in range(num_blocks):
+        end = prompt_length + (block + 1) * BLOCK
+        block_masks = (canvas[:, end - BLOCK : end] == MASK).sum(1)
+        num_steps = steps // num_blocks
+        for step in range(num_steps):
+            masked = canvas == MASK
+            logits = model.lm_head(model.model(canvas).last_hidden_state)
+            tokens = logits.argmax(-1)
+            probabilities = logits.double().softmax(-1)
+            confidence = probabilities.gather(-1, tokens[..., None]).squeeze(-1)
+            confidence[:, end:] = -torch.inf
+            confidence = confidence.masked_fill(~masked, -torch.inf)
+            for row in range(len(canvas)):
+                number = int(block_masks[row]) // num_steps + (step < int(block_masks[row]) % num_steps)
+                chosen = confidence[row].topk(number).indices
+                canvas[row, chosen] = tokens[row, chosen]
+    return canvas
+
+
+def seconds(function, *arguments):
+    """The seconds it took, and its result."""
+    start = time.perf_counter()
+    result = function(*arguments)
+    return time.perf_counter() - start, result
+
+
+def share_right(sequences: torch.Tensor, responses: torch.Tensor) -> float:
+    """Share of the chains answered right, each with all its values."""
+    found = sequences[:, -responses.shape[1] :].view(-1, TERMS + 1)
+    return (found == responses.view(-1, TERMS + 1)).all(-1).float().mean().item()
+
+
+def compare(model: LLaDAForMaskedDiffusion, problems: int, repeats: int) -> list[dict]:
+    """128 new tokens, one token a step where no threshold decides: seconds of each mode beside the plain sampler."""
+    prompts, responses = make_problems(problems, "test")
+    rows = []
+    for name, settings in MODES.items():
+        times, ratios = [], []
+        for i in range(repeats):
+            prompt = prompts[i % problems : i % problems + 1]
+            plain, expected = seconds(plain_sampler, model, prompt, 128, 128)
+            ours, found = seconds(generate, model, prompt, 128, settings)
+            assert name != "exact" or torch.equal(found.sequences, expected)
+            times.append((plain, ours))
+            ratios.append(plain / ours)
+        outputs = [generate(model, prompt, 128, settings) for prompt in tqdm(prompts.split(1), desc=name)]
+        rows.append(
+            {
+                "mode": name,
+                "settings": settings,
+                "plain_s": statistics.median(plain for plain, _ in times),
+                "ours_s": statistics.median(ours for _, ours in times),
+                "ratio": statistics.median(ratios),
+                "ratios": ratios,
+                "passes": statistics.mean(output.num_forward_passes for output in outputs),
+                "chains_right": share_right(torch.cat([output.sequences for output in outputs]), responses),
+                "chains": problems * CHAINS,
+            }
+        )
+    return rows
+
+
+def generate(model: LLaDAForMaskedDiffusion, prompt: torch.Tensor, new_tokens: int, settings: dict):
+    return model.generate(
+        prompt, max_new_tokens=new_tokens, block_length=BLOCK, return_dict_in_generate=True, **settings
+    )
+
+
+def growth(model: LLaDAForMaskedDiffusion, repeats: int) -> list[dict]:
+    """Milliseconds per new token for longer and longer responses, two tokens a step."""
+    prompt, _ = make_problems(1, "test")
+    rows = []
+    for new_tokens in (128, 256, 512, 1024):
+        row: dict = {"new_tokens": new_tokens}
+        for name in ("exact", "prefix", "dual"):
+            settings = {**MODES[name], "num_diffusion_steps": new_tokens // 2}
+            runs = [seconds(generate, model, prompt, new_tokens, settings)[0] for _ in range(repeats)]
+            row[f"{name}_ms_per_token"] = 1e3 * statistics.median(runs) / new_tokens
+        rows.append(row)
+        print(
+            "  ".join(f"{name} {value:.2f}" if isinstance(value, float) else str(value) for name, value in row.items())
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train_steps", type=int, default=600)
+    parser.add_argument("--problems", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--model_dir", type=Path, default=Path("outputs/decode_benchmark"))
+    parser.add_argument("--train_only", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if not (options.model_dir / "config.json").exists():
+        train(options.train_steps).save_pretrained(options.model_dir)
+    if options.train_only:
+        return
+    model = LLaDAForMaskedDiffusion.from_pretrained(options.model_dir)
+
+    rows = compare(model, options.problems, options.repeats)
+    print(f"{'128 new tokens':<20}{'plain':>10}{'ours':>10}{'ratio':>8}{'passes':>9}{'chains right':>15}")
+    for row in rows:
+        print(
+            f"{row['mode']:<20}{row['plain_s']:>8.2f} s{row['ours_s']:>8.2f} s{row['ratio']:>7.1f}x"
+            f"{row['passes']:>9.1f}{row['chains_right']:>14.1%}"
+        )
+    print("milliseconds per new token")
+    result = {
+        "command": f"python benchmarks/decode.py --train_steps {options.train_steps} --problems {options.problems} "
+        f"--repeats {options.repeats} --threads {options.threads}",
+        "date": str(date.today()),
+        "torch": torch.__version__,
+        "machine": {"processor": platform.processor() or platform.machine(), "threads": options.threads},
+        "rows": rows,
+        "growth": growth(model, options.repeats),
+    }
+    path = Path(__file__).parent / "results" / "decode.json"
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
