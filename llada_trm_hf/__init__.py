@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import inspection
+from . import hub, inspection
 from .models import *  # noqa: F403
 from .models import __all__ as _models
 
@@ -11,4 +11,4 @@ try:
 except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0.0.0"
 
-__all__ = [*_models, "inspection"]
+__all__ = [*_models, "hub", "inspection"]

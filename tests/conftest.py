@@ -87,6 +87,15 @@ def goldens():
     return folder
 
 
+@pytest.fixture(scope="session")
+def llm_trm(goldens):
+    """Where the golden checkpoints of the llm-trm project are; see the README there."""
+    folder = goldens.parent / "llm_trm"
+    if not (folder / "manifest.json").exists():
+        pytest.skip(f"no golden data in {folder}")
+    return folder
+
+
 @torch.no_grad()
 def randomise(head, seed=1):
     generator = torch.Generator().manual_seed(seed)

@@ -2,32 +2,54 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
+from .configuration_compressor import DimensionCompressorConfig
 from .configuration_llada import LLaDAConfig
 from .configuration_llada_moe import LLaDAMoEConfig
 from .configuration_llada_trm import LLaDATRMConfig
 from .configuration_masked_diffusion_generation import MaskedDiffusionGenerationConfig
 from .configuration_refiners import RecursiveRefinementHeadConfig
+from .configuration_sequence_trm import SequenceTRMConfig
 from .generation_masked_diffusion import MaskedDiffusionGenerationMixin
 from .generation_recorder import MaskedDiffusionGenerateOutput
+from .modeling_compressor import CompressorOutput, DimensionCompressor, PCAFit
 from .modeling_llada import LLaDAForMaskedDiffusion, LLaDAModel
 from .modeling_llada_moe import LLaDAMoEForMaskedDiffusion, LLaDAMoEModel, LLaDAMoEOutput
 from .modeling_llada_trm import LLaDATRMForMaskedDiffusion, LLaDATRMOutput
 from .modeling_refinement_head import RecursiveRefinementHead
+from .modeling_sequence_trm import SequenceTRM, SequenceTRMOutput, SequenceTRMReasoning
+from .reconstruction_metrics import reconstruction_metrics
 from .refinement_trace import RefinementPass, RefinementTrace
 from .refiner_output import RefinerOutput
 
 _AUTO_CLASSES = {
-    AutoModel: (LLaDAModel, LLaDAMoEModel, RecursiveRefinementHead, LLaDATRMForMaskedDiffusion),
+    AutoModel: (
+        LLaDAModel,
+        LLaDAMoEModel,
+        RecursiveRefinementHead,
+        LLaDATRMForMaskedDiffusion,
+        DimensionCompressor,
+        SequenceTRM,
+    ),
     AutoModelForMaskedLM: (LLaDAForMaskedDiffusion, LLaDAMoEForMaskedDiffusion, LLaDATRMForMaskedDiffusion),
     AutoModelForCausalLM: (LLaDAForMaskedDiffusion, LLaDAMoEForMaskedDiffusion, LLaDATRMForMaskedDiffusion),
 }
-for _config in (LLaDAConfig, LLaDAMoEConfig, RecursiveRefinementHeadConfig, LLaDATRMConfig):
+for _config in (
+    LLaDAConfig,
+    LLaDAMoEConfig,
+    RecursiveRefinementHeadConfig,
+    LLaDATRMConfig,
+    DimensionCompressorConfig,
+    SequenceTRMConfig,
+):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
 for _auto_class, _models in _AUTO_CLASSES.items():
     for _model in _models:
         _auto_class.register(_model.config_class, _model, exist_ok=True)
 
 __all__ = [
+    "CompressorOutput",
+    "DimensionCompressor",
+    "DimensionCompressorConfig",
     "LLaDAConfig",
     "LLaDAForMaskedDiffusion",
     "LLaDAMoEConfig",
@@ -41,9 +63,15 @@ __all__ = [
     "MaskedDiffusionGenerateOutput",
     "MaskedDiffusionGenerationConfig",
     "MaskedDiffusionGenerationMixin",
+    "PCAFit",
     "RecursiveRefinementHead",
     "RecursiveRefinementHeadConfig",
     "RefinementPass",
     "RefinementTrace",
     "RefinerOutput",
+    "SequenceTRM",
+    "SequenceTRMConfig",
+    "SequenceTRMOutput",
+    "SequenceTRMReasoning",
+    "reconstruction_metrics",
 ]
