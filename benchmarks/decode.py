@@ -1,7 +1,7 @@
 """
 Decoding: the official LLaDA sampler written plainly against `generate` with and without caches, same weights, one run.
 
-    python benchmarks/decode.py [--train_steps 600] [--problems 16] [--repeats 3] [--threads 2]
+    python benchmarks/decode.py [--train_steps 1000] [--problems 16] [--repeats 3] [--threads 2]
 
 The model (hidden 512, 8 layers, vocabulary 32k) is first trained on sixteen chains of differences at once, prompt and
 response of 128 tokens each, so that its confidence and its answers mean something; it is kept in `--model_dir`. Prints
@@ -44,8 +44,11 @@ def make_problems(number: int, split: str, seed: int = 0) -> tuple[torch.Tensor,
     return torch.tensor(prompts).view(number, -1), torch.tensor(responses).view(number, -1)
 
 
-def train(num_steps: int, batch_size: int = 8) -> LLaDAForMaskedDiffusion:
-    """A model that mostly knows the task."""
+def train(num_steps: int) -> LLaDAForMaskedDiffusion:
+    """
+    A model that knows the task. It first learns two chains at a time, which costs little, and then more and more.
+    Positions are always those of the full canvas, where the response to a prompt token stands 128 columns later.
+    """
     torch.manual_seed(0)
     config = LLaDAConfig(
         vocab_size=32000,
@@ -60,17 +63,23 @@ def train(num_steps: int, batch_size: int = 8) -> LLaDAForMaskedDiffusion:
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
     model = LLaDAForMaskedDiffusion(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-4, total_steps=num_steps, pct_start=0.15)
-    prompts, responses = make_problems(num_steps * batch_size, "train")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-4, total_steps=num_steps, pct_start=0.1)
     progress = tqdm(range(num_steps), desc="training")
     for step in progress:
-        batch = slice(step * batch_size, (step + 1) * batch_size)
+        chains = 2 if step < 0.6 * num_steps else 4 if step < 0.75 * num_steps else 8 if step < 0.9 * num_steps else 16
+        batch_size = 128 // chains
+        prompts, responses = (x.view(batch_size, -1) for x in make_problems(8, "train", seed=step))
+        columns = torch.arange(prompts.shape[1])
         p_mask = torch.rand(batch_size, 1) * 0.999 + 0.001
-        noisy = responses[batch].masked_fill(torch.rand(batch_size, CHAINS * (TERMS + 1)) < p_mask, MASK)
-        labels = torch.cat([torch.full_like(prompts[batch], -100), responses[batch]], dim=1)
+        noisy = responses.masked_fill(torch.rand(responses.shape) < p_mask, MASK)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(torch.cat([prompts[batch], noisy], dim=1), labels=labels, p_mask=p_mask[:, 0]).loss
+            loss = model(
+                torch.cat([prompts, noisy], dim=1),
+                position_ids=torch.cat([columns, columns + CHAINS * (TERMS + 1)])[None],
+                labels=torch.cat([torch.full_like(prompts, -100), responses], dim=1),
+                p_mask=p_mask[:, 0],
+            ).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -114,7 +123,7 @@ def seconds(function, *arguments):
 
 def share_right(sequences: torch.Tensor, responses: torch.Tensor) -> float:
     """Share of the chains answered right, each with all its values."""
-    found = sequences[:, -responses.shape[1] :].view(-1, TERMS + 1)
+    found = sequences[:, -responses.shape[1] :].reshape(-1, TERMS + 1)
     return (found == responses.view(-1, TERMS + 1)).all(-1).float().mean().item()
 
 
@@ -173,7 +182,7 @@ def growth(model: LLaDAForMaskedDiffusion, repeats: int) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train_steps", type=int, default=600)
+    parser.add_argument("--train_steps", type=int, default=1000)
     parser.add_argument("--problems", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)

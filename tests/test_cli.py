@@ -93,6 +93,18 @@ def test_no_refinement_is_the_backbone(checkpoint, tmp_path):
     assert json.loads(output.read_text())["answer"] == text
 
 
+def test_fast_decoding_flags(checkpoint, tmp_path):
+    output = tmp_path / "answer.jsonl"
+    flags = ["--block_length", "3", "--kv_cache", "dual", "--confidence_factor", "1.5", "--remask_committed", "0.1"]
+    assert generate(checkpoint, "--prompt", "12=", "--stop_at_eos", *flags, "--output_file", str(output)) == 0
+    model = LLaDATRMForMaskedDiffusion.from_pretrained(checkpoint).eval()
+    tokens = byte_tokenizer()("12=", return_tensors="pt")["input_ids"]
+    settings = {"block_length": 3, "kv_cache": "dual", "confidence_factor": 1.5, "remask_committed": 0.1}
+    expected = model.generate(tokens, max_new_tokens=6, stop_at_eos=True, **settings)[0, 3:]
+    text = byte_tokenizer().decode(expected[: (expected == model.config.eos_token_id).int().argmax() or None])
+    assert json.loads(output.read_text())["answer"] == text
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

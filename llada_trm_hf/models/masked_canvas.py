@@ -18,7 +18,7 @@ class MaskedCanvas:
 
     Attributes:
         tokens: LongTensor `[B, L]`.
-        attention_mask: LongTensor `[B, L]` or None.
+        attention_mask: LongTensor `[B, L]`, None without padding.
         is_masked: BoolTensor `[B, L]`, what is not decided; of the rows that are.
         was_masked: BoolTensor `[B, L]`, what was not decided at the start.
         num_decided: LongTensor `[B]`, decisions taken, less those taken back.
@@ -36,8 +36,8 @@ class MaskedCanvas:
         self.prompt_length = input_ids.shape[1]
         self.tokens = torch.nn.functional.pad(input_ids, (0, num_new_tokens), value=config.mask_token_id)
         self.is_masked = self.tokens.eq(config.mask_token_id)
-        self.attention_mask = attention_mask
-        if attention_mask is not None:
+        self.attention_mask = None
+        if attention_mask is not None and not attention_mask.all():
             self.attention_mask = torch.nn.functional.pad(attention_mask, (0, num_new_tokens), value=1)
             self.is_masked &= self.attention_mask.bool()
         self.was_masked = self.is_masked.clone()

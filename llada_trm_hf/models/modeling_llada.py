@@ -228,7 +228,11 @@ class LLaDAModel(LLaDAPreTrainedModel):
         mask = None  # without padding, everything sees everything
         if attention_mask is not None:
             mask = create_bidirectional_mask(
-                config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+                config=self.config,
+                inputs_embeds=hidden_states,
+                attention_mask=attention_mask,
+                # Whether there is any padding at all is worth asking, which waits for the device, once per canvas.
+                allow_is_bidirectional_skip=past_key_values is None,
             )
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for layer in self.layers:
