@@ -41,6 +41,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--confidence_factor", type=float, help="commit more, the surer the model is of all of them")
     parser.add_argument("--kv_cache", help="none, prefix or dual: what a step does not compute again")
     parser.add_argument("--remask_committed", type=float, help="mask committed tokens again below this probability")
+    parser.add_argument("--remask_budget", type=int, help="how often a token can be masked again")
     parser.add_argument("--stop_at_eos", action="store_true", default=None, help="end an answer at its end token")
     parser.add_argument("--compile", action="store_true", default=None, help="run through torch.compile")
     parser.add_argument("--no_refinement", action="store_true", help="the bare backbone")
@@ -98,6 +99,7 @@ def read_prompts(path: str) -> list[str]:
 
 def check_options(options: Any, texts: list[str]) -> None:
     """Raises ValueError for what can be seen to be wrong before the model is loaded."""
+    MaskedDiffusionGenerationConfig(**generation_settings(options))
     empty = [number for number, text in enumerate(texts, start=1) if not text.strip()]
     if empty:
         raise ValueError(f"Prompt {empty[0]} is empty.")

@@ -204,6 +204,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         past_key_values: Cache | BlockKVCache | None = None,
+        is_padded: bool = False,
         **kwargs: Any,
     ) -> ModelOutput:
         """
@@ -213,6 +214,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
             position_ids: `[B, L]`. By default, positions count the real tokens of each row.
             past_key_values: a [`BlockKVCache`], whose columns the `L` tokens are, or a transformers cache that holds
                 the tokens before them. Then `attention_mask` covers every column of the cache, not only these.
+            is_padded: whether `attention_mask` is known to hold zeros; if not, the device is asked.
 
         Returns:
             `last_hidden_state` `[B, L, D]` after the final norm. With `output_hidden_states=True`, `hidden_states` are
@@ -231,8 +233,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
                 config=self.config,
                 inputs_embeds=hidden_states,
                 attention_mask=attention_mask,
-                # Whether there is any padding at all is worth asking, which waits for the device, once per canvas.
-                allow_is_bidirectional_skip=past_key_values is None,
+                allow_is_bidirectional_skip=not is_padded,
             )
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for layer in self.layers:
