@@ -1,7 +1,7 @@
 """
 Decoding: the official LLaDA sampler written plainly against `generate` with and without caches, same weights, one run.
 
-    python benchmarks/decode.py [--train_steps 1000] [--full_steps 600] [--problems 16] [--repeats 3] [--threads 2]
+    python benchmarks/decode.py [--train_steps 1000] [--full_steps 240] [--problems 16] [--repeats 3] [--threads 2]
 
 The model (hidden 512, 8 layers, vocabulary 32k) is first trained on sixteen chains of differences at once, prompt and
 response of 128 tokens each, so that its confidence and its answers mean something; it is kept in `--model_dir`. Prints
@@ -192,7 +192,7 @@ def growth(model: LLaDAForMaskedDiffusion, repeats: int) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_steps", type=int, default=1000)
-    parser.add_argument("--full_steps", type=int, default=600)
+    parser.add_argument("--full_steps", type=int, default=240)
     parser.add_argument("--problems", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
@@ -222,8 +222,10 @@ def main() -> None:
     for row in lengths:
         print(f"{row['new_tokens']:<20}{row['exact_ms']:>22.1f}{row['dual_ms']:>22.1f}")
     result = {
-        "command": f"python benchmarks/decode.py --train_steps {options.train_steps} --full_steps {options.full_steps} --problems {options.problems} "
-        f"--repeats {options.repeats} --threads {options.threads}",
+        "command": "python benchmarks/decode.py "
+        + " ".join(
+            f"--{name} {getattr(options, name)}" for name in ("train_steps", "full_steps", "problems", "repeats")
+        ),
         "date": str(date.today()),
         "torch": torch.__version__,
         "machine": {"processor": platform.processor() or platform.machine(), "threads": options.threads},
