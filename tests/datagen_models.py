@@ -1,4 +1,4 @@
-"""Tiny causal language models that think: random weights, the byte tokenizer, and a fondness for the closing marker."""
+"""Tiny causal language models that think: random weights, the byte tokenizer, a fondness for the closing marker."""
 
 from pathlib import Path
 

@@ -173,7 +173,7 @@ def test_a_marker_of_several_tokens(tmp_path):
 
 def test_the_last_token_may_close_the_thought(model_folder):
     """A marker that is the last of max_new_tokens counts, and its state exists; one token fewer, and it does not."""
-    model, eos = load_language_model(model_folder, "auto", "cpu")
+    model, _ = load_language_model(model_folder, "auto", "cpu")
     end = tokenizer_with_markers()("</think>")["input_ids"]
     prompts = make_prompts(12)
     written = write(model, prompts, end)
@@ -181,7 +181,7 @@ def test_the_last_token_may_close_the_thought(model_folder):
     length = len(written.completions[row])
     just = write(model, [prompts[row]], end, max_new_tokens=length)
     assert just.statuses == ["complete"] and just.completions[0] == written.completions[row]
-    states = plain_states(model, sum(prompts[row], []) + just.completions[0])
+    states = plain_states(model, prompts[row][0] + prompts[row][1] + just.completions[0])
     torch.testing.assert_close(just.hidden_post[0], states[-1], rtol=1e-4, atol=1e-5)
     if length > 1:
         short = write(model, [prompts[row]], end, max_new_tokens=length - 1)
@@ -223,14 +223,12 @@ def test_sampling_follows_the_distribution(model_folder):
     """First tokens of 3,000 problems with the same prompt, against the model's own probabilities."""
     model, eos = load_language_model(model_folder, "auto", "cpu")
     prompt = make_prompts(3)[2]
-    written = write(
-        model, [prompt] * 3000, [260], eos, max_new_tokens=1, temperature=0.7, top_k=5, keep_states=False
-    )
+    written = write(model, [prompt] * 3000, [260], eos, max_new_tokens=1, temperature=0.7, top_k=5, keep_states=False)
     assert written.hidden_pre is None and written.hidden_post is None
     # An ended text has its end-of-sequence token cut off.
     tokens = torch.tensor([tokens[0] if tokens else eos[0] for tokens in written.completions])
     with torch.no_grad():
-        logits = model(torch.tensor([sum(prompt, [])])).logits[0, -1]
+        logits = model(torch.tensor([prompt[0] + prompt[1]])).logits[0, -1]
     top = logits.topk(5)
     expected = (top.values / 0.7).softmax(-1)
     found = torch.stack([(tokens == token).float().mean() for token in top.indices])
