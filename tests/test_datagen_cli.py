@@ -442,9 +442,9 @@ def test_interrupted(flags, tmp_path, finished, monkeypatch, capsys):
 
 
 def test_two_processes_give_the_files_of_one(flags, finished, tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "llada_trm_hf.cli"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
-    arguments = [*launch, *flags, "--output_dir", str(tmp_path)]
+    launch = "-m torch.distributed.run --standalone --nproc_per_node 2 -m llada_trm_hf.cli"  # on any free port
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, *launch.split(), *flags, "--output_dir", str(tmp_path)]
     result = subprocess.run(arguments, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("hidden pairs of") == 1

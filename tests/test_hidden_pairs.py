@@ -275,9 +275,16 @@ def make_traces(number):
     ]
 
 
-def test_states_of_traces_against_plain_forward_passes(model_folder):
-    model, traces = load_model(model_folder), make_traces(6)
-    pre, post = extract_states(model, traces)
+@pytest.mark.parametrize("tokens_per_forward", [1, 60, 512])
+def test_states_of_traces_against_plain_forward_passes(model_folder, tokens_per_forward):
+    model, traces = load_model(model_folder), make_traces(9)
+    shapes = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    pre, post = extract_states(model, traces, tokens_per_forward=tokens_per_forward)
+    assert all(rows == 1 or rows * length <= tokens_per_forward for rows, length in shapes)
+    assert sum(rows for rows, _ in shapes) == 9 and len(shapes) == {1: 9, 60: len(shapes), 512: 1}[tokens_per_forward]
     for trace, context, end in zip(traces, pre.split([len(trace.context) for trace in traces]), post):
         states = plain_states(model, trace.input_ids)
         torch.testing.assert_close(context, states[: len(trace.context)], rtol=1e-4, atol=1e-5)
