@@ -158,7 +158,7 @@ def test_unknown_command_and_help(capsys):
     assert main(["generat"]) == 2
     assert "unknown command 'generat'; one of demo, train, generate" in capsys.readouterr().err
     assert main(["--help"]) == 0
-    for command in ("demo", "train", "generate"):
+    for command in ("demo", "train", "generate", "datagen"):
         assert main([command, "--help"]) == 0
         assert "usage: llada-trm" in capsys.readouterr().out
 

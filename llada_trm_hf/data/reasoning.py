@@ -91,7 +91,7 @@ def load_reasoning_dataset(
     if path is None and name == "arithmetic":
         return _generate_arithmetic(split, num_terms, seed), SOURCES[name].response
     if path is not None:
-        rows = _read_file(path, split)
+        rows = read_rows(path, split)
         source = SOURCES.get(name) or _recognise(rows.column_names, columns, path)
     elif name in SOURCES:
         source = SOURCES[name]
@@ -158,18 +158,26 @@ def _generate_arithmetic(split: str, num_terms: int, seed: int) -> Dataset:
     return Dataset.from_list(list(difference_chains(number, num_terms, match[1], seed)))
 
 
-def _read_file(path: str, split: str) -> Dataset:
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"There is no file {path}.")
-    file_format = _FILE_FORMATS.get(os.path.splitext(path)[1])
-    if file_format is None:
-        raise ValueError(f"{path}: a dataset file is one of {', '.join(_FILE_FORMATS)}.")
-    if not os.path.getsize(path):
-        raise ValueError(f"{path} is empty.")
+def read_rows(path: str | list[str], split: str = "train") -> Dataset:
+    """
+    The rows of a json, jsonl, csv or parquet file, or of several in one format, as they are.
+
+    Raises:
+        FileNotFoundError, ValueError: for a missing, malformed or empty file.
+    """
+    paths = [path] if isinstance(path, str) else path
+    for path in paths:
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"There is no file {path}.")
+        file_format = _FILE_FORMATS.get(os.path.splitext(path)[1])
+        if file_format is None:
+            raise ValueError(f"{path}: a dataset file is one of {', '.join(_FILE_FORMATS)}.")
+        if not os.path.getsize(path):
+            raise ValueError(f"{path} is empty.")
     # A file is one split, whatever it is called: `test[:100]` of test.jsonl is its first 100 rows.
     piece = "train" + split[split.index("[") :] if "[" in split else "train"
     try:
-        rows = load_dataset(file_format, data_files=path, split=piece)
+        rows = load_dataset(file_format, data_files=paths, split=piece)
     except DatasetGenerationError as error:
         raise ValueError(f"{path} is not valid {file_format}: {error.__cause__ or error}") from error
     if not len(rows):

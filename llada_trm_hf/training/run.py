@@ -2,19 +2,17 @@
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from datasets import Dataset
-from filelock import FileLock, Timeout
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..data import byte_tokenizer, load_reasoning_dataset, tokenize_reasoning
 from ..models import LLaDAConfig, LLaDATRMForMaskedDiffusion, RecursiveRefinementHeadConfig
 from ..models.backbones import BACKBONES, build_backbone, load_backbone
+from ..storage import sole_run
 from .arguments import MaskedDiffusionTrainingArguments
 from .freezing import set_trainable
 from .recipe import RecipeArguments
@@ -39,7 +37,7 @@ def run_training(what: RecipeArguments, training: MaskedDiffusionTrainingArgumen
     trainable = what.trainable or (["refiner"] if what.freeze_backbone else ["*"])
     set_trainable(model, trainable, train_layer_norms=what.train_layer_norms)
 
-    with _sole_run(training.output_dir):
+    with sole_run(training.output_dir):
         trainer = MaskedDiffusionTrainer(
             model,
             training,
@@ -170,21 +168,3 @@ def _checkpoint_to_resume(training: MaskedDiffusionTrainingArguments) -> str | N
     if not os.path.isfile(os.path.join(wanted, "trainer_state.json")):
         raise ValueError(f"{wanted} is not a checkpoint of a training run: it has no trainer_state.json.")
     return str(wanted)
-
-
-@contextmanager
-def _sole_run(folder: str) -> Iterator[None]:
-    """Holds the output folder for this run; the lock goes with the process, however it ends."""
-    os.makedirs(folder, exist_ok=True)
-    if int(os.environ.get("RANK", "0")) > 0:
-        yield
-        return
-    lock = FileLock(os.path.join(folder, ".training.lock"), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise RuntimeError(f"Another run is writing to {folder}: choose another --output_dir.") from None
-    try:
-        yield
-    finally:
-        lock.release()
