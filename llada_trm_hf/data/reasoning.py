@@ -7,14 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from transformers import PreTrainedTokenizerBase
 
 from .arithmetic import difference_chains
 from .tokenizer import prompt_tokens
 
-_FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 SCHEMA = ("prompt", "reasoning", "answer")
 
 
@@ -87,15 +87,15 @@ def load_reasoning_dataset(
         ValueError: for an unknown name, missing columns, malformed rows or an empty dataset.
         FileNotFoundError: for a file that does not exist.
     """
-    path = data_files or (name if os.path.splitext(name)[1] in _FILE_FORMATS else None)
+    path = data_files or (name if is_data_file(name) else None)
     if path is None and name == "arithmetic":
         return _generate_arithmetic(split, num_terms, seed), SOURCES[name].response
     if path is not None:
-        rows = _read_file(path, split)
+        rows = read_rows(path, split)
         source = SOURCES.get(name) or _recognise(rows.column_names, columns, path)
     elif name in SOURCES:
         source = SOURCES[name]
-        rows = _read_hub(source, split)
+        rows = read_hub(source.hub_name, source.hub_config, split)
     else:
         close = difflib.get_close_matches(name, SOURCES, n=1)
         raise ValueError(
@@ -150,6 +150,11 @@ def tokenize_reasoning(
     return fitting
 
 
+def is_data_file(name: str) -> bool:
+    """Whether a name is that of a local file, by its ending."""
+    return os.path.splitext(name)[1] in _FILE_FORMATS
+
+
 def _generate_arithmetic(split: str, num_terms: int, seed: int) -> Dataset:
     match = re.fullmatch(r"(train|test)(?:\[:(\d+)\])?", split)
     if match is None:
@@ -158,18 +163,26 @@ def _generate_arithmetic(split: str, num_terms: int, seed: int) -> Dataset:
     return Dataset.from_list(list(difference_chains(number, num_terms, match[1], seed)))
 
 
-def _read_file(path: str, split: str) -> Dataset:
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"There is no file {path}.")
-    file_format = _FILE_FORMATS.get(os.path.splitext(path)[1])
-    if file_format is None:
-        raise ValueError(f"{path}: a dataset file is one of {', '.join(_FILE_FORMATS)}.")
-    if not os.path.getsize(path):
-        raise ValueError(f"{path} is empty.")
+def read_rows(path: str | list[str], split: str = "train") -> Dataset:
+    """
+    The rows of a json, jsonl, csv or parquet file, or of several in one format, as they are.
+
+    Raises:
+        FileNotFoundError, ValueError: for a missing, malformed or empty file.
+    """
+    paths = [path] if isinstance(path, str) else path
+    for path in paths:
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"There is no file {path}.")
+        file_format = _FILE_FORMATS.get(os.path.splitext(path)[1])
+        if file_format is None:
+            raise ValueError(f"{path}: a dataset file is one of {', '.join(_FILE_FORMATS)}.")
+        if not os.path.getsize(path):
+            raise ValueError(f"{path} is empty.")
     # A file is one split, whatever it is called: `test[:100]` of test.jsonl is its first 100 rows.
     piece = "train" + split[split.index("[") :] if "[" in split else "train"
     try:
-        rows = load_dataset(file_format, data_files=path, split=piece)
+        rows = load_dataset(file_format, data_files=paths, split=piece)
     except DatasetGenerationError as error:
         raise ValueError(f"{path} is not valid {file_format}: {error.__cause__ or error}") from error
     if not len(rows):
@@ -177,15 +190,15 @@ def _read_file(path: str, split: str) -> Dataset:
     return rows
 
 
-def _read_hub(source: ReasoningSource, split: str) -> Dataset:
+def read_hub(name: str | None, config: str | None, split: str, streaming: bool = False) -> Dataset | IterableDataset:
+    """A split of a dataset of the Hub. Raises ValueError if it cannot be fetched."""
     try:
-        rows = load_dataset(source.hub_name, source.hub_config, split=split)
+        rows = load_dataset(name, config, split=split, streaming=streaming)
     except (ConnectionError, DatasetNotFoundError) as error:
         raise ValueError(
-            f"{source.hub_name} cannot be fetched from the Hub ({type(error).__name__}). Offline, name a local "
-            f"copy with data_files."
+            f"{name} cannot be fetched from the Hub ({type(error).__name__}). Offline, name a local copy with data_files."
         ) from error
-    assert isinstance(rows, Dataset) and not isinstance(rows, DatasetDict)
+    assert isinstance(rows, IterableDataset if streaming else Dataset)
     return rows
 
 
