@@ -1,5 +1,6 @@
 """What models need on their way to and from the Hub."""
 
-from .legacy import import_legacy, read_legacy_hidden_pairs
+from ..storage import read_legacy_hidden_pairs
+from .legacy import import_legacy
 
 __all__ = ["import_legacy", "read_legacy_hidden_pairs"]

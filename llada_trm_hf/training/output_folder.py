@@ -1,10 +1,7 @@
-"""The output folder of a run: one run at a time, nothing of an earlier one overwritten, the result left in it."""
+"""The output folder of a run: what an earlier run left in it, and what this one leaves."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-from filelock import FileLock, Timeout
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -34,21 +31,3 @@ def checkpoint_to_resume(training: TrainingArguments) -> str | None:
     if not os.path.isfile(os.path.join(wanted, "trainer_state.json")):
         raise ValueError(f"{wanted} is not a checkpoint of a training run: it has no trainer_state.json.")
     return str(wanted)
-
-
-@contextmanager
-def sole_run(folder: str) -> Iterator[None]:
-    """Holds the output folder for this run; the lock goes with the process, however it ends."""
-    os.makedirs(folder, exist_ok=True)
-    if int(os.environ.get("RANK", "0")) > 0:
-        yield
-        return
-    lock = FileLock(os.path.join(folder, ".training.lock"), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise RuntimeError(f"Another run is writing to {folder}: choose another --output_dir.") from None
-    try:
-        yield
-    finally:
-        lock.release()

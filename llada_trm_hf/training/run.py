@@ -10,9 +10,10 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from ..data import byte_tokenizer
 from ..models import LLaDAConfig, LLaDATRMForMaskedDiffusion, RecursiveRefinementHeadConfig
 from ..models.backbones import BACKBONES, build_backbone, load_backbone
+from ..storage import sole_run
 from .arguments import MaskedDiffusionTrainingArguments
 from .freezing import set_trainable
-from .output_folder import checkpoint_to_resume, sole_run, train_and_save
+from .output_folder import checkpoint_to_resume, train_and_save
 from .recipe_arguments import RecipeArguments
 from .samples import check_length, pretrained_tokenizer, reasoning_samples, splits
 from .trainer import MaskedDiffusionTrainer

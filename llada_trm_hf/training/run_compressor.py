@@ -13,10 +13,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..data import load_text_dataset, tokenize_texts
 from ..data.reasoning import SOURCES
 from ..models import DimensionCompressor, DimensionCompressorConfig
+from ..storage import sole_run, write_atomically
 from .arguments import CompressorTrainingArguments
 from .compressor_trainer import CompressorTrainer
 from .language_model import head_width
-from .output_folder import checkpoint_to_resume, sole_run, train_and_save
+from .output_folder import checkpoint_to_resume, train_and_save
 from .recipe_arguments import CompressorRecipeArguments
 from .samples import check_length, pretrained_tokenizer, reasoning_samples, splits
 
@@ -170,8 +171,10 @@ def _measure(trainer: CompressorTrainer) -> dict[str, float]:
 
 
 def _write_table(path: str, rows: list[dict[str, Any]]) -> None:
-    with open(path + ".tmp", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(path + ".tmp", path)
+    def write(temporary: str) -> None:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_atomically(path, write)

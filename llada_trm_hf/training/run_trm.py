@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from ..data import HiddenPairsCollator, HiddenPairsDataset
 from ..models import DimensionCompressor, SequenceTRM, SequenceTRMConfig
+from ..storage import sole_run
 from .arguments import TRMTrainingArguments
-from .output_folder import checkpoint_to_resume, sole_run, train_and_save
+from .output_folder import checkpoint_to_resume, train_and_save
 from .recipe_arguments import TRMRecipeArguments
 from .trm_trainer import TRMTrainer
 
