@@ -196,7 +196,8 @@ def read_hub(name: str | None, config: str | None, split: str, streaming: bool =
         rows = load_dataset(name, config, split=split, streaming=streaming)
     except (ConnectionError, DatasetNotFoundError) as error:
         raise ValueError(
-            f"{name} cannot be fetched from the Hub ({type(error).__name__}). Offline, name a local copy with data_files."
+            f"{name} cannot be fetched from the Hub ({type(error).__name__}). Offline, name a local "
+            f"copy with data_files."
         ) from error
     assert isinstance(rows, IterableDataset if streaming else Dataset)
     return rows

@@ -45,8 +45,8 @@ def load_text_dataset(
     columns = rows.column_names or list(next(iter(rows)))
     if text_column not in columns:
         raise ValueError(
-            f"{path or name} has no column {text_column!r}, it has {', '.join(columns)}: say with text_column which one "
-            f"holds the text."
+            f"{path or name} has no column {text_column!r}, it has {', '.join(columns)}: say with text_column which "
+            f"one holds the text."
         )
     rows = rows.select_columns([text_column])
     return rows if text_column == "text" else rows.rename_column(text_column, "text")

@@ -8,8 +8,8 @@ from transformers import TrainingArguments
 @dataclass
 class CommonTrainingArguments(TrainingArguments):
     """
-    `TrainingArguments` with what all trainers of the package share. `--lr`, `--batch_size` and `--num_epochs` are short
-    for `learning_rate`, `per_device_train_batch_size` and `num_train_epochs`.
+    `TrainingArguments` with what all trainers of the package share. `--lr`, `--batch_size` and `--num_epochs` are
+    short for `learning_rate`, `per_device_train_batch_size` and `num_train_epochs`.
 
     Args:
         early_stopping_patience: stop after this many evaluations without a better `metric_for_best_model`.

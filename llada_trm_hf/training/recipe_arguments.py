@@ -77,14 +77,15 @@ class CompressorRecipeArguments(DataArguments):
         default=None, metadata={"help": "Width to compress to; 256, or that of --compressor."}
     )
     compressed_sizes: list[int] | None = field(
-        default=None, metadata={"help": "Several widths: one run each, and sweep.csv with PCA and trained side by side."}
+        default=None,
+        metadata={"help": "Several widths: a run each, and sweep.csv, where PCA stands beside them."},
     )
     pca_batches: int | None = field(
         default=None, metadata={"help": "Batches of the training data that PCA sees; all of it by default."}
     )
     text_column: str | None = field(
         default=None,
-        metadata={"help": "Train on plain text, this column of it. Without: prompt, reasoning and answer of problems."},
+        metadata={"help": "Train on plain text, this column of it. Without: on prompt, reasoning and answer."},
     )
     streaming: bool = field(
         default=False, metadata={"help": "Read plain text of the Hub as it comes; needs max_steps."}

@@ -1,4 +1,4 @@
-"""What the trainers of the package share: metrics of their own in every log, CSV files, early stopping, a stop at NaN."""
+"""What the trainers of the package share: metrics of their own in every log, CSV files, early stopping."""
 
 import math
 from collections import defaultdict
@@ -19,7 +19,9 @@ class RecordingTrainer(Trainer):
 
     args: CommonTrainingArguments
 
-    def __init__(self, *, args: CommonTrainingArguments, callbacks: list[TrainerCallback] | None = None, **kwargs: Any):
+    def __init__(
+        self, *, args: CommonTrainingArguments, callbacks: list[TrainerCallback] | None = None, **kwargs: Any
+    ):
         self._records: dict[str, list[torch.Tensor]] = defaultdict(list)
         own: list[TrainerCallback] = [CSVMetricsCallback()]
         if args.early_stopping_patience is not None:

@@ -139,7 +139,9 @@ def _sweep(
         finished = resuming and os.path.isfile(os.path.join(arguments.output_dir, "trainer_state.json"))
         if finished:
             compressor = DimensionCompressor.from_pretrained(arguments.output_dir)
-        elif resuming and (not os.path.isdir(arguments.output_dir) or get_last_checkpoint(arguments.output_dir) is None):
+        elif resuming and (
+            not os.path.isdir(arguments.output_dir) or get_last_checkpoint(arguments.output_dir) is None
+        ):
             arguments.resume_from_checkpoint = None
         trainer = new_trainer(compressor, arguments)
         if pca is None:

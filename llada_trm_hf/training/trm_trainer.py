@@ -170,8 +170,8 @@ class TRMTrainer(RecordingTrainer):
         where = f"for {len(broken)} of {len(errors)} samples: {', '.join(broken[:8])}" if broken else "for a batch"
         return (
             f"The loss became {outputs.loss.item()} in step {self.state.global_step + 1} {where}. If these are all of "
-            f"the batch, lower the learning rate and go on from the last checkpoint in {self.args.output_dir}; if not, "
-            f"look at their hidden states."
+            f"the batch, lower the learning rate and go on from the last checkpoint in {self.args.output_dir}; if "
+            f"not, look at their hidden states."
         )
 
     def begin(self) -> None:
@@ -208,7 +208,9 @@ class TRMTrainer(RecordingTrainer):
         inputs = self._prepare_inputs(inputs)
         with self.accelerator.autocast():
             thought = self.model.reason(inputs["context"], inputs["mask"])
-        tokens = [self._top_tokens(states) for states in (thought.prediction, inputs["target"]) if self.lm_head is not None]
+        tokens = [
+            self._top_tokens(states) for states in (thought.prediction, inputs["target"]) if self.lm_head is not None
+        ]
         return None, (thought.prediction, thought.halt_probability, thought.num_steps, *tokens), inputs["target"]
 
     def _top_tokens(self, states: torch.Tensor) -> torch.Tensor:
@@ -264,8 +266,9 @@ class TRMTrainer(RecordingTrainer):
         made, found = state["layout"].tolist(), self._layout().tolist()
         if made != found:
             raise ValueError(
-                f"{resume_from_checkpoint} was made with {made[0]} processes, gradient_accumulation_steps={made[1]} and "
-                f"{made[2]} optimizer steps per batch, this run has {found[0]}, {found[1]} and {found[2]}: go on as before."
+                f"{resume_from_checkpoint} was made with {made[0]} processes, gradient_accumulation_steps={made[1]} "
+                f"and {made[2]} optimizer steps per batch, this run has {found[0]}, {found[1]} and {found[2]}: go on "
+                f"as before."
             )
         self._cosines = state["cosines"].cpu()
         self.model.config.cosine_threshold = state["cosine_threshold"].item()
@@ -323,5 +326,6 @@ def _check_width(lm_head: nn.Module, model: SequenceTRM, compressor: DimensionCo
     width = size if compressor is None else compressor.config.hidden_size
     if head_width(lm_head) != width:
         raise ValueError(
-            f"The LM head reads states {head_width(lm_head)} wide, the pairs hold {width}: they come from another model."
+            f"The LM head reads states {head_width(lm_head)} wide, the pairs hold {width}: they come from another "
+            f"model."
         )
