@@ -11,6 +11,7 @@ COMMANDS = {
     "demo": "train a small model from scratch and watch the refiner help (no download, no GPU)",
     "train": "train a refiner, or a backbone with it, from a recipe",
     "generate": "generate text from prompts",
+    "datagen": "make hidden pairs: a language model's states before and after it thinks",
 }
 # What a user can get wrong; anything else that is raised is a failure of ours.
 USER_MISTAKES = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, IsADirectoryError)

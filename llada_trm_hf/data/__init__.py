@@ -1,19 +1,33 @@
-"""What goes into training: reasoning datasets, generated arithmetic, plain text, a byte tokenizer, and masking."""
+"""What goes into training: reasoning datasets, generated arithmetic, plain text, tokens, masking, hidden pairs."""
 
 from .arithmetic import difference_chains
+from .datagen import run_datagen
+from .datagen_settings import DatagenSettings
+from .hidden_pairs import HiddenPairsCollator, HiddenPairsDataset, export_legacy_hidden_pairs
 from .masking import MaskedDiffusionCollator
 from .reasoning import load_reasoning_dataset, tokenize_reasoning
+from .shard_folder import DatagenSummary
 from .text import TextCollator, load_text_dataset, tokenize_texts
+from .thoughts import ThoughtFormat
 from .tokenizer import byte_tokenizer, prompt_tokens
+from .trace_generation import TraceSettings
 
 __all__ = [
+    "DatagenSettings",
+    "DatagenSummary",
+    "HiddenPairsCollator",
+    "HiddenPairsDataset",
     "MaskedDiffusionCollator",
     "TextCollator",
+    "ThoughtFormat",
+    "TraceSettings",
     "byte_tokenizer",
     "difference_chains",
+    "export_legacy_hidden_pairs",
     "load_reasoning_dataset",
     "load_text_dataset",
     "prompt_tokens",
+    "run_datagen",
     "tokenize_reasoning",
     "tokenize_texts",
 ]

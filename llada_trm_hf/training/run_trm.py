@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import Subset
 from transformers import AutoModelForCausalLM
 
-from ..data import HiddenPairsCollator, HiddenPairsDataset
+from ..data import HiddenPairsDataset
 from ..models import DimensionCompressor, SequenceTRM, SequenceTRMConfig
 from ..storage import sole_run
 from .arguments import TRMTrainingArguments
@@ -37,7 +37,6 @@ def run_trm_training(what: TRMRecipeArguments, training: TRMTrainingArguments) -
         trainer = TRMTrainer(
             model,
             training,
-            HiddenPairsCollator(),
             train_dataset=train,
             eval_dataset=held_out,
             lm_head=lm_head,

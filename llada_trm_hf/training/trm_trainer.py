@@ -12,6 +12,7 @@ from torch.nn.functional import cosine_similarity
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, TrainerCallback
 
+from ..data import HiddenPairsCollator
 from ..models import DimensionCompressor, SequenceTRM, SequenceTRMOutput, reconstruction_metrics
 from .arguments import TRMTrainingArguments
 from .ema import ExponentialMovingAverage
@@ -46,8 +47,9 @@ class TRMTrainer(RecordingTrainer):
     Args:
         model: the SequenceTRM; its config is changed as `args` say.
         args: [`TRMTrainingArguments`].
-        data_collator: makes batches `context` [B, L, D'], `mask` [B, L], `target` [B, D'], `ids`.
-        train_dataset, eval_dataset: pairs.
+        train_dataset, eval_dataset: pairs, such as [`HiddenPairsDataset`].
+        data_collator: [`HiddenPairsCollator`], or another that makes batches of `context` [B, L, D'], `mask` [B, L],
+            `target` [B, D'] and `ids`.
         lm_head: linear, from the language model's hidden states to logits.
         compressor: that of the pairs, if they are compressed; needed for `lm_head`.
         callbacks: as in `Trainer`.
@@ -63,9 +65,9 @@ class TRMTrainer(RecordingTrainer):
         self,
         model: SequenceTRM,
         args: TRMTrainingArguments,
-        data_collator: Any,
         train_dataset: Any = None,
         eval_dataset: Any = None,
+        data_collator: Any = None,
         lm_head: nn.Module | None = None,
         compressor: DimensionCompressor | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -79,7 +81,7 @@ class TRMTrainer(RecordingTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator,
+            data_collator=data_collator or HiddenPairsCollator(),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             compute_metrics=self._held_out_metrics,

@@ -1,0 +1,101 @@
+"""`llada-trm datagen`: hidden pairs, the states of a language model before and after it thinks."""
+
+import os
+
+import torch
+
+from ..data.datagen import run_datagen
+from ..data.datagen_settings import DTYPES, STAGES, DatagenSettings
+from ..data.hidden_pairs import export_legacy_hidden_pairs
+from ..data.trace_generation import TraceSettings
+from .parser import CommandParser
+
+
+def run(arguments: list[str]) -> None:
+    parser = CommandParser(
+        prog="llada-trm datagen",
+        description="Lets a causal language model think about problems, and keeps its last layer's states before "
+        "<think> and at </think>. Started again, an interrupted run goes on. Also what torchrun and accelerate launch "
+        "run: processes share the shards.",
+    )
+    parser.add_argument("--model", required=True, help="name or folder of a causal language model")
+    parser.add_argument("--output_dir", required=True, help="folder for shards, traces, metadata and settings")
+    parser.add_argument(
+        "--stage", choices=STAGES, default="all", help="write thoughts, take states, or both in one go"
+    )
+    parser.add_argument(
+        "--dataset",
+        "--dataset_name",
+        default="",
+        help="problems: names or files, with commas between them (gsm8k, arithmetic, FILE.jsonl, ...)",
+    )
+    parser.add_argument("--split", default="train", help="split or slice of each dataset, e.g. train[:1000]")
+    parser.add_argument("--num_samples", type=int, help="at most so many problems of each dataset")
+    parser.add_argument("--num_terms", type=int, default=8, help="difficulty of generated arithmetic")
+    parser.add_argument(
+        "--traces_file",
+        help="finished traces for --stage states: a file with prompt and completion_ids, completion or reasoning, or "
+        "the folder of an earlier --stage traces",
+    )
+    parser.add_argument(
+        "--columns", nargs="+", default=[], help="columns of a local file, e.g. prompt=question completion=output"
+    )
+    parser.add_argument("--batch_size", type=int, default=8, help="problems that go through the model together")
+    parser.add_argument("--max_new_tokens", type=int, default=1024, help="of a thought with its closing marker")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token")
+    parser.add_argument("--top_k", type=int, help="sample from so many tokens")
+    parser.add_argument("--top_p", type=float, help="sample from the most probable tokens of this share")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling; each problem has its own random numbers")
+    parser.add_argument("--think_start", default="<think>", help="opening marker")
+    parser.add_argument("--think_end", default="</think>", help="closing marker")
+    parser.add_argument("--checkpoint_every", type=int, default=128, help="problems of a shard")
+    parser.add_argument("--no_auto_resume", action="store_true", help="refuse a folder that holds an earlier run")
+    parser.add_argument("--compressor", help="name or folder of a compressor: store compressed states")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the model")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--export_legacy", help="in the end, also write the older single .pt file here")
+    options = parser.parse_args(arguments)
+
+    pairs = [column.partition("=") for column in options.columns]
+    if any(not theirs for _, _, theirs in pairs):
+        raise ValueError(f"columns are pairs such as prompt=question; got {' '.join(options.columns)}.")
+    if options.export_legacy:
+        folder = os.path.dirname(os.path.abspath(options.export_legacy))
+        if options.stage == "traces":
+            raise ValueError("--export_legacy writes hidden pairs; --stage traces makes none.")
+        if not os.path.isdir(folder):
+            raise FileNotFoundError(f"There is no folder {folder} to write {options.export_legacy} in.")
+    summary = run_datagen(
+        DatagenSettings(
+            model=options.model,
+            output_dir=options.output_dir,
+            stage=options.stage,
+            dataset=[name.strip() for name in options.dataset.split(",") if name.strip()],
+            split=options.split,
+            num_samples=options.num_samples,
+            columns={ours: theirs for ours, _, theirs in pairs} or None,
+            num_terms=options.num_terms,
+            traces_file=options.traces_file,
+            traces=TraceSettings(
+                max_new_tokens=options.max_new_tokens,
+                temperature=options.temperature,
+                top_k=options.top_k,
+                top_p=options.top_p,
+                seed=options.seed,
+            ),
+            think_start=options.think_start,
+            think_end=options.think_end,
+            batch_size=options.batch_size,
+            checkpoint_every=options.checkpoint_every,
+            auto_resume=not options.no_auto_resume,
+            compressor=options.compressor,
+            dtype=options.dtype,
+            device=options.device,
+        )
+    )
+    if summary is None:  # the first process of several speaks for all
+        return
+    print(summary)
+    if options.export_legacy:
+        number = export_legacy_hidden_pairs(options.output_dir, options.export_legacy)
+        print(f"Wrote {number} pairs to {options.export_legacy}")

@@ -1,0 +1,259 @@
+"""Hidden pairs on the disk: numbered shards, an index, and the dataset and collator that read them."""
+
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.data import Dataset
+
+from ..models import DimensionCompressor
+from ..storage import read_legacy_hidden_pairs, write_atomically
+from .thoughts import COMPLETE
+
+METADATA_FILE = "metadata.jsonl"
+CONFIG_FILE = "datagen_config.json"
+_OPEN_SHARDS = 16
+
+
+def shard_name(number: int) -> str:
+    """`pairs-00000.safetensors`, ..."""
+    return f"pairs-{number:05d}.safetensors"
+
+
+def write_shard(
+    path: str, hidden_pre: torch.Tensor, hidden_post: torch.Tensor, problems: list[dict[str, Any]]
+) -> None:
+    """
+    Writes a shard: `hidden_pre` `[sum of lengths, D]`, `hidden_post` `[pairs, D]` and, in the header, a line of
+    `metadata.jsonl` for each problem. The same content gives the same bytes.
+
+    Raises:
+        OSError: such as a full disk; nothing is left behind.
+    """
+    # One entry only: safetensors writes several in any order.
+    header = {"problems": json.dumps(problems, ensure_ascii=False)}
+
+    def write(temporary: str) -> None:
+        try:
+            save_file({"hidden_pre": hidden_pre, "hidden_post": hidden_post}, temporary, metadata=header)
+        except SafetensorError as error:
+            raise OSError(f"Cannot write {path}: {error}") from error
+
+    write_atomically(path, write)
+
+
+def read_shard_problems(path: str) -> list[dict[str, Any]]:
+    """
+    The metadata of a shard's problems.
+
+    Raises:
+        ValueError: if the file is damaged, cut short, or something else.
+    """
+    with _open_shard(path) as shard:
+        return json.loads((shard.metadata() or {}).get("problems", "null")) or []
+
+
+class HiddenPairsDataset(Dataset):
+    """
+    The pairs of `llada-trm datagen`, or of the older single `.pt` file. An item is `{"context": [L, D], "target":
+    [D], "id": str}`, float32: the states before `<think>` and the state at `</think>`.
+
+    Only an item's own rows are read from its shard, when it is asked for. `lengths` is known without reading any, so
+    batches can be made of contexts of similar length:
+
+    ```python
+    pairs = HiddenPairsDataset("pairs")
+    sampler = transformers.trainer_pt_utils.LengthGroupedSampler(16, lengths=pairs.lengths)
+    loader = DataLoader(pairs, batch_size=16, sampler=sampler, collate_fn=HiddenPairsCollator())
+    ```
+
+    Args:
+        folder_or_file: the output folder of a finished run, or an older `.pt` file (held in memory, and read without
+            executing anything in it).
+        compressor: takes the states to `[L, D']` and `[D']`, where they are not stored compressed.
+
+    Attributes:
+        lengths: the number of context positions of each pair.
+        ids: the id of each pair.
+        problems: the metadata of each pair, a line of `metadata.jsonl`.
+        num_skipped: problems of the run without a pair.
+        hidden_size: the width of the items, D or D'.
+
+    Raises:
+        FileNotFoundError: if there is no such folder or file.
+        ValueError: for an unfinished run, missing or damaged shards, a folder without pairs, or a compressor of
+            another width.
+    """
+
+    def __init__(self, folder_or_file: str | os.PathLike, compressor: DimensionCompressor | None = None):
+        self.path = os.fspath(folder_or_file)
+        self.compressor = compressor
+        self._legacy: dict[str, Any] | None = None
+        self._shards: OrderedDict[str, Any] = OrderedDict()
+        if os.path.isdir(self.path):
+            problems = self._read_metadata()
+            self.problems = [problem for problem in problems if problem["status"] == COMPLETE]
+            stored_size = self._check_shards()
+        else:
+            problems = self.problems = self._read_legacy()
+            stored_size = self._legacy["hidden_size"] if self._legacy else 0
+        self.num_skipped = len(problems) - len(self.problems)
+        if not self.problems:
+            raise ValueError(f"{self.path} holds no pairs: none of {len(problems)} problems has a complete thought.")
+        self.lengths = [problem["length"] for problem in self.problems]
+        self.ids = [problem["id"] for problem in self.problems]
+        if compressor is not None and compressor.config.hidden_size != stored_size:
+            raise ValueError(
+                f"The pairs of {self.path} are {stored_size} wide, the compressor takes "
+                f"hidden_size={compressor.config.hidden_size}."
+            )
+        self.hidden_size = stored_size if compressor is None else compressor.config.compressed_size
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    @torch.no_grad()
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        context, target = self.stored(index)
+        if self.compressor is not None:
+            device = self.compressor.weight.device
+            context, target = (self.compressor.compress(states.to(device)).cpu() for states in (context, target))
+        return {"context": context.float(), "target": target.float(), "id": self.ids[index]}
+
+    def stored(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Context and target of a pair as they are stored, in the dtype of the model that made them."""
+        if self._legacy is not None:
+            return self._legacy["hidden_pre"][index].clone(), self._legacy["hidden_post"][index].clone()
+        problem = self.problems[index]
+        shard = self._shard(problem["shard"])
+        start = problem["offset"]
+        context = shard.get_slice("hidden_pre")[start : start + problem["length"]]
+        # Clones: a slice would keep, and hand to other processes, what it is a view of.
+        return context.clone(), shard.get_slice("hidden_post")[problem["row"]].clone()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_shards": OrderedDict()}  # open files do not travel to data loader workers
+
+    def _shard(self, number: int) -> Any:
+        path = os.path.join(self.path, shard_name(number))
+        if path not in self._shards:
+            if len(self._shards) >= _OPEN_SHARDS:
+                self._shards.popitem(last=False)
+            self._shards[path] = _open_shard(path)
+        self._shards.move_to_end(path)
+        return self._shards[path]
+
+    def _read_metadata(self) -> list[dict[str, Any]]:
+        path = os.path.join(self.path, METADATA_FILE)
+        if not os.path.isfile(path):
+            started = os.path.exists(os.path.join(self.path, CONFIG_FILE))
+            raise ValueError(
+                f"{self.path} holds {'an unfinished run of datagen: start it again to finish' if started else 'no'} "
+                f"hidden pairs (there is no {METADATA_FILE})."
+            )
+        try:
+            with open(path, encoding="utf-8") as file:
+                return [json.loads(line) for line in file]
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it and run datagen on the folder again.") from error
+
+    def _check_shards(self) -> int:
+        """That every shard is whole and holds what the metadata say; returns the width of the states."""
+        totals: dict[int, list[int]] = {}
+        for problem in self.problems:
+            total = totals.setdefault(problem["shard"], [0, 0])
+            total[0] += problem["length"]
+            total[1] += 1
+        sizes = set()
+        for number, (positions, pairs) in totals.items():
+            with _open_shard(os.path.join(self.path, shard_name(number))) as shard:
+                pre, post = (shard.get_slice(name).get_shape() for name in ("hidden_pre", "hidden_post"))
+            if (pre[0], post[0]) != (positions, pairs):
+                raise ValueError(
+                    f"{shard_name(number)} of {self.path} holds {post[0]} pairs of {pre[0]} positions, but "
+                    f"{METADATA_FILE} says {pairs} of {positions}: they are of different runs."
+                )
+            sizes |= {pre[1], post[1]}
+        if len(sizes) > 1:
+            raise ValueError(f"The shards of {self.path} hold states of different widths: {sorted(sizes)}.")
+        return sizes.pop() if sizes else 0
+
+    def _read_legacy(self) -> list[dict[str, Any]]:
+        if not os.path.isfile(self.path):
+            raise FileNotFoundError(f"There is no file or folder {self.path}.")
+        self._legacy = pairs = read_legacy_hidden_pairs(self.path)
+        columns = zip(pairs["problems"], pairs["seq_lengths"], pairs["num_thinking_tokens"])
+        return [
+            {
+                "id": str(number),
+                "status": COMPLETE,
+                "length": length,
+                "num_thought_tokens": thought,
+                "problem": problem,
+            }
+            for number, (problem, length, thought) in enumerate(columns)
+        ]
+
+
+class HiddenPairsCollator:
+    """
+    Pads the contexts of a batch on the right, with zeros, to the longest: `{"context": [B, L, D], "mask": BoolTensor
+    [B, L] (False at padding), "target": [B, D], "ids": list of B}`.
+    """
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        lengths = torch.tensor([len(item["context"]) for item in items])
+        return {
+            "context": torch.nn.utils.rnn.pad_sequence([item["context"] for item in items], batch_first=True),
+            "mask": torch.arange(int(lengths.max())) < lengths[:, None],
+            "target": torch.stack([item["target"] for item in items]),
+            "ids": [item["id"] for item in items],
+        }
+
+
+def export_legacy_hidden_pairs(folder: str | os.PathLike, path: str | os.PathLike) -> int:
+    """
+    Writes the pairs of a finished run as the older single `.pt` dictionary, which is held in memory meanwhile.
+
+    Returns:
+        The number of pairs.
+
+    Raises:
+        ValueError, FileNotFoundError: as [`HiddenPairsDataset`] does.
+        OSError: if the file cannot be written; one that was there stays.
+    """
+    pairs = HiddenPairsDataset(folder)
+    states = [pairs.stored(index) for index in range(len(pairs))]
+    content = {
+        "hidden_pre": [context for context, _ in states],
+        "hidden_post": torch.stack([target for _, target in states]),
+        "seq_lengths": pairs.lengths,
+        "num_thinking_tokens": [problem["num_thought_tokens"] for problem in pairs.problems],
+        "problems": [problem["problem"] for problem in pairs.problems],
+        "hidden_size": pairs.hidden_size,
+    }
+
+    def write(temporary: str) -> None:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(f"Cannot write {path}: {error}") from error
+
+    write_atomically(os.fspath(path), write)
+    return len(pairs)
+
+
+def _open_shard(path: str) -> Any:
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} is missing: run datagen on the folder again to make it.")
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is damaged or cut short ({error}): run datagen on the folder again to make it."
+        ) from error
