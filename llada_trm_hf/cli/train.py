@@ -1,5 +1,7 @@
 """`llada-trm train`: a training run from a recipe, a file and flags. Also what `accelerate launch` runs."""
 
+from accelerate import PartialState
+
 from ..training.recipe import load_settings, parse_recipe
 from .parser import CommandParser, DataclassParser
 
@@ -27,3 +29,7 @@ def run(arguments: list[str]) -> None:
     kind.run(what, training)
     if training.process_index == 0:
         print(f"Model and metrics are in {training.output_dir}")
+    # Processes part in order: one that leaves while others still write would bring them down.
+    processes = PartialState()
+    processes.wait_for_everyone()
+    processes.destroy_process_group()

@@ -1,6 +1,6 @@
 """The trainer of the compressor of hidden states."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -133,7 +133,7 @@ class CompressorTrainer(RecordingTrainer):
         # One entry per batch, as CompressorTrainingArguments ask for. A row of another process is padded with -100.
         real = [mask == 1 for _, mask in outputs.label_ids]
 
-        def rows(batches: Iterator[np.ndarray]) -> torch.Tensor:
+        def rows(batches: Iterable[np.ndarray]) -> torch.Tensor:
             return torch.from_numpy(np.concatenate([batch[kept] for batch, kept in zip(batches, real)]))
 
         reconstructed, same, divergence = (rows(batches) for batches in zip(*outputs.predictions))

@@ -1,6 +1,7 @@
 """What training takes from a frozen language model: last-layer states, and what its LM head makes of changed ones."""
 
 import inspect
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ def last_layer_states(
     The hidden states `[B, L, D]` that the LM head reads, without evaluating it for any token, and without keeping
     those of the other layers.
     """
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
     if "use_cache" in inspect.signature(language_model.forward).parameters:
         inputs["use_cache"] = False
     return encode(language_model, inputs).last_hidden_state.to(input_ids.device)
@@ -33,7 +34,7 @@ def last_layer_states(
 
 def head_width(head: nn.Module) -> int:
     """How wide the hidden states are that an LM head reads."""
-    return head.weight.shape[1]
+    return _weight(head).shape[1]
 
 
 def top_tokens(head: nn.Module, states: torch.Tensor) -> torch.Tensor:
@@ -65,5 +66,11 @@ def compare_next_tokens(
 
 
 def _logits(head: nn.Module, states: torch.Tensor) -> torch.Tensor:
-    weight = head.weight
+    weight = _weight(head)
     return head(states.to(weight.device, weight.dtype)).float().to(states.device)  # [N, V]
+
+
+def _weight(head: nn.Module) -> torch.Tensor:
+    weight = head.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight

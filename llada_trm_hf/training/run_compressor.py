@@ -19,7 +19,7 @@ from .compressor_trainer import CompressorTrainer
 from .language_model import head_width
 from .output_folder import checkpoint_to_resume, train_and_save
 from .recipe_arguments import CompressorRecipeArguments
-from .samples import check_length, pretrained_tokenizer, reasoning_samples, splits
+from .samples import check_folder, check_length, pretrained_tokenizer, reasoning_samples, splits
 
 INITIALISATIONS = ("orthogonal", "pca", "checkpoint")
 
@@ -37,6 +37,7 @@ def run_compressor_training(what: CompressorRecipeArguments, training: Compresso
     sizes = _check_settings(what)
     resume_from = None if what.compressed_sizes else checkpoint_to_resume(training)
     compressors = [_new_compressor(what, size) for size in sizes] if what.init == "checkpoint" else []
+    assert what.backbone is not None
     tokenizer = pretrained_tokenizer(what.tokenizer or what.backbone)
     language_model = AutoModelForCausalLM.from_pretrained(what.backbone, dtype=what.dtype)
     check_length(what.max_length, language_model)
@@ -71,9 +72,11 @@ def _check_settings(what: CompressorRecipeArguments) -> list[int | None]:
         )
     if what.compressed_sizes and (what.init == "checkpoint" or what.compressed_size is not None):
         raise ValueError("compressed_sizes are trained from the start: leave out compressed_size and init=checkpoint.")
+    if what.compressor is not None:
+        check_folder(what.compressor)
     if what.num_eval_samples < 0:
         raise ValueError(f"num_eval_samples must not be negative, got {what.num_eval_samples}.")
-    return list(what.compressed_sizes or [what.compressed_size])
+    return [*what.compressed_sizes] if what.compressed_sizes else [what.compressed_size]
 
 
 def _new_compressor(

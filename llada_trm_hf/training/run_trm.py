@@ -13,6 +13,7 @@ from ..storage import sole_run
 from .arguments import TRMTrainingArguments
 from .output_folder import checkpoint_to_resume, train_and_save
 from .recipe_arguments import TRMRecipeArguments
+from .samples import check_folder
 from .trm_trainer import TRMTrainer
 
 
@@ -27,6 +28,9 @@ def run_trm_training(what: TRMRecipeArguments, training: TRMTrainingArguments) -
     """
     if what.pairs_dir is None:
         raise ValueError("Say what to learn: --pairs_dir with a folder or file of hidden pairs.")
+    for folder in (what.compressor, what.checkpoint):
+        if folder is not None:
+            check_folder(folder)
     resume_from = checkpoint_to_resume(training)
     torch.manual_seed(training.seed)
     compressor = None if what.compressor is None else DimensionCompressor.from_pretrained(what.compressor)
@@ -49,6 +53,7 @@ def _pairs(what: TRMRecipeArguments, seed: int, compressor: DimensionCompressor 
     """Pairs to train on, and held-out ones if there are any."""
     if not 0 <= what.eval_fraction < 1:
         raise ValueError(f"eval_fraction must be at least 0 and below 1, got {what.eval_fraction}.")
+    assert what.pairs_dir is not None
     pairs = HiddenPairsDataset(what.pairs_dir, compressor=compressor)
     if not len(pairs):
         raise ValueError(f"{what.pairs_dir} holds no hidden pairs.")

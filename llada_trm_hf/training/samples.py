@@ -1,5 +1,7 @@
 """From the data a recipe names to tokens."""
 
+import os
+
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,6 +22,12 @@ def check_length(max_length: int, model: PreTrainedModel) -> None:
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and max_length > longest:
         raise ValueError(f"max_length={max_length} is more than the model's context of {longest} tokens.")
+
+
+def check_folder(name: str) -> None:
+    """Raises FileNotFoundError for what is no folder, and cannot be a repository, which is named owner/name."""
+    if not os.path.isdir(name) and (os.path.isabs(name) or name.count("/") != 1):
+        raise FileNotFoundError(f"There is no folder {name}.")
 
 
 def splits(what: DataArguments) -> list[tuple[str, str | None]]:

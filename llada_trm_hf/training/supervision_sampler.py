@@ -1,9 +1,40 @@
 """The order in which a trainer sees its data when every batch takes several optimizer steps."""
 
-from collections.abc import Iterator, Sized
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence, Sized
 from itertools import cycle, islice
+from typing import Any
 
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
+
+
+class RecentBatches(Dataset):
+    """
+    Another dataset, which remembers the last batches of items: a batch that comes again is not read again. (Each data
+    loader worker has a memory of its own.)
+
+    Args:
+        dataset: of any items.
+        num_batches: how many batches it remembers.
+    """
+
+    def __init__(self, dataset: Any, num_batches: int):
+        self.dataset, self.num_batches = dataset, num_batches
+        self._recent: OrderedDict[tuple[int, ...], list[Any]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        key = tuple(indices)
+        if key not in self._recent:
+            self._recent[key] = [self.dataset[index] for index in indices]
+            if len(self._recent) > self.num_batches:
+                self._recent.popitem(last=False)
+        return self._recent[key]
 
 
 class SupervisionSampler(Sampler[list[int]]):

@@ -1,5 +1,6 @@
 """The trainer of SequenceTRM: an optimizer step for every supervision step."""
 
+import copy
 import os
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +19,7 @@ from .arguments import TRMTrainingArguments
 from .ema import ExponentialMovingAverage
 from .language_model import head_width, top_tokens
 from .recording_trainer import RecordingTrainer
-from .supervision_sampler import SupervisionSampler
+from .supervision_sampler import RecentBatches, SupervisionSampler
 
 BATCH_FIELDS = ("context", "mask", "target")
 
@@ -91,7 +92,8 @@ class TRMTrainer(RecordingTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("TRMTrainer does not shard the model: use plain distributed data parallelism.")
         self.lm_head = None if lm_head is None else lm_head.requires_grad_(False)
-        self.compressor = None if compressor is None else compressor.requires_grad_(False).to(self.args.device)
+        # A copy: the pairs may use the other one, on the CPU and in data loader workers.
+        self.compressor = None if compressor is None else copy.deepcopy(compressor).to(self.args.device)
         self.ema = ExponentialMovingAverage(self.model, args.ema_decay) if args.use_ema else None
         # The state after the last step, of each micro-batch of a process.
         self._carry: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
@@ -114,7 +116,7 @@ class TRMTrainer(RecordingTrainer):
             drop_last=self.args.dataloader_drop_last,
         )
         loader = DataLoader(
-            self.train_dataset,
+            RecentBatches(self.train_dataset, self.args.gradient_accumulation_steps),
             batch_sampler=sampler,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
@@ -135,17 +137,19 @@ class TRMTrainer(RecordingTrainer):
     ) -> Any:
         """The loss of a supervision step; without per-step updates the mean over all of them."""
         if self.args.per_step_updates:
-            # In the first step of a batch, what is left from the batch before goes.
-            carry = self._carry.popleft() if self._carry else None
+            # One state for each micro-batch; in the first step of a batch, what is left from the batch before goes.
+            whole = len(self._carry) == self.args.gradient_accumulation_steps
+            carry = self._carry.popleft() if whole else None
             first = self.state.global_step % self.num_steps_per_batch == 0
             outputs = self._supervision_step(model, inputs, None if first else carry)
             self._carry.append((outputs.y, outputs.z))
             return (outputs.loss, outputs) if return_outputs else outputs.loss
-        losses, carry = [], None
+        losses: list[torch.Tensor] = []
+        carry = None
         for _ in range(self.model.config.n_supervision_steps):
             outputs = self._supervision_step(model, inputs, carry)
             carry = (outputs.y, outputs.z)
-            losses.append(outputs.loss)
+            losses.append(outputs["loss"])
         loss = torch.stack(losses).mean()
         return (loss, outputs) if return_outputs else loss
 
@@ -171,8 +175,8 @@ class TRMTrainer(RecordingTrainer):
         broken = [str(inputs["ids"][row]) for row in (~errors.isfinite()).nonzero().flatten().tolist()]
         where = f"for {len(broken)} of {len(errors)} samples: {', '.join(broken[:8])}" if broken else "for a batch"
         return (
-            f"The loss became {outputs.loss.item()} in step {self.state.global_step + 1} {where}. If these are all of "
-            f"the batch, lower the learning rate and go on from the last checkpoint in {self.args.output_dir}; if "
+            f"The loss became {outputs['loss'].item()} in step {self.state.global_step + 1} {where}. If these are all "
+            f"of the batch, lower the learning rate and go on from the last checkpoint in {self.args.output_dir}; if "
             f"not, look at their hidden states."
         )
 
