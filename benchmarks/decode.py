@@ -1,7 +1,7 @@
 """
 Decoding: the official LLaDA sampler written plainly against `generate` with and without caches, same weights, one run.
 
-    python benchmarks/decode.py [--train_steps 600] [--problems 16] [--repeats 3] [--threads 2]
+    python benchmarks/decode.py [--train_steps 1000] [--full_steps 240] [--problems 16] [--repeats 3] [--threads 2]
 
 The model (hidden 512, 8 layers, vocabulary 32k) is first trained on sixteen chains of differences at once, prompt and
 response of 128 tokens each, so that its confidence and its answers mean something; it is kept in `--model_dir`. Prints
@@ -44,8 +44,7 @@ def make_problems(number: int, split: str, seed: int = 0) -> tuple[torch.Tensor,
     return torch.tensor(prompts).view(number, -1), torch.tensor(responses).view(number, -1)
 
 
-def train(num_steps: int, batch_size: int = 8) -> LLaDAForMaskedDiffusion:
-    """A model that mostly knows the task."""
+def new_model() -> LLaDAForMaskedDiffusion:
     torch.manual_seed(0)
     config = LLaDAConfig(
         vocab_size=32000,
@@ -59,25 +58,43 @@ def train(num_steps: int, batch_size: int = 8) -> LLaDAForMaskedDiffusion:
         bos_token_id=2,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
-    model = LLaDAForMaskedDiffusion(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-4, total_steps=num_steps, pct_start=0.15)
-    prompts, responses = make_problems(num_steps * batch_size, "train")
+    return LLaDAForMaskedDiffusion(config)
+
+
+def train(model: LLaDAForMaskedDiffusion, num_steps: int, lr: float, warms_up: bool) -> None:
+    """
+    Teaches the task. A new model warms up with two chains at a time, which costs little, and then more and more.
+    Positions are always those of the full canvas, where the response to a prompt token stands 128 columns later.
+    """
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=num_steps, pct_start=0.1)
     progress = tqdm(range(num_steps), desc="training")
     for step in progress:
-        batch = slice(step * batch_size, (step + 1) * batch_size)
+        chains = CHAINS
+        if warms_up:
+            chains = next(n for n, end in ((2, 0.6), (4, 0.75), (8, 0.9), (16, 1.0)) if step < end * num_steps)
+        batch_size = 128 // chains
+        prompts, responses = (
+            x.view(batch_size, -1) for x in make_problems(8, "train", seed=step + 10_000 * (not warms_up))
+        )
+        columns = torch.arange(prompts.shape[1])
         p_mask = torch.rand(batch_size, 1) * 0.999 + 0.001
-        noisy = responses[batch].masked_fill(torch.rand(batch_size, CHAINS * (TERMS + 1)) < p_mask, MASK)
-        labels = torch.cat([torch.full_like(prompts[batch], -100), responses[batch]], dim=1)
+        noisy = responses.masked_fill(torch.rand(responses.shape) < p_mask, MASK)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(torch.cat([prompts[batch], noisy], dim=1), labels=labels, p_mask=p_mask[:, 0]).loss
+            loss = model(
+                torch.cat([prompts, noisy], dim=1),
+                position_ids=torch.cat([columns, columns + CHAINS * (TERMS + 1)])[None],
+                labels=torch.cat([torch.full_like(prompts, -100), responses], dim=1),
+                p_mask=p_mask[:, 0],
+            ).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         progress.set_postfix(loss=f"{loss.item():.3f}")
-    return model.eval()
+    model.eval()
 
 
 @torch.no_grad()
@@ -114,7 +131,7 @@ def seconds(function, *arguments):
 
 def share_right(sequences: torch.Tensor, responses: torch.Tensor) -> float:
     """Share of the chains answered right, each with all its values."""
-    found = sequences[:, -responses.shape[1] :].view(-1, TERMS + 1)
+    found = sequences[:, -responses.shape[1] :].reshape(-1, TERMS + 1)
     return (found == responses.view(-1, TERMS + 1)).all(-1).float().mean().item()
 
 
@@ -155,25 +172,27 @@ def generate(model: LLaDAForMaskedDiffusion, prompt: torch.Tensor, new_tokens: i
 
 
 def growth(model: LLaDAForMaskedDiffusion, repeats: int) -> list[dict]:
-    """Milliseconds per new token for longer and longer responses, two tokens a step."""
+    """
+    Milliseconds per new token, one token a step, for longer and longer responses. Without cache every step costs the
+    same, so a few of them are measured: one for each block.
+    """
     prompt, _ = make_problems(1, "test")
     rows = []
     for new_tokens in (128, 256, 512, 1024):
-        row: dict = {"new_tokens": new_tokens}
-        for name in ("exact", "prefix", "dual"):
-            settings = {**MODES[name], "num_diffusion_steps": new_tokens // 2}
-            runs = [seconds(generate, model, prompt, new_tokens, settings)[0] for _ in range(repeats)]
-            row[f"{name}_ms_per_token"] = 1e3 * statistics.median(runs) / new_tokens
-        rows.append(row)
-        print(
-            "  ".join(f"{name} {value:.2f}" if isinstance(value, float) else str(value) for name, value in row.items())
-        )
+        num_blocks = new_tokens // BLOCK
+        ways = {"exact": ({"num_diffusion_steps": num_blocks}, num_blocks), "dual": (MODES["dual"], new_tokens)}
+        runs: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(repeats):
+            for name, (settings, num_steps) in ways.items():
+                runs[name].append(seconds(generate, model, prompt, new_tokens, settings)[0] / num_steps)
+        rows.append({"new_tokens": new_tokens, **{f"{name}_ms": 1e3 * statistics.median(runs[name]) for name in runs}})
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train_steps", type=int, default=600)
+    parser.add_argument("--train_steps", type=int, default=1000)
+    parser.add_argument("--full_steps", type=int, default=240)
     parser.add_argument("--problems", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
@@ -181,8 +200,12 @@ def main() -> None:
     parser.add_argument("--train_only", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if not (options.model_dir / "config.json").exists():
-        train(options.train_steps).save_pretrained(options.model_dir)
+    if not (options.model_dir / "trained").exists():
+        model = new_model()
+        train(model, options.train_steps, 6e-4, warms_up=True)
+        train(model, options.full_steps, 4e-4, warms_up=False)
+        model.save_pretrained(options.model_dir)
+        (options.model_dir / "trained").touch()
     if options.train_only:
         return
     model = LLaDAForMaskedDiffusion.from_pretrained(options.model_dir)
@@ -194,15 +217,20 @@ def main() -> None:
             f"{row['mode']:<20}{row['plain_s']:>8.2f} s{row['ours_s']:>8.2f} s{row['ratio']:>7.1f}x"
             f"{row['passes']:>9.1f}{row['chains_right']:>14.1%}"
         )
-    print("milliseconds per new token")
+    lengths = growth(model, options.repeats)
+    print(f"{'new tokens':<20}{'exact, ms per token':>22}{'dual, ms per token':>22}")
+    for row in lengths:
+        print(f"{row['new_tokens']:<20}{row['exact_ms']:>22.1f}{row['dual_ms']:>22.1f}")
     result = {
-        "command": f"python benchmarks/decode.py --train_steps {options.train_steps} --problems {options.problems} "
-        f"--repeats {options.repeats} --threads {options.threads}",
+        "command": "python benchmarks/decode.py "
+        + " ".join(
+            f"--{name} {getattr(options, name)}" for name in ("train_steps", "full_steps", "problems", "repeats")
+        ),
         "date": str(date.today()),
         "torch": torch.__version__,
         "machine": {"processor": platform.processor() or platform.machine(), "threads": options.threads},
         "rows": rows,
-        "growth": growth(model, options.repeats),
+        "growth": lengths,
     }
     path = Path(__file__).parent / "results" / "decode.json"
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

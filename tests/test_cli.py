@@ -93,6 +93,18 @@ def test_no_refinement_is_the_backbone(checkpoint, tmp_path):
     assert json.loads(output.read_text())["answer"] == text
 
 
+def test_fast_decoding_flags(checkpoint, tmp_path):
+    output = tmp_path / "answer.jsonl"
+    flags = ["--block_length", "3", "--kv_cache", "dual", "--confidence_factor", "1.5", "--remask_committed", "0.1"]
+    assert generate(checkpoint, "--prompt", "12=", "--stop_at_eos", *flags, "--output_file", str(output)) == 0
+    model = LLaDATRMForMaskedDiffusion.from_pretrained(checkpoint).eval()
+    tokens = byte_tokenizer()("12=", return_tensors="pt")["input_ids"]
+    settings = {"block_length": 3, "kv_cache": "dual", "confidence_factor": 1.5, "remask_committed": 0.1}
+    expected = model.generate(tokens, max_new_tokens=6, stop_at_eos=True, **settings)[0, 3:]
+    text = byte_tokenizer().decode(expected[: (expected == model.config.eos_token_id).int().argmax() or None])
+    assert json.loads(output.read_text())["answer"] == text
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -146,7 +158,7 @@ def test_unknown_command_and_help(capsys):
     assert main(["generat"]) == 2
     assert "unknown command 'generat'; one of demo, train, generate" in capsys.readouterr().err
     assert main(["--help"]) == 0
-    for command in ("demo", "train", "generate"):
+    for command in ("demo", "train", "generate", "datagen"):
         assert main([command, "--help"]) == 0
         assert "usage: llada-trm" in capsys.readouterr().out
 

@@ -435,6 +435,7 @@ def test_sweep_puts_pca_and_trained_side_by_side(tmp_path, lm_folder, capsys):
         (["--init", "checkpoint", "--compressor", "/nowhere"], "There is no folder /nowhere"),
         (["--compressed_size", "17"], "compressed_size must be between 1 and hidden_size=16, got 17"),
         (["--compressed_sizes", "2", "4"], "leave out compressed_size"),
+        (["--init", "pca", "--pca_batches", "0"], "pca_batches must be at least 1"),
         (["--num_eval_samples", "60"], "num_eval_samples=60 of 60 samples leaves none"),
         (["--num_eval_samples", "-1"], "must not be negative"),
         (["--max_length", "999"], "more than the model's context of 128"),

@@ -1,11 +1,12 @@
 """Block caches, parallel decoding and remasking, against a transformer and a sampler written plainly for one row."""
 
 import itertools
+import json
 
 import pytest
 import torch
 from conftest import EOS, MASK, PAD
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from llada_trm_hf.models import LLaDATRMForMaskedDiffusion, MaskedDiffusionGenerationConfig
 from llada_trm_hf.models.block_kv_cache import BlockKVCache
@@ -266,13 +267,16 @@ def test_no_synchronisation_in_a_fixed_schedule(tiny_backbone, monkeypatch):
             lambda self, *a, _name=name, _original=original: copies.append(_name) or _original(self, *a),
         )
 
-    def run(**settings):
+    def run(prompts=(PROMPT,), **settings):
         copies.clear()
-        tiny_backbone.generate(torch.tensor([PROMPT]), max_new_tokens=12, **settings)
+        ids, mask = left_padded(prompts)
+        tiny_backbone.generate(ids, attention_mask=mask, max_new_tokens=12, **settings)
         return list(copies)
 
-    assert run(num_diffusion_steps=3) == run(num_diffusion_steps=12)
-    assert run(num_diffusion_steps=3, kv_cache="dual") == run(num_diffusion_steps=12, kv_cache="dual")
+    for prompts in ([PROMPT], RAGGED[:3]):
+        for kv_cache in ("none", "dual"):
+            few, many = (run(prompts, num_diffusion_steps=steps, kv_cache=kv_cache) for steps in (3, 12))
+            assert few == many
     # Where what is left decides when to stop, each step looks once, and once more finds nothing.
     assert run(confidence_threshold=1.0).count("cpu") == 13
 
@@ -337,6 +341,14 @@ def test_remask_true_is_one_half(tiny_backbone):
     assert generate(tiny_backbone, PROMPT, remask_committed=True, **settings) == half
     off = generate(tiny_backbone, PROMPT, **settings)
     assert generate(tiny_backbone, PROMPT, remask_committed=False, **settings) == off != half
+
+
+def test_deferred_tokens_are_not_masked_again_for_being_deferred(make_hybrid):
+    """The refiner's confidence in their chunk decides, not that they come last."""
+    model = make_hybrid(refine_low_confidence_only=False)
+    settings = {"max_new_tokens": 8, "remasking": "refiner", "defer_tokens": list(range(MASK))}
+    history = generate(model, PROMPT, remask_committed=1e-6, **settings)
+    assert len(history) - 1 == 8
 
 
 # --- The hybrid ---
@@ -480,6 +492,48 @@ def test_compile_changes_nothing(tiny_backbone, tiny_hybrid, family, monkeypatch
     assert "forward" not in model.__dict__ and "forward" not in model.base_model.__dict__
 
 
+@pytest.mark.parametrize("kv_cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"remask_committed": 0.1},
+        {"remask_committed": 0.3},
+        {"remask_committed": 0.2, "confidence_threshold": 0.15, "cfg_scale": 0.5},
+        {"confidence_threshold": 0.15, "stop_at_eos": True, "eos_token_id": [EOS, 33, 20, 36]},
+    ],
+    ids=str,
+)
+def test_static_shapes_change_no_row(make_backbone, kv_cache, settings, monkeypatch):
+    """Rows that are done stay in the batch then: they neither change nor count."""
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: f)
+    model = make_backbone(num_hidden_layers=3)
+    ids, mask = left_padded(RAGGED)
+    settings = {"max_new_tokens": 14, "block_length": 5, "kv_cache": kv_cache, **settings}
+    expected, static = (
+        model.generate(ids, attention_mask=mask, compile=compile_, return_dict_in_generate=True, **settings)
+        for compile_ in (False, True)
+    )
+    assert torch.equal(static.sequences, expected.sequences)
+    assert torch.equal(static.tokens_per_forward, expected.tokens_per_forward)
+
+
+def test_blocks_of_a_prefix_cache_share_a_graph(tiny_backbone, monkeypatch):
+    """They differ in width; with a graph for each, dynamo would give up after eight."""
+    graphs = []
+    compile_ = torch.compile
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: compile_(f, backend=backend, fullgraph=True, **kw))
+    settings = {"max_new_tokens": 24, "block_length": 2, "kv_cache": "prefix"}
+    expected = generate(tiny_backbone, PROMPT, **settings)
+    assert generate(tiny_backbone, PROMPT, compile=True, **settings) == expected
+    assert len(graphs) <= 4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kv_cache", ["none", "dual"])
 def test_compile_with_inductor(tiny_hybrid, kv_cache):
@@ -488,6 +542,54 @@ def test_compile_with_inductor(tiny_hybrid, kv_cache):
     settings = {"max_new_tokens": 10, "block_length": 5, "kv_cache": kv_cache}
     expected = tiny_hybrid.generate(ids, attention_mask=mask, **settings)
     assert torch.equal(tiny_hybrid.generate(ids, attention_mask=mask, compile=True, **settings), expected)
+
+
+# --- What is reported ---
+
+
+@pytest.mark.parametrize("compile_", [False, True])
+def test_rows_that_end(tiny_backbone, compile_, monkeypatch):
+    """The streamer, the history and the sequences agree on what follows the end token."""
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: f)
+
+    class Streamer:
+        def __init__(self):
+            self.tokens, self.ended = [], False
+
+        def put(self, tokens):
+            self.tokens.append(tokens)
+
+        def end(self):
+            self.ended = True
+
+    settings = {"max_new_tokens": 14, "block_length": 7}
+    plain = tiny_backbone.generate(torch.tensor([PROMPT]), **settings)[0, 6:].tolist()
+    eos = plain[9]  # in the second block
+    outputs = tiny_backbone.generate(
+        torch.tensor([PROMPT]),
+        streamer=(streamer := Streamer()),
+        stop_at_eos=True,
+        eos_token_id=eos,
+        compile=compile_,
+        output_history=True,
+        return_dict_in_generate=True,
+        **settings,
+    )
+    first = plain.index(eos)
+    expected = plain[: first + 1] + [PAD] * (13 - first)
+    assert outputs.sequences[0, 6:].tolist() == expected
+    assert torch.equal(outputs.history[-1], outputs.sequences)
+    streamed = torch.cat(streamer.tokens, dim=1)[0, 6:].tolist()
+    assert streamed == expected[: len(streamed)] and len(streamed) == (7 if first < 7 else 14) and streamer.ended
+
+
+def test_other_integer_types(tiny_backbone):
+    ids, mask = left_padded(RAGGED[:3])
+    expected = tiny_backbone.generate(ids, attention_mask=mask, max_new_tokens=5)
+    for dtype in (torch.bool, torch.int32, torch.float32):
+        assert torch.equal(
+            tiny_backbone.generate(ids.int(), attention_mask=mask.to(dtype), max_new_tokens=5), expected
+        )
 
 
 # --- Settings ---
@@ -503,6 +605,12 @@ def test_compile_with_inductor(tiny_hybrid, kv_cache):
         ({"remask_committed": 1.5}, "remask_committed must be between 0 and 1"),
         ({"remask_budget": -1}, "remask_budget must be an integer of at least 0"),
         ({"remasking": "refiner"}, "this has no refiner"),
+        ({"remasking": "entropy", "confidence_threshold": 0.9}, "must be 0 or less for an entropy"),
+        ({"remasking": "random", "confidence_threshold": 0.9}, "'random' has no confidence"),
+        ({"suppress_tokens": [999]}, "suppress_tokens=999 is outside the vocabulary"),
+        ({"defer_tokens": [-1]}, "defer_tokens=-1 is outside the vocabulary"),
+        ({"stop_at_eos": True, "eos_token_id": [1, 77]}, "eos_token_id=77 is outside the vocabulary"),
+        ({"generation_config": GenerationConfig()}, "needs a MaskedDiffusionGenerationConfig"),
     ],
     ids=str,
 )
@@ -528,6 +636,15 @@ def test_settings_are_saved(tiny_backbone, tmp_path):
     tiny_backbone.save_pretrained(tmp_path)
     loaded = type(tiny_backbone).from_pretrained(tmp_path).generation_config
     assert {name: getattr(loaded, name) for name in settings} == settings
+
+
+def test_published_generation_configs(tmp_path):
+    """Settings of autoregressive decoding mean what they mean there, or nothing."""
+    file = {"do_sample": False, "temperature": 0.6, "top_k": 0, "num_beams": 2, "alg": "origin", "kv_cache": "dual"}
+    (tmp_path / "generation_config.json").write_text(json.dumps(file))
+    config = MaskedDiffusionGenerationConfig.from_pretrained(tmp_path)
+    assert (config.temperature, config.top_k, config.kv_cache) == (0.0, None, "dual")
+    assert not hasattr(config, "num_beams") and not hasattr(config, "alg")
 
 
 def test_other_backbones_have_no_cache():

@@ -607,3 +607,26 @@ def test_cached_pass_matches_full_pass(moe):
     full = moe(ids, past_key_values=cache).logits
     cache.columns = torch.arange(3, 6)
     torch.testing.assert_close(moe(ids[:, 3:6], past_key_values=cache).logits, full[:, 3:6])
+
+
+def test_hybrid_in_training_mode_generates(moe):
+    hybrid = LLaDATRMForMaskedDiffusion.from_backbone(moe, chunk_size=4).train()
+    ids, mask = torch.tensor([[0, 5, 11], [7, 30, 31]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
+    settings = {"max_new_tokens": 6, "block_length": 3, "kv_cache": "dual"}
+    trained = hybrid.generate(ids, attention_mask=mask, **settings)
+    assert torch.equal(trained, hybrid.eval().generate(ids, attention_mask=mask, **settings))
+
+
+def test_adapters_on_the_backbone_keep_the_balancing_loss_and_the_caches(batch):
+    peft = pytest.importorskip("peft")
+    noisy, labels, p_mask = batch
+    plain = LLaDATRMForMaskedDiffusion.from_backbone(make_moe(), chunk_size=4, freeze_backbone=False).train()
+    expected = plain(noisy, labels=labels, p_mask=p_mask).loss_components
+    hybrid = LLaDATRMForMaskedDiffusion.from_backbone(make_moe(), chunk_size=4)
+    hybrid.refiner.load_state_dict(plain.refiner.state_dict())
+    hybrid.backbone = peft.get_peft_model(hybrid.backbone, peft.LoraConfig(target_modules=["q_proj"]))
+    found = hybrid.train()(noisy, labels=labels, p_mask=p_mask).loss_components
+    torch.testing.assert_close(found["router_aux"], expected["router_aux"])
+    settings = {"max_new_tokens": 6, "block_length": 3, "kv_cache": "dual"}
+    sequences = hybrid.eval().generate(noisy[:1, :3], **settings)
+    assert torch.equal(sequences, plain.eval().generate(noisy[:1, :3], **settings))

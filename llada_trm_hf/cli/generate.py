@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from ..data import prompt_tokens
+from ..models import MaskedDiffusionGenerationConfig
 from ..models.backbones import load_backbone
 from ..models.modeling_llada_trm import LLaDATRMForMaskedDiffusion
 from .parser import CommandParser
@@ -35,8 +36,14 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--top_k", type=int)
     parser.add_argument("--top_p", type=float)
     parser.add_argument("--cfg_scale", type=float, help="classifier-free guidance")
-    parser.add_argument("--remasking", help="low_confidence, random, entropy or margin")
+    parser.add_argument("--remasking", help="low_confidence, random, entropy, margin or refiner")
     parser.add_argument("--confidence_threshold", type=float, help="commit every token that reaches it")
+    parser.add_argument("--confidence_factor", type=float, help="commit more, the surer the model is of all of them")
+    parser.add_argument("--kv_cache", help="none, prefix or dual: what a step does not compute again")
+    parser.add_argument("--remask_committed", type=float, help="mask committed tokens again below this probability")
+    parser.add_argument("--remask_budget", type=int, help="how often a token can be masked again")
+    parser.add_argument("--stop_at_eos", action="store_true", default=None, help="end an answer at its end token")
+    parser.add_argument("--compile", action="store_true", default=None, help="run through torch.compile")
     parser.add_argument("--no_refinement", action="store_true", help="the bare backbone")
     parser.add_argument("--batch_size", type=int, default=8, help="prompts at a time")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
@@ -92,6 +99,7 @@ def read_prompts(path: str) -> list[str]:
 
 def check_options(options: Any, texts: list[str]) -> None:
     """Raises ValueError for what can be seen to be wrong before the model is loaded."""
+    MaskedDiffusionGenerationConfig(**generation_settings(options))
     empty = [number for number, text in enumerate(texts, start=1) if not text.strip()]
     if empty:
         raise ValueError(f"Prompt {empty[0]} is empty.")
@@ -123,17 +131,8 @@ def model_type_of(checkpoint: str) -> str | None:
 
 def generation_settings(options: Any) -> dict[str, Any]:
     """The settings given on the command line; the model's own hold for the rest."""
-    names: tuple[str, ...] = (
-        "max_length",
-        "max_new_tokens",
-        "num_diffusion_steps",
-        "block_length",
-        "temperature",
-        "top_k",
-        "top_p",
-    )
-    names += ("cfg_scale", "remasking", "confidence_threshold")
-    settings = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    known = vars(MaskedDiffusionGenerationConfig())
+    settings = {name: value for name, value in vars(options).items() if name in known and value is not None}
     if options.no_refinement:
         settings["enable_refinement"] = False
     return settings

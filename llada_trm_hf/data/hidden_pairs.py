@@ -1,5 +1,6 @@
 """Hidden pairs on the disk: numbered shards, an index, and the dataset and collator that read them."""
 
+import errno
 import json
 import os
 from collections import OrderedDict
@@ -42,7 +43,7 @@ def write_shard(
         try:
             save_file({"hidden_pre": hidden_pre, "hidden_post": hidden_post}, temporary, metadata=header)
         except SafetensorError as error:
-            raise OSError(f"Cannot write {path}: {error}") from error
+            raise OSError(errno.EIO, f"cannot write {path}: {error}") from error
 
     write_atomically(path, write)
 
@@ -242,7 +243,7 @@ def export_legacy_hidden_pairs(folder: str | os.PathLike, path: str | os.PathLik
         try:
             torch.save(content, temporary)
         except RuntimeError as error:  # what torch makes of a full disk
-            raise OSError(f"Cannot write {path}: {error}") from error
+            raise OSError(errno.EIO, f"cannot write {path}: {error}") from error
 
     write_atomically(os.fspath(path), write)
     return len(pairs)

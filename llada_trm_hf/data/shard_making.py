@@ -114,10 +114,11 @@ class ShardMaker:
                 problem.thought_tokens = len(row.get("completion_ids") or [])
                 continue
             problem.prompt_tokens, problem.thought_tokens = len(trace.context), len(trace.thought)
-            largest, vocabulary = max(trace.input_ids), self.model.get_input_embeddings().num_embeddings
-            if largest >= vocabulary or min(trace.input_ids) < 0:
+            vocabulary = self.model.get_input_embeddings().num_embeddings
+            foreign = [token for token in trace.input_ids if not 0 <= token < vocabulary]
+            if foreign:
                 raise ValueError(
-                    f"The trace {problem.id} holds token {largest}, the vocabulary of {self.what.model} has "
+                    f"The trace {problem.id} holds token {foreign[0]}, the vocabulary of {self.what.model} has "
                     f"{vocabulary}: was it written with another tokenizer?"
                 )
             if self._is_too_long(len(trace.input_ids)):

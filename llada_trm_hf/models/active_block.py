@@ -46,6 +46,8 @@ class DenoisingInputs:
             inputs["past_key_values"] = self.cache
             if self.cache.columns is not None:
                 inputs["input_ids"] = self.tokens[:, self.cache.columns]
+        if self.attention_mask is not None:
+            inputs["is_padded"] = True  # known, so that no layer has to ask the device
         return inputs
 
 
@@ -53,8 +55,8 @@ class ActiveBlock:
     """
     A block of `W` columns, for the `b` rows that are not finished.
 
-    A fixed schedule is known beforehand, on the host too, so its steps need no synchronisation. When confidence
-    decides, or committed tokens can be masked again, each step asks the device once what is left; a row with nothing
+    A fixed schedule is known beforehand, on the host too, so its steps need not ask the device anything. When
+    confidence decides, or committed tokens can be masked again, each step asks once what is left; a row with nothing
     left then leaves the batch.
 
     Args:
@@ -62,11 +64,16 @@ class ActiveBlock:
         window: the block's columns.
         num_steps: steps of a fixed schedule.
         cache: to be filled by the first step; None to compute the whole canvas every time.
+
+    Attributes:
+        rows: LongTensor `[b]`, the rows still in the batch.
+        took_part: BoolTensor `[b]`, those that the last step was for.
     """
 
     def __init__(self, canvas: MaskedCanvas, window: slice, num_steps: int, cache: BlockKVCache | None):
         self.canvas, self.window, self.cache, self.config = canvas, window, cache, canvas.config
         self.rows = canvas.rows
+        self.took_part = torch.ones_like(self.rows, dtype=torch.bool)
         undecided = self._undecided()
         self.quotas = tokens_per_step(undecided.sum(-1), num_steps)  # [b, num_steps]
         # How often a token of the block can still be masked again, [b, W].
@@ -110,21 +117,26 @@ class ActiveBlock:
         by_refiner = config.remasking == "refiner"
         confidence = token_confidence(logits, tokens, config.remasking, config.defer_tokens, refiner_confidence)
         probability = confidence
-        if by_refiner or self.budget is not None:
+        if (by_refiner or self.budget is not None) and (config.remasking != "low_confidence" or config.defer_tokens):
             probability = token_confidence(logits, tokens, "low_confidence")
         quota = self.quotas[:, min(self.step, self.quotas.shape[1] - 1)]
         if self.budget is not None:
             quota = quota.clamp(min=1)  # what was masked again comes on top of the schedule
         commit = choose_positions(confidence, undecided, quota, config, probability if by_refiner else None)
         self.canvas.commit(rows, positions, tokens, commit)
+        self.took_part = self._takes_part(inputs)
 
         if self.budget is not None:
             columns = positions - self.window.start
-            low = (confidence if by_refiner else probability) < self.remask_threshold
-            again = ~undecided & low & (self.budget.gather(1, columns) > 0)
+            low = (refiner_confidence if by_refiner else probability) < self.remask_threshold  # type: ignore[operator]
+            again = ~undecided & low & (self.budget.gather(1, columns) > 0) & self.took_part[:, None]
             self.budget = self.budget.scatter_add(1, columns, -again.long())
             self.canvas.mask_again(rows, positions, again)
         return tokens
+
+    def _takes_part(self, inputs: DenoisingInputs) -> torch.Tensor:
+        """BoolTensor `[b]`: the rows that would run this step if they were alone."""
+        return inputs.undecided.any(-1) | (~self.canvas.is_finished[self.rows] & (self.step < self.min_steps))
 
     def _undecided(self) -> torch.Tensor:
         return self.canvas.is_masked[self.rows][:, self.window]  # [b, W]

@@ -61,18 +61,29 @@ def load_backbone(name_or_path: Any, **kwargs: Any) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
 
 
+def native_model(backbone: PreTrainedModel) -> PreTrainedModel | None:
+    """The model of one of the native families in `backbone`, which may be wrapped by PEFT; None for any other."""
+    model = backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
+    return model if hasattr(model, "_block_kv_cache") else None  # (not by class: remote code may load it twice)
+
+
 def encode(
-    backbone: PreTrainedModel, inputs: dict[str, Any], output_hidden_states: bool | None = None
+    backbone: PreTrainedModel,
+    inputs: dict[str, Any],
+    output_hidden_states: bool | None = None,
+    balance_experts: bool = False,
 ) -> EncodedTokens:
     """The hidden states that `backbone`'s LM head reads, on request those of every layer, and its balancing loss."""
     inputs = {name: value for name, value in inputs.items() if value is not None}
-    if isinstance(backbone, LLaDAMoEForMaskedDiffusion) and backbone.training:
-        outputs = backbone.model(**inputs | {"output_router_logits": True}, output_hidden_states=output_hidden_states)
-        aux_loss = backbone.balancing_loss(outputs.router_logits, inputs.get("attention_mask"))
+    native: Any = native_model(backbone)
+    if native is not None:
+        if not balance_experts or not hasattr(native, "balancing_loss"):
+            outputs = native.model(**inputs, output_hidden_states=output_hidden_states)
+            return EncodedTokens(outputs.last_hidden_state, outputs.hidden_states)
+        outputs = native.model(**inputs, output_hidden_states=output_hidden_states, output_router_logits=True)
+        aux_loss = native.balancing_loss(outputs.router_logits, inputs.get("attention_mask"))
         return EncodedTokens(outputs.last_hidden_state, outputs.hidden_states, aux_loss)
-    if type(backbone) in BACKBONES.values():
-        outputs = backbone.model(**inputs, output_hidden_states=output_hidden_states)
-        return EncodedTokens(outputs.last_hidden_state, outputs.hidden_states)
+    inputs.pop("is_padded", None)
     # Any other model: listen at the door of its LM head, and spare it the work.
     captured: list[torch.Tensor] = []
 

@@ -4,6 +4,9 @@ import difflib
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 REMASKING_STRATEGIES = ("low_confidence", "random", "entropy", "margin", "refiner")
 KV_CACHES = ("none", "prefix", "dual")
@@ -106,10 +109,20 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers; settings of autoregressive decoding that a published file may hold are left out."""
-        own = vars(cls())
-        foreign = vars(GenerationConfig()).keys() - own.keys()
-        return super().from_dict({k: v for k, v in config_dict.items() if k not in foreign}, **kwargs)
+        """
+        As in transformers. A published file may hold settings of autoregressive decoding: those are left out, except
+        that `do_sample: false` means a temperature of 0 and `top_k: 0` no restriction, as they do there.
+        """
+        own = vars(cls()).keys()
+        known = {name: value for name, value in config_dict.items() if name in own}
+        unknown = config_dict.keys() - own - vars(GenerationConfig()).keys()
+        if unknown:
+            logger.warning(f"The generation config has settings that mean nothing here: {', '.join(sorted(unknown))}.")
+        if config_dict.get("do_sample") is False:
+            known["temperature"] = 0.0
+        if known.get("top_k") == 0:
+            known["top_k"] = None
+        return super().from_dict(known, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The settings that differ from the defaults."""
@@ -134,9 +147,13 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         _check(self, "remask_budget", lambda value: isinstance(value, int) and value >= 0, "an integer of at least 0")
         if not isinstance(self.remask_committed, bool):
             _check(self, "remask_committed", lambda value: 0 <= value <= 1, "between 0 and 1")
-        if self.remasking != "entropy":
+        if self.remasking == "entropy":
+            _check(self, "confidence_threshold", lambda value: value <= 0, "0 or less for an entropy, in nats")
+        else:
             _check(self, "confidence_threshold", lambda value: 0 <= value <= 1, "between 0 and 1")
-        elif self.confidence_factor is not None:
+        if self.remasking == "random" and self.commits_by_confidence:
+            raise ValueError("remasking='random' has no confidence to compare with a threshold or factor.")
+        if self.remasking == "entropy" and self.confidence_factor is not None:
             raise ValueError("confidence_factor needs confidences between 0 and 1; remasking='entropy' has none.")
         if self.confidence_threshold is not None and self.confidence_factor is not None:
             raise ValueError("Give confidence_threshold or confidence_factor, not both.")

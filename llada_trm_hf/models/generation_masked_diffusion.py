@@ -62,10 +62,14 @@ class MaskedDiffusionGenerationMixin:
         """
         config = self._resolve_generation_config(generation_config, kwargs)
         check_prompt(input_ids, attention_mask)
+        if isinstance(stopping_criteria, list):
+            stopping_criteria = StoppingCriteriaList(stopping_criteria)
+        if isinstance(logits_processor, list):
+            logits_processor = LogitsProcessorList(logits_processor)
         num_new_tokens = self._num_new_tokens(input_ids.shape[1], config)
         canvas = MaskedCanvas(input_ids, attention_mask, num_new_tokens, config)
         recorder = GenerationRecorder(canvas, streamer)
-        with compiled_forward(self._transformer) if config.compile else contextlib.nullcontext():
+        with compiled_forward(self._transformer, config) if config.compile else contextlib.nullcontext():
             for window, num_steps in canvas.blocks():
                 cache = None if config.kv_cache == "none" else self._block_kv_cache()
                 block = ActiveBlock(canvas, window, num_steps, cache)
@@ -74,12 +78,11 @@ class MaskedDiffusionGenerationMixin:
                     logits = process_logits(output.logits, inputs.tokens, config, logits_processor)
                     tokens = block.update(inputs, logits, output.refiner_confidence)
                     recorder.step(block, inputs, tokens)
-                recorder.block(window)
                 if config.stop_at_eos or stopping_criteria:
-                    finished = self._finished(canvas, window.stop, stopping_criteria)
-                    canvas.finish(finished, window.stop)
-                    if finished.all():
-                        break
+                    canvas.finish(self._finished(canvas, window.stop, stopping_criteria), window.stop)
+                recorder.block(window)
+                if (config.stop_at_eos or stopping_criteria) and canvas.is_finished.all():
+                    break
         return recorder.finish()
 
     @property
@@ -168,6 +171,11 @@ class MaskedDiffusionGenerationMixin:
     ) -> MaskedDiffusionGenerationConfig:
         """`kwargs` over `generation_config` over the model's own; special tokens from the model's config."""
         config = copy.deepcopy(generation_config or self.generation_config)  # type: ignore[has-type]
+        if not hasattr(config, "mask_token_id"):
+            raise ValueError(
+                f"generation_config is a {type(config).__name__}; masked diffusion needs a "
+                f"MaskedDiffusionGenerationConfig."
+            )
         unknown = [name for name in kwargs if name.startswith("_") or name not in vars(config)]
         if unknown:
             raise ValueError(unknown_settings(unknown, config))
@@ -180,7 +188,13 @@ class MaskedDiffusionGenerationMixin:
                 setattr(config, name, getattr(model_config, name, None))
         if config.mask_token_id is None:
             raise ValueError("No mask token: pass mask_token_id, the id the model was trained with.")
-        check_token_id("mask_token_id", config.mask_token_id, model_config.get_text_config().vocab_size)
+        eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        named: dict[str, Any] = {"mask_token_id": [config.mask_token_id]}
+        named |= {"suppress_tokens": config.suppress_tokens, "defer_tokens": config.defer_tokens}
+        named |= {"eos_token_id": eos if config.stop_at_eos else None}
+        for name, token_ids in named.items():
+            for token_id in token_ids or ():
+                check_token_id(name, token_id, model_config.get_text_config().vocab_size)
         if config.stop_at_eos and config.eos_token_id is None:
             raise ValueError("stop_at_eos=True needs an eos_token_id.")
         if config.remasking == "refiner" and (not hasattr(self, "refiner") or config.enable_refinement is False):
@@ -219,10 +233,10 @@ def check_prompt(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -
 
 
 @contextlib.contextmanager
-def compiled_forward(module: Any) -> Iterator[None]:
-    """Within it, `module.forward` runs through `torch.compile`, with static shapes."""
+def compiled_forward(module: Any, config: MaskedDiffusionGenerationConfig) -> Iterator[None]:
+    """Within it, `module.forward` runs through `torch.compile`. Only with a prefix cache blocks differ in width."""
     own = module.__dict__.get("forward")  # what hooks may have put in place of the class's
-    module.forward = torch.compile(module.forward, dynamic=False)
+    module.forward = torch.compile(module.forward, dynamic=config.kv_cache == "prefix")
     try:
         yield
     finally:

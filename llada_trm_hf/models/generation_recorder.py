@@ -51,7 +51,7 @@ class GenerationRecorder:
     def step(self, block: ActiveBlock, inputs: DenoisingInputs, tokens: torch.Tensor) -> None:
         """After a step of `block`, whose best guesses at `inputs.positions` `[b, P]` were `tokens` `[b, P]`."""
         self.num_forward_passes += 1
-        self.passes[block.rows] += inputs.undecided.any(-1) | (block.step < block.min_steps)
+        self.passes[block.rows] += block.took_part
         if self.history is not None:
             self.history.append(self.canvas.tokens.clone())
         if self.trace is not None:
@@ -63,15 +63,18 @@ class GenerationRecorder:
     def block(self, window: slice) -> None:
         """After a block is decided."""
         if self.streamer is not None:
-            self.streamer.put(self.canvas.tokens[:, window].cpu())
+            self.streamer.put(self.canvas.tokens[:, window].clone().cpu())
 
     def finish(self) -> Any:
         """What `generate` returns."""
         canvas = self.canvas
         if self.streamer is not None:
             self.streamer.end()
+        # The last canvas with the padding of rows that ended.
         if self.trace is not None:
-            self.trace.canvases[-1] = canvas.tokens.clone().cpu()  # with the padding of rows that ended
+            self.trace.canvases[-1] = canvas.tokens.clone().cpu()
+        if self.history is not None:
+            self.history[-1] = canvas.tokens.clone()
         if not self.config.return_dict_in_generate:
             return canvas.tokens
         return MaskedDiffusionGenerateOutput(

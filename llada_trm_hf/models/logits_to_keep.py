@@ -36,7 +36,20 @@ def kept_positions(logits_to_keep: int | torch.Tensor | None, like: torch.Tensor
     return kept
 
 
-def unpack_logits(logits: torch.Tensor, positions: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """Logits `[P, V]`, at `positions` (BoolTensor `[B, L]`, row-major), as `logits_to_keep` asks."""
-    row_of_position = positions.flatten().cumsum(0).sub(1).view(positions.shape)
-    return logits[select_positions(row_of_position[..., None], logits_to_keep).squeeze(-1)]
+def columns_of(wanted: torch.Tensor) -> torch.Tensor:
+    """
+    The columns LongTensor `[B, P]` where `wanted` `[B, L]` is true, ascending, `P` the number in the row with most; a
+    row with fewer gets others as well.
+    """
+    width = int(wanted.sum(-1).max())
+    return wanted.int().argsort(dim=-1, descending=True, stable=True)[:, :width]
+
+
+def unpack_logits(logits: torch.Tensor, wanted: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """Logits `[B, P, V]`, at `columns_of(wanted)`, as `logits_to_keep` asks; `wanted` `[B, L]` has all it asks for."""
+    slot = (wanted.cumsum(-1) - 1).clamp(min=0)  # [B, L], where among the P
+    if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dtype == torch.bool:
+        row, column = logits_to_keep.nonzero(as_tuple=True)
+        return logits[row, slot[row, column]]
+    slots = select_positions(slot[..., None], logits_to_keep)  # [B, P', 1]
+    return torch.take_along_dim(logits, slots, dim=1)

@@ -18,11 +18,12 @@ class MaskedCanvas:
 
     Attributes:
         tokens: LongTensor `[B, L]`.
-        attention_mask: LongTensor `[B, L]` or None.
+        attention_mask: LongTensor `[B, L]`, None without padding.
         is_masked: BoolTensor `[B, L]`, what is not decided; of the rows that are.
         was_masked: BoolTensor `[B, L]`, what was not decided at the start.
         num_decided: LongTensor `[B]`, decisions taken, less those taken back.
-        rows: LongTensor `[b]`, the rows that are not finished.
+        is_finished: BoolTensor `[B]`, the rows that have ended.
+        rows: LongTensor `[b]`, the rows that take part: those not finished, or all where shapes are to stay static.
     """
 
     def __init__(
@@ -34,14 +35,15 @@ class MaskedCanvas:
     ):
         self.config = config
         self.prompt_length = input_ids.shape[1]
-        self.tokens = torch.nn.functional.pad(input_ids, (0, num_new_tokens), value=config.mask_token_id)
+        self.tokens = torch.nn.functional.pad(input_ids.long(), (0, num_new_tokens), value=config.mask_token_id)
         self.is_masked = self.tokens.eq(config.mask_token_id)
-        self.attention_mask = attention_mask
-        if attention_mask is not None:
+        self.attention_mask = None
+        if attention_mask is not None and not attention_mask.all():
             self.attention_mask = torch.nn.functional.pad(attention_mask, (0, num_new_tokens), value=1)
             self.is_masked &= self.attention_mask.bool()
         self.was_masked = self.is_masked.clone()
         self.num_decided = torch.zeros(len(self.tokens), dtype=torch.long, device=self.tokens.device)
+        self.is_finished = torch.zeros(len(self.tokens), dtype=torch.bool, device=self.tokens.device)
         self.rows = torch.arange(len(self.tokens), device=self.tokens.device)
 
     def blocks(self) -> Iterator[tuple[slice, int]]:
@@ -94,6 +96,7 @@ class MaskedCanvas:
             after = after | ((eos.cumsum(-1) - eos.int()) > 0)
         self.tokens[rows] = tokens.masked_fill(after, self._padding())
         self.is_masked[rows] = False
+        self.is_finished[rows] = True
         if not self.config.compile:
             self.rows = self.rows[~finished]
 

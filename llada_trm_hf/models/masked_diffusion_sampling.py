@@ -1,6 +1,7 @@
 """The choices of a denoising step: how many tokens, which tokens, how sure, and which positions."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -73,7 +74,7 @@ def token_confidence(
     if remasking == "random":
         return torch.rand(tokens.shape, device=tokens.device)
     if defer_tokens and remasking != "refiner":
-        logits = logits.index_fill(-1, torch.tensor(defer_tokens, device=logits.device), -torch.inf)
+        logits = logits.index_fill(-1, _on_device(tuple(defer_tokens), logits.device), -torch.inf)
     if remasking == "margin":
         best = logits.softmax(-1).topk(2, dim=-1).values
         confidence = best[..., 0] - best[..., 1]
@@ -86,7 +87,7 @@ def token_confidence(
     else:
         return (logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(-1)).exp()
     if defer_tokens:
-        deferred = torch.isin(tokens, torch.tensor(defer_tokens, device=tokens.device))
+        deferred = torch.isin(tokens, _on_device(tuple(defer_tokens), tokens.device))
         confidence = confidence.masked_fill(deferred, torch.finfo(confidence.dtype).min)
     return confidence
 
@@ -132,8 +133,14 @@ def process_logits(
 ) -> torch.Tensor:
     """Suppresses tokens and applies the caller's processors, each position as a row of its own, to `[B, P, V]`."""
     if config.suppress_tokens:
-        logits = logits.index_fill(-1, torch.tensor(config.suppress_tokens, device=logits.device), -torch.inf)
+        logits = logits.index_fill(-1, _on_device(tuple(config.suppress_tokens), logits.device), -torch.inf)
     if logits_processor:
         rows = canvas.repeat_interleave(logits.shape[1], dim=0)
         logits = logits_processor(rows, logits.flatten(0, 1)).view_as(logits)
     return logits
+
+
+@functools.lru_cache(maxsize=32)
+def _on_device(token_ids: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Copied once, not in every step."""
+    return torch.tensor(token_ids, device=device)

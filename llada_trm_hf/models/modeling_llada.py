@@ -204,6 +204,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         past_key_values: Cache | BlockKVCache | None = None,
+        is_padded: bool = False,
         **kwargs: Any,
     ) -> ModelOutput:
         """
@@ -213,6 +214,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
             position_ids: `[B, L]`. By default, positions count the real tokens of each row.
             past_key_values: a [`BlockKVCache`], whose columns the `L` tokens are, or a transformers cache that holds
                 the tokens before them. Then `attention_mask` covers every column of the cache, not only these.
+            is_padded: whether `attention_mask` is known to hold zeros; if not, the device is asked.
 
         Returns:
             `last_hidden_state` `[B, L, D]` after the final norm. With `output_hidden_states=True`, `hidden_states` are
@@ -228,7 +230,10 @@ class LLaDAModel(LLaDAPreTrainedModel):
         mask = None  # without padding, everything sees everything
         if attention_mask is not None:
             mask = create_bidirectional_mask(
-                config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+                config=self.config,
+                inputs_embeds=hidden_states,
+                attention_mask=attention_mask,
+                allow_is_bidirectional_skip=not is_padded,
             )
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for layer in self.layers:

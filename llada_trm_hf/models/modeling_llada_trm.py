@@ -11,13 +11,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .active_block import DenoisingInputs
-from .backbones import EncodedTokens, build_backbone, encode, load_backbone
+from .backbones import EncodedTokens, build_backbone, encode, load_backbone, native_model
 from .block_kv_cache import BlockKVCache
 from .chunk_layout import ChunkLayout
 from .configuration_llada_trm import LLaDATRMConfig
 from .configuration_masked_diffusion_generation import MaskedDiffusionGenerationConfig
 from .generation_masked_diffusion import DenoisingOutput, MaskedDiffusionGenerationMixin
-from .logits_to_keep import kept_positions, select_positions, unpack_logits
+from .logits_to_keep import columns_of, kept_positions, select_positions, unpack_logits
 from .loss_masked_diffusion import MaskedTargets, masked_diffusion_loss, masked_targets
 from .loss_refinement import confidence_loss, deep_supervision_loss
 from .modeling_hybrid_checkpoints import OWN_FIELDS, HybridCheckpoints
@@ -189,7 +189,8 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HybridCheckpoin
         if logits_to_keep is None and not (self.training and labels is not None):
             logits_to_keep = 0
         targets = None if labels is None else masked_targets(input_ids, labels, self.config.mask_token_id, p_mask)
-        encoded = encode(self.backbone, inputs, output_hidden_states)
+        balance_experts = self.training and targets is not None and self._backbone_trains
+        encoded = encode(self.backbone, inputs, output_hidden_states, balance_experts)
         hidden_states = encoded.last_hidden_state
         if past_key_values is not None:
             hidden_states = past_key_values.update_hidden_states(hidden_states)
@@ -272,16 +273,20 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HybridCheckpoin
         arguments: dict[str, Any],
     ) -> tuple["_Refinement", torch.Tensor]:
         """Refines `hidden_states` `[B, L, D]`; the logits `logits_to_keep` asks for, computed anew where refined."""
-        positions = relevant | kept_positions(logits_to_keep, relevant)
-        base_logits = self._logits(hidden_states[positions])  # [P, V], one position after the other
-        largest = (base_logits.float().amax(-1) - base_logits.float().logsumexp(-1)).exp()
-        probability = largest.new_zeros(positions.shape).index_put((positions,), largest)
+        wanted = relevant | kept_positions(logits_to_keep, relevant)  # [B, L]
+        positions = columns_of(wanted)  # [B, P]
+        base_logits = self._logits(select_positions(hidden_states, positions))  # [B, P, V]
+        largest = (base_logits.amax(-1).float() - base_logits.float().logsumexp(-1)).exp()
+        probability = largest.new_zeros(wanted.shape).scatter(1, positions, largest)
         result = self._refine(hidden_states, layout, relevant, probability, arguments)
-        again = layout.to_tokens(result.active) & positions  # [B, L]
-        logits = base_logits.index_put((again[positions],), self._logits(result.refined.hidden_states[again]))
+        again = layout.to_tokens(result.active) & wanted  # [B, L]
+        row, slot = again.gather(1, positions).nonzero(as_tuple=True)
+        anew = self._logits(result.refined.hidden_states[row, positions[row, slot]])
+        logits = base_logits.index_put((row, slot), anew)
         if arguments["output_statistics"]:
-            result.changed_tokens[positions] = base_logits.argmax(-1) != logits.argmax(-1)
-        return result, unpack_logits(logits, positions, logits_to_keep)
+            changed = base_logits.argmax(-1) != logits.argmax(-1)
+            result.changed_tokens.scatter_(1, positions, changed)
+        return result, unpack_logits(logits, wanted, logits_to_keep)
 
     def _refine_loss(
         self,
@@ -296,7 +301,7 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HybridCheckpoin
         config = self.config
         positions = relevant | targets.positions  # [B, L]; P of them
         tokens = torch.full_like(positions, -100, dtype=torch.long).masked_scatter(targets.positions, targets.tokens)
-        backbone_trains = any(parameter.requires_grad for parameter in self.backbone.parameters())
+        backbone_trains = self._backbone_trains
         with torch.set_grad_enabled(backbone_trains and torch.is_grad_enabled()):
             base = score_tokens(hidden_states[positions], self._logits, tokens[positions])
         probability = base.probability.new_zeros(positions.shape).index_put((positions,), base.probability)
@@ -321,11 +326,11 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HybridCheckpoin
         if result.refined.step_hidden_states:
             components["deep_supervision"] = self._deep_supervision(result.refined, targets, in_active)
             loss = loss + config.deep_supervision_weight * components["deep_supervision"]
-        if config.confidence_loss_weight > 0:
-            correct = torch.zeros_like(positions).index_put((targets.positions,), best[counted] == targets.tokens)
-            share = layout.mean_per_chunk(correct, targets.positions, empty=1.0)
-            components["confidence"] = confidence_loss(result.refined.confidence[result.active], share[result.active])
-            loss = loss + config.confidence_loss_weight * components["confidence"]
+        correct = torch.zeros_like(positions).index_put((targets.positions,), best[counted] == targets.tokens)
+        share = layout.mean_per_chunk(correct, targets.positions, empty=1.0)
+        components["confidence"] = confidence_loss(result.refined.confidence[result.active], share[result.active])
+        # Even with a weight of 0: DDP wants a gradient, if a zero one, for every parameter.
+        loss = loss + config.confidence_loss_weight * components["confidence"]
         return result, loss, {name: value.detach() for name, value in components.items()}
 
     def _deep_supervision(
@@ -383,16 +388,21 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HybridCheckpoin
         return RefinementTrace(self.config.mask_token_id, input_ids.shape[1], [canvas, canvas], [recorded])
 
     @property
+    def _backbone_trains(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.backbone.parameters())
+
+    @property
     def _transformer(self) -> Any:
-        return self.backbone.base_model
+        return (native_model(self.backbone) or self.backbone).base_model
 
     def _block_kv_cache(self) -> BlockKVCache:
-        if not hasattr(self.backbone, "_block_kv_cache"):
+        native = native_model(self.backbone)
+        if native is None:
             raise ValueError(
                 f"kv_cache needs a native LLaDA or LLaDA-MoE backbone; {type(self.backbone).__name__} computes the "
                 f"whole canvas in every step: use kv_cache='none'."
             )
-        return self.backbone._block_kv_cache()
+        return native._block_kv_cache()
 
     def _denoising_output(
         self, inputs: DenoisingInputs, config: MaskedDiffusionGenerationConfig, trace: RefinementTrace | None

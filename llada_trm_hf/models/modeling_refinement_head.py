@@ -157,7 +157,7 @@ class RecursiveRefinementHead(HubModel, PreTrainedModel):
             num_steps[running] += 1
             if keep_steps:
                 steps.append(chunks.index_copy(0, running, state.to(chunks.dtype)))
-        if len(running):
+        if len(running) or not len(chunks):  # without a chunk too: the result hangs on every weight
             chunks = chunks.index_copy(0, running, state.to(chunks.dtype))
             codes = codes.index_copy(0, running, self.encoder(state)) if max_steps else codes
         return _Recursion(chunks, codes, num_steps, steps, similarity)

@@ -72,8 +72,12 @@ def _check_settings(what: CompressorRecipeArguments) -> list[int | None]:
         )
     if what.compressed_sizes and (what.init == "checkpoint" or what.compressed_size is not None):
         raise ValueError("compressed_sizes are trained from the start: leave out compressed_size and init=checkpoint.")
+    if what.streaming and what.pca_batches is None and (what.init == "pca" or what.compressed_sizes):
+        raise ValueError("A stream may not end: say with pca_batches how much of it PCA sees.")
     if what.compressor is not None:
         check_folder(what.compressor)
+    if what.pca_batches is not None and what.pca_batches < 1:
+        raise ValueError(f"pca_batches must be at least 1, got {what.pca_batches}.")
     if what.num_eval_samples < 0:
         raise ValueError(f"num_eval_samples must not be negative, got {what.num_eval_samples}.")
     return [*what.compressed_sizes] if what.compressed_sizes else [what.compressed_size]
