@@ -81,7 +81,8 @@ class CompressorRecipeArguments(DataArguments):
         metadata={"help": "Several widths: a run each, and sweep.csv, where PCA stands beside them."},
     )
     pca_batches: int | None = field(
-        default=None, metadata={"help": "Batches of the training data that PCA sees; by default all, which a stream may not have."}
+        default=None,
+        metadata={"help": "Batches of the training data that PCA sees; by default all, which a stream may not have."},
     )
     text_column: str | None = field(
         default=None,
