@@ -229,14 +229,14 @@ def test_a_batch_is_read_once_for_all_its_steps(tmp_path, accumulate):
 
     trainer = make_trainer(
         tmp_path,
-        pairs=Counted(make_pairs(8)),
+        pairs=Counted(make_pairs(32)),
         max_steps=-1,
         num_train_epochs=2,
-        per_device_train_batch_size=4 // accumulate,
+        per_device_train_batch_size=16 // accumulate,
         gradient_accumulation_steps=accumulate,
     )
     trainer.train()
-    assert trainer.state.global_step == 2 * 2 * STEPS and Counted.reads == 2 * 8
+    assert trainer.state.global_step == 2 * 2 * STEPS and Counted.reads == 2 * 32
 
 
 def test_steps_epochs_and_schedule_count_optimizer_steps(tmp_path):
