@@ -29,8 +29,9 @@ MODES = {
     "exact": {},
     "prefix": {"kv_cache": "prefix"},
     "dual": {"kv_cache": "dual"},
-    "exact + threshold": {"confidence_threshold": 0.9},
-    "dual + threshold": {"kv_cache": "dual", "confidence_threshold": 0.9},
+    "exact + threshold 0.9": {"confidence_threshold": 0.9},
+    "dual + threshold 0.9": {"kv_cache": "dual", "confidence_threshold": 0.9},
+    "dual + threshold 0.995": {"kv_cache": "dual", "confidence_threshold": 0.995},
     "dual + factor": {"kv_cache": "dual", "confidence_factor": 1.0},
 }
 
@@ -135,11 +136,12 @@ def share_right(sequences: torch.Tensor, responses: torch.Tensor) -> float:
     return (found == responses.view(-1, TERMS + 1)).all(-1).float().mean().item()
 
 
-def compare(model: LLaDAForMaskedDiffusion, problems: int, repeats: int) -> list[dict]:
+def compare(model: LLaDAForMaskedDiffusion, modes: list[str], problems: int, repeats: int) -> list[dict]:
     """128 new tokens, one token a step where no threshold decides: seconds of each mode beside the plain sampler."""
     prompts, responses = make_problems(problems, "test")
     rows = []
-    for name, settings in MODES.items():
+    for name in modes:
+        settings = MODES[name]
         times, ratios = [], []
         for i in range(repeats):
             prompt = prompts[i % problems : i % problems + 1]
@@ -197,6 +199,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--model_dir", type=Path, default=Path("outputs/decode_benchmark"))
+    parser.add_argument("--modes", nargs="+", choices=MODES, help="measure these only, and keep the other results")
     parser.add_argument("--train_only", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -210,28 +213,33 @@ def main() -> None:
         return
     model = LLaDAForMaskedDiffusion.from_pretrained(options.model_dir)
 
-    rows = compare(model, options.problems, options.repeats)
-    print(f"{'128 new tokens':<20}{'plain':>10}{'ours':>10}{'ratio':>8}{'passes':>9}{'chains right':>15}")
+    rows = compare(model, options.modes or list(MODES), options.problems, options.repeats)
+    print(f"{'128 new tokens':<24}{'plain':>10}{'ours':>10}{'ratio':>8}{'passes':>9}{'chains right':>15}")
     for row in rows:
         print(
-            f"{row['mode']:<20}{row['plain_s']:>8.2f} s{row['ours_s']:>8.2f} s{row['ratio']:>7.1f}x"
+            f"{row['mode']:<24}{row['plain_s']:>8.2f} s{row['ours_s']:>8.2f} s{row['ratio']:>7.1f}x"
             f"{row['passes']:>9.1f}{row['chains_right']:>14.1%}"
         )
-    lengths = growth(model, options.repeats)
-    print(f"{'new tokens':<20}{'exact, ms per token':>22}{'dual, ms per token':>22}")
-    for row in lengths:
-        print(f"{row['new_tokens']:<20}{row['exact_ms']:>22.1f}{row['dual_ms']:>22.1f}")
+    command = "python benchmarks/decode.py " + " ".join(
+        f"--{name} {getattr(options, name)}" for name in ("train_steps", "full_steps", "problems", "repeats")
+    )
     result = {
-        "command": "python benchmarks/decode.py "
-        + " ".join(
-            f"--{name} {getattr(options, name)}" for name in ("train_steps", "full_steps", "problems", "repeats")
-        ),
+        "command": command,
         "date": str(date.today()),
         "torch": torch.__version__,
         "machine": {"processor": platform.processor() or platform.machine(), "threads": options.threads},
         "rows": rows,
-        "growth": lengths,
     }
+    path = Path(__file__).parent / "results" / "decode.json"
+    if options.modes:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        kept = {row["mode"]: row for row in (*earlier["rows"], *rows)}
+        result = {**earlier, "rows": [kept[name] for name in MODES if name in kept]}
+    else:
+        result["growth"] = growth(model, options.repeats)
+        print(f"{'new tokens':<24}{'exact, ms per token':>22}{'dual, ms per token':>22}")
+        for row in result["growth"]:
+            print(f"{row['new_tokens']:<24}{row['exact_ms']:>22.1f}{row['dual_ms']:>22.1f}")
     path = Path(__file__).parent / "results" / "decode.json"
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

@@ -1,5 +1,6 @@
 """
-What refinement costs while decoding: a hybrid against its own backbone, at the default selectivity, in one run.
+What refinement costs while decoding: a hybrid against its own backbone, at the default selectivity (min_confidence
+0.5) and at others, in one run.
 
     python benchmarks/hybrid.py [--repeats 5] [--threads 2]
 
@@ -54,7 +55,8 @@ def main() -> None:
     prompts, _ = make_problems(options.repeats, "test")
 
     rows = []
-    for name in ("exact", "prefix", "dual", "dual + threshold"):
+    cases = [(name, 0.5) for name in ("exact", "prefix", "dual", "dual + threshold 0.9")]
+    for name, hybrid.config.min_confidence in [*cases, ("exact", 0.95), ("dual", 0.95), ("exact", 1.0), ("dual", 1.0)]:
         settings = MODES[name] if "threshold" in name else {**MODES[name], "num_diffusion_steps": 64}
         pairs = []
         for prompt in prompts.split(1):
@@ -66,24 +68,24 @@ def main() -> None:
         rows.append(
             {
                 "mode": name,
+                "min_confidence": hybrid.config.min_confidence,
                 "backbone_ms_per_pass": 1e3 * bare,
                 "hybrid_ms_per_pass": 1e3 * refined,
                 "throughput": statistics.median(a / b for a, b in pairs),
                 "chunks_refined": statistics.mean(share_refined(hybrid, p, settings) for p in prompts.split(1)),
             }
         )
-    print(f"{'':<18}{'backbone':>14}{'hybrid':>14}{'throughput':>12}{'chunks refined':>16}")
+    print(f"{'':<22}{'min_confidence':>14}{'backbone':>14}{'hybrid':>14}{'throughput':>12}{'chunks refined':>16}")
     for row in rows:
         print(
-            f"{row['mode']:<18}{row['backbone_ms_per_pass']:>11.1f} ms{row['hybrid_ms_per_pass']:>11.1f} ms"
-            f"{row['throughput']:>11.2f}x{row['chunks_refined']:>15.0%}"
+            f"{row['mode']:<22}{row['min_confidence']:>14}{row['backbone_ms_per_pass']:>11.1f} ms"
+            f"{row['hybrid_ms_per_pass']:>11.1f} ms{row['throughput']:>11.2f}x{row['chunks_refined']:>16.1%}"
         )
     result = {
         "command": f"python benchmarks/hybrid.py --repeats {options.repeats} --threads {options.threads}",
         "date": str(date.today()),
         "torch": torch.__version__,
         "machine": {"processor": platform.processor() or platform.machine(), "threads": options.threads},
-        "min_confidence": hybrid.config.min_confidence,
         "rows": rows,
     }
     path = Path(__file__).parent / "results" / "hybrid.json"

@@ -36,11 +36,13 @@ def kept_positions(logits_to_keep: int | torch.Tensor | None, like: torch.Tensor
     return kept
 
 
-def columns_of(wanted: torch.Tensor) -> torch.Tensor:
+def columns_of(wanted: torch.Tensor, logits_to_keep: int | torch.Tensor | None) -> torch.Tensor:
     """
-    The columns LongTensor `[B, P]` where `wanted` `[B, L]` is true, ascending, `P` the number in the row with most; a
-    row with fewer gets others as well.
+    The columns LongTensor `[B, P]` where `wanted` `[B, L]` is true: `logits_to_keep` itself if it says that already,
+    else ascending, `P` the number in the row with most; a row with fewer gets others as well.
     """
+    if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 2 and logits_to_keep.dtype != torch.bool:
+        return logits_to_keep
     width = int(wanted.sum(-1).max())
     return wanted.int().argsort(dim=-1, descending=True, stable=True)[:, :width]
 
@@ -51,5 +53,5 @@ def unpack_logits(logits: torch.Tensor, wanted: torch.Tensor, logits_to_keep: in
     if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dtype == torch.bool:
         row, column = logits_to_keep.nonzero(as_tuple=True)
         return logits[row, slot[row, column]]
-    slots = select_positions(slot[..., None], logits_to_keep)  # [B, P', 1]
-    return torch.take_along_dim(logits, slots, dim=1)
+    slots = select_positions(slot[..., None], logits_to_keep).squeeze(-1)  # [B, P']
+    return logits[torch.arange(len(logits), device=logits.device)[:, None], slots]

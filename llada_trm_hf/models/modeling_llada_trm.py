@@ -273,20 +273,22 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HybridCheckpoin
         arguments: dict[str, Any],
     ) -> tuple["_Refinement", torch.Tensor]:
         """Refines `hidden_states` `[B, L, D]`; the logits `logits_to_keep` asks for, computed anew where refined."""
-        wanted = relevant | kept_positions(logits_to_keep, relevant)  # [B, L]
-        positions = columns_of(wanted)  # [B, P]
-        base_logits = self._logits(select_positions(hidden_states, positions))  # [B, P, V]
-        largest = (base_logits.amax(-1).float() - base_logits.float().logsumexp(-1)).exp()
+        kept = kept_positions(logits_to_keep, relevant)
+        wanted = relevant | kept  # [B, L]
+        positions = columns_of(wanted, logits_to_keep if torch.equal(kept, wanted) else None)  # [B, P]
+        logits = self._logits(select_positions(hidden_states, positions))  # [B, P, V]
+        base = logits.detach().float()
+        largest = (base.amax(-1) - base.logsumexp(-1)).exp()
         probability = largest.new_zeros(wanted.shape).scatter(1, positions, largest)
         result = self._refine(hidden_states, layout, relevant, probability, arguments)
+        best = logits.argmax(-1) if arguments["output_statistics"] else None
         again = layout.to_tokens(result.active) & wanted  # [B, L]
         row, slot = again.gather(1, positions).nonzero(as_tuple=True)
         anew = self._logits(result.refined.hidden_states[row, positions[row, slot]])
-        logits = base_logits.index_put((row, slot), anew)
-        if arguments["output_statistics"]:
-            changed = base_logits.argmax(-1) != logits.argmax(-1)
-            result.changed_tokens.scatter_(1, positions, changed)
-        return result, unpack_logits(logits, wanted, logits_to_keep)
+        logits = logits.index_put_((row, slot), anew)  # in place, for the tensor may be large
+        if best is not None:
+            result.changed_tokens.scatter_(1, positions, best != logits.argmax(-1))
+        return result, logits if positions is logits_to_keep else unpack_logits(logits, wanted, logits_to_keep)
 
     def _refine_loss(
         self,
