@@ -26,10 +26,19 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
     flags += " --min_confidence 1 --lr 1e-2 --warmup_steps 0 --logging_steps 1 --use_cpu --disable_tqdm true"
     one, two = tmp_path / "one", tmp_path / "two"
     assert main([*flags.split(), "--batch_size", "8", "--output_dir", str(one)]) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "llada_trm_hf.cli"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "llada_trm_hf.cli",
+    ]
     result = subprocess.run(
         [*launch, *flags.split(), "--batch_size", "4", "--output_dir", str(two)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

@@ -1,8 +1,8 @@
 """`llada-trm train`: a training run from a recipe, a file and flags. Also what `accelerate launch` runs."""
 
-from ..training.arguments import MaskedDiffusionTrainingArguments
-from ..training.recipe import RecipeArguments, parse_recipe
-from ..training.run import run_training
+from accelerate import PartialState
+
+from ..training.recipe import load_settings, parse_recipe
 from .parser import CommandParser, DataclassParser
 
 
@@ -12,16 +12,24 @@ def run(arguments: list[str]) -> None:
     sources.add_argument("--config")
     sources.add_argument("--device", choices=("cpu", "cuda"))
     chosen, rest = sources.parse_known_args(arguments)
+    kind, settings = load_settings(chosen.recipe, chosen.config)
 
     parser = DataclassParser(
-        (RecipeArguments, MaskedDiffusionTrainingArguments),
+        (kind.recipe_arguments, kind.training_arguments),
         prog="llada-trm train",
         allow_abbrev=False,
-        description="Trains a masked-diffusion model with a refiner. --recipe NAME (warmup, finetune) or FILE sets "
-        "the defaults, --config FILE changes some of them, the options below the rest; --device cpu|cuda.",
+        description="--recipe NAME or FILE says what is trained and sets the defaults: a refiner (warmup) and its "
+        "masked-diffusion model (finetune), a compressor of hidden states (compressor_1a, compressor_1b), or a model "
+        "that reasons over them (trm). --config FILE changes some of them, the options below, which depend on the "
+        "recipe, the rest; --device cpu|cuda.",
     )
     if chosen.device == "cpu":
         rest.append("--use_cpu")
-    trainer = run_training(*parse_recipe(parser, rest, chosen.recipe, chosen.config))
-    if trainer.is_world_process_zero():
-        print(f"Model, tokenizer and metrics are in {trainer.args.output_dir}")
+    what, training = parse_recipe(parser, rest, settings)
+    kind.run(what, training)
+    if training.process_index == 0:
+        print(f"Model and metrics are in {training.output_dir}")
+    # Processes part in order: one that leaves while others still write would bring them down.
+    processes = PartialState()
+    processes.wait_for_everyone()
+    processes.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What goes into training: reasoning datasets, generated arithmetic, a byte tokenizer, masking, and hidden pairs."""
+"""What goes into training: reasoning datasets, generated arithmetic, plain text, tokens, masking, hidden pairs."""
 
 from .arithmetic import difference_chains
 from .datagen import run_datagen
@@ -7,6 +7,7 @@ from .hidden_pairs import HiddenPairsCollator, HiddenPairsDataset, export_legacy
 from .masking import MaskedDiffusionCollator
 from .reasoning import load_reasoning_dataset, tokenize_reasoning
 from .shard_folder import DatagenSummary
+from .text import TextCollator, load_text_dataset, tokenize_texts
 from .thoughts import ThoughtFormat
 from .tokenizer import byte_tokenizer, prompt_tokens
 from .trace_generation import TraceSettings
@@ -17,13 +18,16 @@ __all__ = [
     "HiddenPairsCollator",
     "HiddenPairsDataset",
     "MaskedDiffusionCollator",
+    "TextCollator",
     "ThoughtFormat",
     "TraceSettings",
     "byte_tokenizer",
     "difference_chains",
     "export_legacy_hidden_pairs",
     "load_reasoning_dataset",
+    "load_text_dataset",
     "prompt_tokens",
     "run_datagen",
     "tokenize_reasoning",
+    "tokenize_texts",
 ]

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from transformers import PreTrainedTokenizerBase
 
 from .arithmetic import difference_chains
 from .tokenizer import prompt_tokens
 
-_FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 SCHEMA = ("prompt", "reasoning", "answer")
 
 
@@ -87,7 +87,7 @@ def load_reasoning_dataset(
         ValueError: for an unknown name, missing columns, malformed rows or an empty dataset.
         FileNotFoundError: for a file that does not exist.
     """
-    path = data_files or (name if os.path.splitext(name)[1] in _FILE_FORMATS else None)
+    path = data_files or (name if is_data_file(name) else None)
     if path is None and name == "arithmetic":
         return _generate_arithmetic(split, num_terms, seed), SOURCES[name].response
     if path is not None:
@@ -95,7 +95,7 @@ def load_reasoning_dataset(
         source = SOURCES.get(name) or _recognise(rows.column_names, columns, path)
     elif name in SOURCES:
         source = SOURCES[name]
-        rows = _read_hub(source, split)
+        rows = read_hub(source.hub_name, source.hub_config, split)
     else:
         close = difflib.get_close_matches(name, SOURCES, n=1)
         raise ValueError(
@@ -150,6 +150,11 @@ def tokenize_reasoning(
     return fitting
 
 
+def is_data_file(name: str) -> bool:
+    """Whether a name is that of a local file, by its ending."""
+    return os.path.splitext(name)[1] in _FILE_FORMATS
+
+
 def _generate_arithmetic(split: str, num_terms: int, seed: int) -> Dataset:
     match = re.fullmatch(r"(train|test)(?:\[:(\d+)\])?", split)
     if match is None:
@@ -185,15 +190,16 @@ def read_rows(path: str | list[str], split: str = "train") -> Dataset:
     return rows
 
 
-def _read_hub(source: ReasoningSource, split: str) -> Dataset:
+def read_hub(name: str | None, config: str | None, split: str, streaming: bool = False) -> Dataset | IterableDataset:
+    """A split of a dataset of the Hub. Raises ValueError if it cannot be fetched."""
     try:
-        rows = load_dataset(source.hub_name, source.hub_config, split=split)
+        rows = load_dataset(name, config, split=split, streaming=streaming)
     except (ConnectionError, DatasetNotFoundError) as error:
         raise ValueError(
-            f"{source.hub_name} cannot be fetched from the Hub ({type(error).__name__}). Offline, name a local "
+            f"{name} cannot be fetched from the Hub ({type(error).__name__}). Offline, name a local "
             f"copy with data_files."
         ) from error
-    assert isinstance(rows, Dataset) and not isinstance(rows, DatasetDict)
+    assert isinstance(rows, IterableDataset if streaming else Dataset)
     return rows
 
 

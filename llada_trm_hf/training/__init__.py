@@ -1,14 +1,22 @@
 """Trainers, freezing, metrics and recipes."""
 
-from .arguments import MaskedDiffusionTrainingArguments
+from .arguments import CompressorTrainingArguments, MaskedDiffusionTrainingArguments, TRMTrainingArguments
+from .compressor_trainer import CompressorTrainer
 from .csv_metrics import CSVMetricsCallback
+from .ema import ExponentialMovingAverage
 from .freezing import TrainableReport, set_trainable
 from .trainer import MaskedDiffusionTrainer
+from .trm_trainer import TRMTrainer
 
 __all__ = [
     "CSVMetricsCallback",
+    "CompressorTrainer",
+    "CompressorTrainingArguments",
+    "ExponentialMovingAverage",
     "MaskedDiffusionTrainer",
     "MaskedDiffusionTrainingArguments",
+    "TRMTrainer",
+    "TRMTrainingArguments",
     "TrainableReport",
     "set_trainable",
 ]

@@ -1,4 +1,4 @@
-"""Arguments of the masked-diffusion trainer."""
+"""Arguments of the trainers."""
 
 from dataclasses import dataclass, field
 
@@ -6,16 +6,14 @@ from transformers import TrainingArguments
 
 
 @dataclass
-class MaskedDiffusionTrainingArguments(TrainingArguments):
+class CommonTrainingArguments(TrainingArguments):
     """
-    `TrainingArguments` with the settings of the forward process. `--lr`, `--batch_size` and `--num_epochs` are short
-    for `learning_rate`, `per_device_train_batch_size` and `num_train_epochs`.
+    `TrainingArguments` with what all trainers of the package share. `--lr`, `--batch_size` and `--num_epochs` are
+    short for `learning_rate`, `per_device_train_batch_size` and `num_train_epochs`.
 
     Args:
-        mask_epsilon: smallest masking probability; `p_mask = (1 - eps) t + eps`.
-        learn_padding: pad responses with the end-of-sequence token and learn it, as LLaDA's fine-tuning does.
-        random_length_probability: share of rows cut to a random length; 0.01 in LLaDA's pre-training.
-        save_backbone: whether checkpoints of a hybrid hold the backbone too.
+        early_stopping_patience: stop after this many evaluations without a better `metric_for_best_model`.
+        early_stopping_threshold: how much better it has to be.
     """
 
     learning_rate: float = field(
@@ -33,6 +31,36 @@ class MaskedDiffusionTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Off: a loss that is NaN stops the run instead of being hidden."}
     )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after this many evaluations without improvement."}
+    )
+    early_stopping_threshold: float = field(default=0.0, metadata={"help": "Less than this is no improvement."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.early_stopping_patience is None:
+            return
+        if self.early_stopping_patience < 1:
+            raise ValueError(f"early_stopping_patience must be at least 1, got {self.early_stopping_patience}.")
+        if self.eval_strategy == "no" or self.metric_for_best_model is None:
+            raise ValueError(
+                "early_stopping_patience needs evaluations and a metric: set eval_strategy, and metric_for_best_model "
+                "or load_best_model_at_end."
+            )
+
+
+@dataclass
+class MaskedDiffusionTrainingArguments(CommonTrainingArguments):
+    """
+    [`CommonTrainingArguments`] with the settings of the forward process.
+
+    Args:
+        mask_epsilon: smallest masking probability; `p_mask = (1 - eps) t + eps`.
+        learn_padding: pad responses with the end-of-sequence token and learn it, as LLaDA's fine-tuning does.
+        random_length_probability: share of rows cut to a random length; 0.01 in LLaDA's pre-training.
+        save_backbone: whether checkpoints of a hybrid hold the backbone too.
+    """
+
     mask_epsilon: float = field(default=1e-3, metadata={"help": "Smallest masking probability."})
     learn_padding: bool = field(default=True, metadata={"help": "Learn the padding after a response as its end."})
     random_length_probability: float = field(
@@ -50,3 +78,80 @@ class MaskedDiffusionTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"random_length_probability must be between 0 and 1, got {self.random_length_probability}."
             )
+
+
+@dataclass
+class CompressorTrainingArguments(CommonTrainingArguments):
+    """[`CommonTrainingArguments`] with the defaults for a compressor: AdamW, learning rate 1e-3, weight decay 0.01."""
+
+    learning_rate: float = field(
+        default=1e-3, metadata={"aliases": ["--lr"], "help": "The initial learning rate of AdamW."}
+    )
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        # Held-out hidden states are collected batch by batch on the CPU, each with its own length.
+        self.eval_do_concat_batches = False
+        self.eval_accumulation_steps = 1
+
+
+@dataclass
+class TRMTrainingArguments(CommonTrainingArguments):
+    """
+    [`CommonTrainingArguments`] with the settings of [`TRMTrainer`]. Those that are None by default belong to the
+    model's config and, where given, replace what it says.
+
+    Args:
+        per_step_updates: an optimizer step after every supervision step; otherwise one per batch, on the mean loss of
+            its supervision steps.
+        use_ema: keep an average of the weights, and evaluate and save that one.
+        ema_decay: of that average; after every optimizer step `average = decay * average + (1 - decay) * weights`.
+        adaptive_halt_threshold: raise the threshold after each epoch to 0.95 times its mean cosine similarity.
+        bce_halt_loss: whether halting learns if the prediction's cosine similarity to the target is above a threshold
+            (binary cross-entropy), or the similarity itself (squared error). `config.halt_loss`.
+        halt_threshold: that threshold. `config.cosine_threshold`.
+        halt_loss_weight, n_latent_steps, n_deep_recursions, n_supervision_steps: the same in the config.
+    """
+
+    learning_rate: float = field(
+        default=1e-4, metadata={"aliases": ["--lr"], "help": "The initial learning rate of AdamW."}
+    )
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of AdamW."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
+    per_step_updates: bool = field(
+        default=True, metadata={"help": "An optimizer step after every supervision step, or one per batch."}
+    )
+    use_ema: bool = field(default=True, metadata={"help": "Evaluate and save an average of the weights."})
+    ema_decay: float = field(default=0.999, metadata={"help": "Decay of that average."})
+    adaptive_halt_threshold: bool = field(
+        default=False, metadata={"help": "Raise halt_threshold after each epoch to 0.95 times its mean cosine."}
+    )
+    bce_halt_loss: bool | None = field(
+        default=None, metadata={"help": "Halting learns if the cosine is above halt_threshold, or else the cosine."}
+    )
+    halt_threshold: float | None = field(default=None, metadata={"help": "Cosine above which a sample is solved."})
+    halt_loss_weight: float | None = field(default=None, metadata={"help": "Weight of the halting loss."})
+    n_latent_steps: int | None = field(default=None, metadata={"help": "Updates of z in a latent recursion."})
+    n_deep_recursions: int | None = field(default=None, metadata={"help": "Latent recursions in a supervision step."})
+    n_supervision_steps: int | None = field(default=None, metadata={"help": "Supervision steps for each batch."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be at least 0 and below 1, got {self.ema_decay}.")
+        if self.halt_threshold is not None and not -1 <= self.halt_threshold <= 1:
+            raise ValueError(f"halt_threshold is a cosine, between -1 and 1; got {self.halt_threshold}.")
+
+    def config_fields(self) -> dict[str, object]:
+        """The fields of `SequenceTRMConfig` that are given here."""
+        given: dict[str, object] = {
+            "cosine_threshold": self.halt_threshold,
+            "halt_loss_weight": self.halt_loss_weight,
+            "n_latent_steps": self.n_latent_steps,
+            "n_deep_recursions": self.n_deep_recursions,
+            "n_supervision_steps": self.n_supervision_steps,
+        }
+        if self.bce_halt_loss is not None:
+            given["halt_loss"] = "bce" if self.bce_halt_loss else "mse"
+        return {name: value for name, value in given.items() if value is not None}

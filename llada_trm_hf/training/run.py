@@ -5,17 +5,17 @@ import os
 from typing import Any
 
 import torch
-from datasets import Dataset
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import byte_tokenizer, load_reasoning_dataset, tokenize_reasoning
+from ..data import byte_tokenizer
 from ..models import LLaDAConfig, LLaDATRMForMaskedDiffusion, RecursiveRefinementHeadConfig
 from ..models.backbones import BACKBONES, build_backbone, load_backbone
 from ..storage import sole_run
 from .arguments import MaskedDiffusionTrainingArguments
 from .freezing import set_trainable
-from .recipe import RecipeArguments
+from .output_folder import checkpoint_to_resume, train_and_save
+from .recipe_arguments import RecipeArguments
+from .samples import check_length, pretrained_tokenizer, reasoning_samples, splits
 from .trainer import MaskedDiffusionTrainer
 
 
@@ -28,12 +28,12 @@ def run_training(what: RecipeArguments, training: MaskedDiffusionTrainingArgumen
         ValueError, OSError: for settings that cannot work, before anything is written.
         RuntimeError: if another run is writing to the folder, or the loss becomes NaN.
     """
-    resume_from = _checkpoint_to_resume(training)
+    resume_from = checkpoint_to_resume(training)
     torch.manual_seed(training.seed)
     tokenizer = load_tokenizer(what)
     model = load_model(what, tokenizer)
-    check_length(what, model)
-    datasets = [_samples(what, tokenizer, split, path) for split, path in _splits(what)]
+    check_length(what.max_length, model)
+    datasets = [reasoning_samples(what, tokenizer, split, path) for split, path in splits(what)]
     trainable = what.trainable or (["refiner"] if what.freeze_backbone else ["*"])
     set_trainable(model, trainable, train_layer_norms=what.train_layer_norms)
 
@@ -45,9 +45,7 @@ def run_training(what: RecipeArguments, training: MaskedDiffusionTrainingArgumen
             eval_dataset=datasets[1] if len(datasets) > 1 else None,
             processing_class=tokenizer,
         )
-        trainer.train(resume_from_checkpoint=resume_from)
-        trainer.save_model()
-        trainer.save_state()
+        train_and_save(trainer, resume_from)
     return trainer
 
 
@@ -56,10 +54,7 @@ def load_tokenizer(what: RecipeArguments) -> PreTrainedTokenizerBase:
     source = what.tokenizer or what.checkpoint or what.backbone
     if source is None or (what.tokenizer is None and source.endswith(".json")):
         return byte_tokenizer()
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return pretrained_tokenizer(source)
 
 
 def load_model(what: RecipeArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -119,52 +114,3 @@ def new_backbone(config_file: str, tokenizer: PreTrainedTokenizerBase) -> PreTra
         "bos_token_id": tokenizer.bos_token_id,
     }
     return build_backbone(LLaDAConfig.from_dict({**sizes, **token_ids}))
-
-
-def check_length(what: RecipeArguments, model: PreTrainedModel) -> None:
-    """Raises ValueError if samples could be longer than the model's context."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and what.max_length > longest:
-        raise ValueError(f"max_length={what.max_length} is more than the model's context of {longest} tokens.")
-
-
-def _splits(what: RecipeArguments) -> list[tuple[str, str | None]]:
-    """Split and local file of the training data and, if wanted, of the evaluation data."""
-    splits = [(what.split, what.data_files)]
-    if what.eval_split is not None or what.eval_data_files is not None:
-        splits.append((what.eval_split or "test", what.eval_data_files or what.data_files))
-    return splits
-
-
-def _samples(what: RecipeArguments, tokenizer: PreTrainedTokenizerBase, split: str, path: str | None) -> Dataset:
-    pairs = [column.partition("=") for column in what.columns or []]
-    if any(not theirs for _, _, theirs in pairs):
-        raise ValueError(f"columns are pairs such as prompt=question; got {' '.join(what.columns or [])}.")
-    problems, response = load_reasoning_dataset(
-        what.dataset_name,
-        split,
-        data_files=path,
-        columns={ours: theirs for ours, _, theirs in pairs} or None,
-        num_terms=what.num_terms,
-    )
-    return tokenize_reasoning(problems, tokenizer, response, what.max_length)
-
-
-def _checkpoint_to_resume(training: MaskedDiffusionTrainingArguments) -> str | None:
-    """The checkpoint to go on from; refuses to mix a new run with what an earlier one left in the folder."""
-    folder, wanted = training.output_dir, training.resume_from_checkpoint
-    last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
-    if wanted is None or str(wanted).lower() == "false":
-        if last is not None or os.path.exists(os.path.join(folder, "trainer_state.json")):
-            raise ValueError(
-                f"{folder} holds an earlier run. Go on from it with --resume_from_checkpoint true, or choose another "
-                f"--output_dir."
-            )
-        return None
-    if str(wanted).lower() == "true":
-        if last is None:
-            raise ValueError(f"{folder} holds no checkpoint to resume from.")
-        return last
-    if not os.path.isfile(os.path.join(wanted, "trainer_state.json")):
-        raise ValueError(f"{wanted} is not a checkpoint of a training run: it has no trainer_state.json.")
-    return str(wanted)

@@ -1,21 +1,19 @@
 """The trainer of masked-diffusion models, with or without refiner."""
 
-import math
-from collections import defaultdict
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..data.masking import MaskedDiffusionCollator
 from .arguments import MaskedDiffusionTrainingArguments
-from .csv_metrics import CSVMetricsCallback
+from .recording_trainer import RecordingTrainer
 
 
-class MaskedDiffusionTrainer(Trainer):
+class MaskedDiffusionTrainer(RecordingTrainer):
     """
     The HF `Trainer` with the forward process of masked diffusion: training draws new masks every epoch, evaluation
     always uses the same, so two evaluations of the same weights agree. Masks depend on the seed, the epoch and a
@@ -49,7 +47,6 @@ class MaskedDiffusionTrainer(Trainer):
                 "save_backbone=False needs a hybrid whose config.backbone_name_or_path says where its backbone is."
             )
         self._collators = {fixed: self._collator(model, args, processing_class, fixed) for fixed in (False, True)}
-        self._records: dict[str, dict[str, list[torch.Tensor]]] = defaultdict(lambda: defaultdict(list))
         super().__init__(
             model=model,
             args=args,
@@ -57,7 +54,7 @@ class MaskedDiffusionTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[_NewMasksEveryEpoch(self._collators[False]), CSVMetricsCallback(), *(callbacks or [])],
+            callbacks=[_NewMasksEveryEpoch(self._collators[False]), *(callbacks or [])],
             **kwargs,
         )
         self.model_accepts_loss_kwargs = False  # the loss is a mean over rows; accumulation averages it
@@ -81,7 +78,7 @@ class MaskedDiffusionTrainer(Trainer):
             # Evaluation needs the loss only: no logits beyond it.
             inputs = {**inputs, "logits_to_keep": torch.zeros(0, dtype=torch.long, device=inputs["labels"].device)}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        self._record("" if model.training else "eval_", outputs)
+        self._record_components("" if model.training else "eval_", outputs)
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(
@@ -92,29 +89,6 @@ class MaskedDiffusionTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         return super().prediction_step(model, inputs, prediction_loss_only=True, ignore_keys=ignore_keys)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        self._records.pop("eval_", None)
-        return super().evaluate(*args, **kwargs)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """
-        Adds the mean of what was recorded since the last log; the only place that waits for the device.
-
-        Raises:
-            FloatingPointError: if the loss is NaN or infinite.
-        """
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise FloatingPointError(
-                f"The loss became {logs['loss']} before step {self.state.global_step}. Lower the learning rate or "
-                f"max_grad_norm, and go on from the last checkpoint in {self.args.output_dir}."
-            )
-        prefix = "eval_" if "eval_loss" in logs else "" if "loss" in logs else None
-        if prefix is not None:
-            for name, values in self._records.pop(prefix, {}).items():
-                mean = self.accelerator.gather(torch.stack(values).float().nanmean().reshape(1)).nanmean()
-                logs[prefix + name] = round(mean.item(), 6)
-        super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.save_backbone or not hasattr(self.model, "refiner"):
@@ -127,19 +101,17 @@ class MaskedDiffusionTrainer(Trainer):
         finally:
             del self.model.save_pretrained
 
-    def _record(self, prefix: str, outputs: Any) -> None:
-        """Keeps what `log` reports, as tensors on the device."""
-        records = self._records[prefix]
+    def _record_components(self, prefix: str, outputs: Any) -> None:
         for name, value in (outputs.get("loss_components") or {}).items():
-            records[f"{name}_loss"].append(value.detach())
+            self.record(f"{prefix}{name}_loss", value)
         if outputs.get("refinement_steps") is not None:
             refined = outputs["refinement_steps"] > 0
             num_refined = refined.sum().clamp(min=1)
             undecided = outputs["chunk_confidence"] < 1
-            records["refined_share"].append(refined.sum() / undecided.sum().clamp(min=1))
-            records["refinement_steps"].append((outputs["refinement_steps"] * refined).sum() / num_refined)
+            self.record(f"{prefix}refined_share", refined.sum() / undecided.sum().clamp(min=1))
+            self.record(f"{prefix}refinement_steps", (outputs["refinement_steps"] * refined).sum() / num_refined)
             for name in ("chunk_confidence", "refiner_confidence"):
-                records[name].append((outputs[name].detach() * refined).sum() / num_refined)
+                self.record(prefix + name, (outputs[name] * refined).sum() / num_refined)
 
     @staticmethod
     def _collator(

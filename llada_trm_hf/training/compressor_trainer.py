@@ -1,0 +1,146 @@
+"""The trainer of the compressor of hidden states."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, PreTrainedModel, TrainerCallback
+
+from ..data import TextCollator
+from ..models import DimensionCompressor, PCAFit, reconstruction_metrics
+from .arguments import CompressorTrainingArguments
+from .language_model import compare_next_tokens, freeze, head_width, last_layer_states
+from .recording_trainer import RecordingTrainer
+
+
+class CompressorTrainer(RecordingTrainer):
+    """
+    Trains a [`DimensionCompressor`] on the last-layer hidden states that a frozen language model has on text. Each
+    real token counts the same, however a batch is divided into micro-batches and processes. Checkpoints hold the
+    compressor and name the language model.
+
+    On held-out text it reports `reconstruction_metrics`, and what the LM head makes of the reconstruction:
+    `eval_top_token_agreement`, the share of tokens whose most likely successor stays the same, and
+    `eval_kl_divergence`. `eval_loss` is the mean squared error. (The held-out states are kept in memory for this:
+    tokens x hidden size x 4 bytes, a few times over.)
+
+    Args:
+        model: the compressor.
+        args: [`CompressorTrainingArguments`].
+        language_model: any causal language model; frozen here. Its hidden size is the compressor's.
+        train_dataset, eval_dataset: samples with `input_ids`, of `tokenize_texts` or `tokenize_reasoning`.
+        callbacks: as in `Trainer`.
+
+    Raises:
+        ValueError: if the sizes differ.
+    """
+
+    args: CompressorTrainingArguments
+
+    def __init__(
+        self,
+        model: DimensionCompressor,
+        args: CompressorTrainingArguments,
+        language_model: PreTrainedModel,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs: Any,
+    ):
+        width = head_width(language_model.get_output_embeddings())
+        if width != model.config.hidden_size:
+            raise ValueError(
+                f"The hidden states of the language model are {width} wide, the compressor takes "
+                f"hidden_size={model.config.hidden_size}."
+            )
+        if train_dataset is not None and not hasattr(train_dataset, "__len__"):
+            # Each process reads its own share: one cannot cut batches for the others, whose lengths would differ.
+            args.accelerator_config.dispatch_batches = False
+        model.config.backbone_name_or_path = language_model.config.name_or_path or None
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=TextCollator(),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            compute_metrics=self._held_out_metrics,
+            callbacks=callbacks,
+            **kwargs,
+        )
+        self.language_model = freeze(language_model, self.args.device)
+        self.model_accepts_loss_kwargs = True  # the loss is divided by the tokens of all micro-batches here
+
+    def fit_pca(self, num_batches: int | None = None) -> PCAFit:
+        """Sets the compressor to the optimum for the training data, or for its first batches. See its `fit_pca`."""
+        return self.model.fit_pca(self.hidden_states(num_batches))
+
+    def hidden_states(self, num_batches: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Hidden states and mask of this process's share of the training data, each sample once."""
+        loader = DataLoader(self.train_dataset, batch_size=self.args.train_batch_size, collate_fn=self.data_collator)
+        rank, number = self.args.process_index, self.args.world_size
+        for batch in islice(loader, rank, num_batches, number):
+            batch = self._prepare_inputs(batch)
+            yield last_layer_states(self.language_model, **batch), batch["attention_mask"]
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        """The micro-batches of an optimizer step, and the real tokens in them on all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        tokens = sum((batch["attention_mask"].sum() for batch in batches), torch.zeros((), dtype=torch.long))
+        return batches, self.accelerator.gather(tokens.to(device).reshape(1)).sum()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The mean squared error of this micro-batch, as its share of the mean over all real tokens."""
+        mask = inputs["attention_mask"]
+        outputs = model(last_layer_states(self.language_model, inputs["input_ids"], mask), attention_mask=mask)
+        loss = outputs.loss
+        if num_items_in_batch is not None:
+            # Processes average their gradients; here they are to add up.
+            loss = loss * mask.sum() * self.accelerator.num_processes / num_items_in_batch
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """Reconstruction, agreement and divergence of each token; the states themselves and the mask."""
+        inputs = self._prepare_inputs(inputs)
+        mask = inputs["attention_mask"]
+        states = last_layer_states(self.language_model, inputs["input_ids"], mask)
+        reconstructed = self.model(states, attention_mask=mask).reconstructed.float()
+        real = mask.bool()
+        head = self.language_model.get_output_embeddings()
+        same, divergence = compare_next_tokens(head, states[real], reconstructed[real])
+        per_token = [torch.zeros_like(mask, dtype=torch.float32).masked_scatter(real, v) for v in (same, divergence)]
+        return None, (reconstructed, *per_token), (states.float(), mask)
+
+    def _held_out_metrics(self, outputs: EvalPrediction) -> dict[str, float]:
+        # One entry per batch, as CompressorTrainingArguments ask for. A row of another process is padded with -100.
+        real = [mask == 1 for _, mask in outputs.label_ids]
+
+        def rows(batches: Iterable[np.ndarray]) -> torch.Tensor:
+            return torch.from_numpy(np.concatenate([batch[kept] for batch, kept in zip(batches, real)]))
+
+        reconstructed, same, divergence = (rows(batches) for batches in zip(*outputs.predictions))
+        metrics = reconstruction_metrics(reconstructed, rows(states for states, _ in outputs.label_ids))
+        return {
+            "loss": metrics["mse"],
+            **metrics,
+            "top_token_agreement": same.mean().item(),
+            "kl_divergence": divergence.mean().item(),
+        }

@@ -1,0 +1,37 @@
+"""The kinds of training a recipe can ask for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .arguments import CompressorTrainingArguments, MaskedDiffusionTrainingArguments, TRMTrainingArguments
+from .recipe_arguments import CompressorRecipeArguments, RecipeArguments, TRMRecipeArguments
+from .run import run_training
+from .run_compressor import run_compressor_training
+from .run_trm import run_trm_training
+
+
+@dataclass(frozen=True)
+class TrainingKind:
+    """
+    Attributes:
+        recipe_arguments: dataclass of what is trained on what.
+        training_arguments: the arguments of the trainer.
+        run: trains, from an instance of each.
+    """
+
+    recipe_arguments: type
+    training_arguments: type
+    run: Callable[[Any, Any], Any]
+
+    def field_names(self) -> list[str]:
+        """The keys a recipe of this kind may have."""
+        return [field.name for part in (self.recipe_arguments, self.training_arguments) for field in fields(part)]
+
+
+DEFAULT_KIND = "masked_diffusion"
+KINDS = {
+    DEFAULT_KIND: TrainingKind(RecipeArguments, MaskedDiffusionTrainingArguments, run_training),
+    "compressor": TrainingKind(CompressorRecipeArguments, CompressorTrainingArguments, run_compressor_training),
+    "trm": TrainingKind(TRMRecipeArguments, TRMTrainingArguments, run_trm_training),
+}

@@ -1,0 +1,76 @@
+"""What training takes from a frozen language model: last-layer states, and what its LM head makes of changed ones."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..models.backbones import encode
+
+
+def freeze(language_model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The model in evaluation mode, without gradients, on `device` unless it was placed with a device map."""
+    language_model.requires_grad_(False).eval()
+    if getattr(language_model, "hf_device_map", None) is None:
+        language_model.to(device)
+    return language_model
+
+
+@torch.no_grad()
+def last_layer_states(
+    language_model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> torch.Tensor:
+    """
+    The hidden states `[B, L, D]` that the LM head reads, without evaluating it for any token, and without keeping
+    those of the other layers.
+    """
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if "use_cache" in inspect.signature(language_model.forward).parameters:
+        inputs["use_cache"] = False
+    return encode(language_model, inputs).last_hidden_state.to(input_ids.device)
+
+
+def head_width(head: nn.Module) -> int:
+    """How wide the hidden states are that an LM head reads."""
+    return _weight(head).shape[1]
+
+
+def top_tokens(head: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """The most likely token after hidden states `[N, D]`, LongTensor `[N]`."""
+    return _logits(head, states).argmax(-1)
+
+
+def compare_next_tokens(
+    head: nn.Module, before: torch.Tensor, after: torch.Tensor, chunk_size: int = 512
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    How an LM head's guesses change with the hidden states.
+
+    Args:
+        head: linear, `[V, D]`.
+        before, after: `[N, D]`.
+        chunk_size: states at a time, since a row of logits is as long as the vocabulary.
+
+    Returns:
+        Whether the top token is the same, and KL(before || after) in nats, both `[N]` in float32. (Of the head's
+        logits as they are: what a model does to them later, such as a cap, is left out.)
+    """
+    same, divergence = [], []
+    for old, new in zip(before.split(chunk_size), after.split(chunk_size)):
+        old_log, new_log = (_logits(head, states).log_softmax(-1) for states in (old, new))
+        same.append((old_log.argmax(-1) == new_log.argmax(-1)).float())
+        divergence.append((old_log.exp() * (old_log - new_log)).sum(-1))
+    return torch.cat(same), torch.cat(divergence)
+
+
+def _logits(head: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    weight = _weight(head)
+    return head(states.to(weight.device, weight.dtype)).float().to(states.device)  # [N, V]
+
+
+def _weight(head: nn.Module) -> torch.Tensor:
+    weight = head.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight

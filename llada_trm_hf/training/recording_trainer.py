@@ -1,0 +1,61 @@
+"""What the trainers of the package share: metrics of their own in every log, CSV files, early stopping."""
+
+import math
+from collections import defaultdict
+from typing import Any
+
+import torch
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+
+from .arguments import CommonTrainingArguments
+from .csv_metrics import CSVMetricsCallback
+
+
+class RecordingTrainer(Trainer):
+    """
+    The HF `Trainer` with `record`: what it was given since the last log is averaged into the next one, over steps and
+    processes. Logs also go to `training_metrics.csv` and `validation_metrics.csv`.
+    """
+
+    args: CommonTrainingArguments
+
+    def __init__(
+        self, *, args: CommonTrainingArguments, callbacks: list[TrainerCallback] | None = None, **kwargs: Any
+    ):
+        self._records: dict[str, list[torch.Tensor]] = defaultdict(list)
+        own: list[TrainerCallback] = [CSVMetricsCallback()]
+        if args.early_stopping_patience is not None:
+            own.append(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
+        super().__init__(args=args, callbacks=[*own, *(callbacks or [])], **kwargs)
+
+    def record(self, name: str, value: torch.Tensor) -> None:
+        """
+        Keeps a scalar, on its device, for the mean that the next log reports; NaN does not count. Names that start
+        with `eval_` go to the next log of an evaluation, others to the next one of training. Every process has to
+        record the same names.
+        """
+        self._records[name].append(value.detach())
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        for name in [name for name in self._records if name.startswith("eval_")]:
+            del self._records[name]
+        return super().evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """
+        Adds the mean of what was recorded since the last log; the only place that waits for the device.
+
+        Raises:
+            FloatingPointError: if the loss is NaN or infinite.
+        """
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise FloatingPointError(
+                f"The loss became {logs['loss']} before step {self.state.global_step}. Lower the learning rate or "
+                f"max_grad_norm, and go on from the last checkpoint in {self.args.output_dir}."
+            )
+        if "eval_loss" in logs or "loss" in logs:
+            for name in [name for name in self._records if name.startswith("eval_") == ("eval_loss" in logs)]:
+                values = torch.stack(self._records.pop(name)).float()
+                mean = self.accelerator.gather(values.nanmean().reshape(1)).nanmean()
+                logs[name] = round(mean.item(), 6)
+        super().log(logs, start_time)

@@ -1,0 +1,80 @@
+"""The order in which a trainer sees its data when every batch takes several optimizer steps."""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence, Sized
+from itertools import cycle, islice
+from typing import Any
+
+from torch.utils.data import Dataset, Sampler
+
+
+class RecentBatches(Dataset):
+    """
+    Another dataset, which remembers the last batches of items: a batch that comes again is not read again. (Each data
+    loader worker has a memory of its own.)
+
+    Args:
+        dataset: of any items.
+        num_batches: how many batches it remembers.
+    """
+
+    def __init__(self, dataset: Any, num_batches: int):
+        self.dataset, self.num_batches = dataset, num_batches
+        self._recent: OrderedDict[tuple[int, ...], list[Any]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        key = tuple(indices)
+        if key not in self._recent:
+            self._recent[key] = [self.dataset[index] for index in indices]
+            if len(self._recent) > self.num_batches:
+                self._recent.popitem(last=False)
+        return self._recent[key]
+
+
+class SupervisionSampler(Sampler[list[int]]):
+    """
+    Batches of indices, repeated for each supervision step, so that a step of the trainer is a supervision step.
+
+    What all processes see in one optimizer step is a group of `num_parts` micro-batches (processes times accumulation
+    steps); the group comes `num_repeats` times in a row. Sharded batch by batch, as accelerate does, every process
+    gets the same micro-batches in every repetition. The last group of an epoch may be smaller; samples from the
+    beginning of the epoch fill it up until it divides into equal parts, fewer than `num_parts` of them.
+
+    Args:
+        sampler: of indices; accelerate replaces this attribute by a seeded one.
+        batch_size: of a micro-batch.
+        num_parts: micro-batches in a group.
+        num_repeats: supervision steps.
+        drop_last: leave out a last group that is smaller.
+    """
+
+    # Batches differ in size: without a batch_size, accelerate takes them as they are.
+    batch_size = None
+
+    def __init__(self, sampler: Sampler[int], batch_size: int, num_parts: int, num_repeats: int, drop_last: bool):
+        self.sampler = sampler
+        self.group_size = batch_size * num_parts
+        self.num_parts, self.num_repeats, self.drop_last = num_parts, num_repeats, drop_last
+
+    def __iter__(self) -> Iterator[list[int]]:
+        indices = list(self.sampler)
+        for start in range(0, len(indices), self.group_size):
+            group = indices[start : start + self.group_size]
+            if len(group) < self.group_size and self.drop_last:
+                return
+            group += islice(cycle(indices), -len(group) % self.num_parts)
+            size = len(group) // self.num_parts
+            parts = [group[part : part + size] for part in range(0, len(group), size)]
+            for _ in range(self.num_repeats):
+                yield from parts
+
+    def __len__(self) -> int:
+        assert isinstance(self.sampler, Sized)
+        whole, rest = divmod(len(self.sampler), self.group_size)
+        return (whole + (rest > 0 and not self.drop_last)) * self.num_parts * self.num_repeats

@@ -1,0 +1,337 @@
+"""The trainer of SequenceTRM: an optimizer step for every supervision step."""
+
+import copy
+import os
+from collections import deque
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.functional import cosine_similarity
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, TrainerCallback
+
+from ..data import HiddenPairsCollator
+from ..models import DimensionCompressor, SequenceTRM, SequenceTRMOutput, reconstruction_metrics
+from .arguments import TRMTrainingArguments
+from .ema import ExponentialMovingAverage
+from .language_model import head_width, top_tokens
+from .recording_trainer import RecordingTrainer
+from .supervision_sampler import RecentBatches, SupervisionSampler
+
+BATCH_FIELDS = ("context", "mask", "target")
+
+
+class TRMTrainer(RecordingTrainer):
+    """
+    Trains a [`SequenceTRM`] on pairs of a context and what the language model's state became after thinking.
+
+    Each batch comes `n_supervision_steps` times in a row, and every supervision step is a step of the trainer, with an
+    optimizer step on the loss of that step (TRM, arXiv 2510.04871, figure 3): `max_steps`, the schedule, clipping,
+    accumulation, logs and checkpoints all count supervision steps. The state (y, z) goes, detached, from one step to
+    the next. All samples of a batch take all its steps, also where the halting head would stop: so every step's
+    halting probability is learned, and processes stay in step.
+
+    With `use_ema` (default), evaluation, the choice of the best model and saved models use the averaged weights, while
+    training goes on from the others; checkpoints hold both. After training the model holds the averaged ones.
+
+    Checkpoints hold the state of a batch in the middle of its steps, the threshold of the halting loss and what its
+    next rise is computed from: a resumed run takes the same steps as an uninterrupted one.
+
+    Held-out metrics are those of `reason`, which halts sample by sample: `reconstruction_metrics` (`eval_loss` is the
+    mean squared error), `eval_halting_accuracy` (how often the halting head is right about the prediction it ended
+    with), `eval_solved_share` (how often that was close enough), `eval_mean_steps`, and with an LM head
+    `eval_top_token_agreement`.
+
+    Args:
+        model: the SequenceTRM; its config is changed as `args` say.
+        args: [`TRMTrainingArguments`].
+        train_dataset, eval_dataset: pairs, such as [`HiddenPairsDataset`].
+        data_collator: [`HiddenPairsCollator`], or another that makes batches of `context` [B, L, D'], `mask` [B, L],
+            `target` [B, D'] and `ids`.
+        lm_head: linear, from the language model's hidden states to logits.
+        compressor: that of the pairs, if they are compressed; needed for `lm_head`.
+        callbacks: as in `Trainer`.
+
+    Raises:
+        ValueError: for an LM head of another width, or sharded training (the model is small: processes hold it whole).
+        FloatingPointError: in training, when a loss becomes NaN or infinite; names the samples.
+    """
+
+    args: TRMTrainingArguments
+
+    def __init__(
+        self,
+        model: SequenceTRM,
+        args: TRMTrainingArguments,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        data_collator: Any = None,
+        lm_head: nn.Module | None = None,
+        compressor: DimensionCompressor | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs: Any,
+    ):
+        changes = args.config_fields()
+        type(model.config).from_dict(model.config.to_dict() | changes)  # raises ValueError if they cannot work
+        model.config.update(changes)
+        if lm_head is not None:
+            _check_width(lm_head, model, compressor)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or HiddenPairsCollator(),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            compute_metrics=self._held_out_metrics,
+            callbacks=[_SupervisionSteps(self), *(callbacks or [])],
+            **kwargs,
+        )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("TRMTrainer does not shard the model: use plain distributed data parallelism.")
+        self.lm_head = None if lm_head is None else lm_head.requires_grad_(False)
+        # A copy: the pairs may use the other one, on the CPU and in data loader workers.
+        self.compressor = None if compressor is None else copy.deepcopy(compressor).to(self.args.device)
+        self.ema = ExponentialMovingAverage(self.model, args.ema_decay) if args.use_ema else None
+        # The state after the last step, of each micro-batch of a process.
+        self._carry: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
+        # Sum and number of the cosine similarities of this epoch.
+        self._cosines = torch.zeros(2, dtype=torch.float64)
+
+    @property
+    def num_steps_per_batch(self) -> int:
+        """Optimizer steps for each batch."""
+        return self.model.config.n_supervision_steps if self.args.per_step_updates else 1
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.train_dataset is None or not hasattr(self.train_dataset, "__len__"):
+            raise ValueError("TRMTrainer needs a train_dataset with a length.")
+        sampler = SupervisionSampler(
+            self._get_train_sampler(self.train_dataset),
+            self._train_batch_size,
+            num_parts=self.args.world_size * self.args.gradient_accumulation_steps,
+            num_repeats=self.num_steps_per_batch,
+            drop_last=self.args.dataloader_drop_last,
+        )
+        loader = DataLoader(
+            RecentBatches(self.train_dataset, self.args.gradient_accumulation_steps),
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+        return self.accelerator.prepare(loader)
+
+    # --- Supervision steps ---
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The loss of a supervision step; without per-step updates the mean over all of them."""
+        if self.args.per_step_updates:
+            # One state for each micro-batch; in the first step of a batch, what is left from the batch before goes.
+            whole = len(self._carry) == self.args.gradient_accumulation_steps
+            carry = self._carry.popleft() if whole else None
+            first = self.state.global_step % self.num_steps_per_batch == 0
+            outputs = self._supervision_step(model, inputs, None if first else carry)
+            self._carry.append((outputs.y, outputs.z))
+            return (outputs.loss, outputs) if return_outputs else outputs.loss
+        losses: list[torch.Tensor] = []
+        carry = None
+        for _ in range(self.model.config.n_supervision_steps):
+            outputs = self._supervision_step(model, inputs, carry)
+            carry = (outputs.y, outputs.z)
+            losses.append(outputs["loss"])
+        loss = torch.stack(losses).mean()
+        return (loss, outputs) if return_outputs else loss
+
+    def _supervision_step(
+        self, model: nn.Module, inputs: dict[str, Any], carry: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> SequenceTRMOutput:
+        y, z = carry or (None, None)
+        outputs = model(**{name: inputs[name] for name in BATCH_FIELDS}, y=y, z=z)
+        if not outputs.loss.isfinite():  # waits for the device: a step later it would be in the weights
+            raise FloatingPointError(self._describe_broken(inputs, outputs))
+        cosines = outputs.cosine_similarity
+        self._cosines += torch.stack([cosines.double().sum(), cosines.new_tensor(len(cosines)).double()]).cpu()
+        for name, value in outputs.loss_components.items():
+            self.record(f"{name}_loss", value)
+        self.record("cosine_similarity", cosines.mean())
+        self.record("halt_probability", outputs.halt_probability.mean())
+        if self.model.config.halt_loss == "bce":
+            self.record("halt_threshold", cosines.new_tensor(self.model.config.cosine_threshold))
+        return outputs
+
+    def _describe_broken(self, inputs: dict[str, Any], outputs: SequenceTRMOutput) -> str:
+        errors = (outputs.prediction - inputs["target"]).square().mean(-1) + outputs.halt_logits
+        broken = [str(inputs["ids"][row]) for row in (~errors.isfinite()).nonzero().flatten().tolist()]
+        where = f"for {len(broken)} of {len(errors)} samples: {', '.join(broken[:8])}" if broken else "for a batch"
+        return (
+            f"The loss became {outputs['loss'].item()} in step {self.state.global_step + 1} {where}. If these are all "
+            f"of the batch, lower the learning rate and go on from the last checkpoint in {self.args.output_dir}; if "
+            f"not, look at their hidden states."
+        )
+
+    def begin(self) -> None:
+        """Forgets the batch that an earlier run ended with."""
+        self._carry.clear()
+        self._cosines.zero_()
+
+    def after_step(self) -> None:
+        """What follows an optimizer step: the average, and at the end of an epoch the threshold."""
+        if self.ema is not None and not self.accelerator.optimizer_step_was_skipped:
+            self.ema.update()
+        if self.state.epoch is not None and self.state.epoch == int(self.state.epoch):
+            total, number = self.accelerator.reduce(self._cosines.to(self.args.device)).tolist()
+            if self.args.adaptive_halt_threshold and self.model.config.halt_loss == "bce":
+                config = self.model.config
+                config.cosine_threshold = max(config.cosine_threshold, 0.95 * total / number)
+            self._cosines.zero_()
+
+    # --- Evaluation ---
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with self._averaged_weights():
+            return super().evaluation_loop(*args, **kwargs)
+
+    @torch.no_grad()
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, tuple[torch.Tensor, ...], torch.Tensor]:
+        """Prediction, halting probability and steps, the top tokens of prediction and target; the target."""
+        inputs = self._prepare_inputs(inputs)
+        with self.accelerator.autocast():
+            thought = self.model.reason(inputs["context"], inputs["mask"])
+        tokens = [
+            self._top_tokens(states) for states in (thought.prediction, inputs["target"]) if self.lm_head is not None
+        ]
+        return None, (thought.prediction, thought.halt_probability, thought.num_steps, *tokens), inputs["target"]
+
+    def _top_tokens(self, states: torch.Tensor) -> torch.Tensor:
+        assert self.lm_head is not None
+        return top_tokens(self.lm_head, states if self.compressor is None else self.compressor.decompress(states))
+
+    def _held_out_metrics(self, outputs: EvalPrediction) -> dict[str, float]:
+        prediction, probability, num_steps, *tokens = map(torch.from_numpy, outputs.predictions)
+        target = torch.from_numpy(outputs.label_ids)
+        solved = cosine_similarity(prediction, target, dim=-1) > self.model.config.cosine_threshold
+        metrics = reconstruction_metrics(prediction, target)
+        metrics |= {
+            "loss": metrics["mse"],
+            "halting_accuracy": ((probability > 0.5) == solved).float().mean().item(),
+            "solved_share": solved.float().mean().item(),
+            "mean_steps": num_steps.float().mean().item(),
+        }
+        if tokens:
+            metrics["top_token_agreement"] = (tokens[0] == tokens[1]).float().mean().item()
+        return metrics
+
+    # --- Checkpoints ---
+
+    def _averaged_weights(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.ema is None else self.ema.applied()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with self._averaged_weights():
+            super()._save(output_dir, state_dict)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Also what else a run needs to go on; the Trainer calls this on every process for every checkpoint."""
+        super()._save_rng_state(output_dir)
+        state = {
+            "layout": self._layout(),
+            "cosines": self._cosines,
+            "cosine_threshold": torch.tensor(self.model.config.cosine_threshold, dtype=torch.float64),
+        }
+        for part, (y, z) in enumerate(self._carry):
+            state |= {f"y.{part}": y, f"z.{part}": z}
+        save_file({name: value.contiguous() for name, value in state.items()}, self._state_file(output_dir))
+        if self.ema is not None and self.args.should_save:
+            weights = {f"weights.{name}": p.detach() for name, p in self.model.named_parameters()}
+            weights |= {f"average.{name}": average for name, average in self.ema.average.items()}
+            save_file(weights, os.path.join(output_dir, "ema_state.safetensors"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = self._state_file(resume_from_checkpoint)
+        if not os.path.isfile(path):
+            raise ValueError(f"{path} is missing: go on with as many processes as the checkpoint was made with.")
+        state = {name: value.to(self.args.device) for name, value in load_file(path).items()}
+        made, found = state["layout"].tolist(), self._layout().tolist()
+        if made != found:
+            raise ValueError(
+                f"{resume_from_checkpoint} was made with {made[0]} processes, gradient_accumulation_steps={made[1]} "
+                f"and {made[2]} optimizer steps per batch, this run has {found[0]}, {found[1]} and {found[2]}: go on "
+                f"as before."
+            )
+        self._cosines = state["cosines"].cpu()
+        self.model.config.cosine_threshold = state["cosine_threshold"].item()
+        number = sum(name.startswith("y.") for name in state)
+        self._carry = deque((state[f"y.{part}"], state[f"z.{part}"]) for part in range(number))
+        self._load_ema(os.path.join(resume_from_checkpoint, "ema_state.safetensors"))
+
+    @torch.no_grad()
+    def _load_ema(self, path: str) -> None:
+        if os.path.isfile(path) != (self.ema is not None):
+            made = "with" if os.path.isfile(path) else "without"
+            raise ValueError(f"The checkpoint {os.path.dirname(path)} was made {made} use_ema: go on in the same way.")
+        if self.ema is None:
+            return
+        state = load_file(path)
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(state[f"weights.{name}"])
+            self.ema.average[name].copy_(state[f"average.{name}"])
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.ema is not None:
+            self.ema.reset()  # what was loaded is the average already
+
+    def _layout(self) -> torch.Tensor:
+        """What has to stay the same for a batch to be continued in the middle."""
+        return torch.tensor([self.args.world_size, self.args.gradient_accumulation_steps, self.num_steps_per_batch])
+
+    def _state_file(self, folder: str) -> str:
+        return os.path.join(folder, f"supervision_state_{self.args.process_index}.safetensors")
+
+
+class _SupervisionSteps(TrainerCallback):
+    def __init__(self, trainer: TRMTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.global_step:
+            self.trainer.begin()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.after_step()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.ema is not None:
+            self.trainer.ema.copy_to_model()
+
+
+def _check_width(lm_head: nn.Module, model: SequenceTRM, compressor: DimensionCompressor | None) -> None:
+    size = model.config.hidden_size
+    if compressor is not None and compressor.config.compressed_size != size:
+        raise ValueError(
+            f"The compressor has compressed_size={compressor.config.compressed_size}, the model hidden_size={size}."
+        )
+    width = size if compressor is None else compressor.config.hidden_size
+    if head_width(lm_head) != width:
+        raise ValueError(
+            f"The LM head reads states {head_width(lm_head)} wide, the pairs hold {width}: they come from another "
+            f"model."
+        )
