@@ -54,11 +54,9 @@ def _pairs(what: TRMRecipeArguments, seed: int, compressor: DimensionCompressor 
     if not 0 <= what.eval_fraction < 1:
         raise ValueError(f"eval_fraction must be at least 0 and below 1, got {what.eval_fraction}.")
     assert what.pairs_dir is not None
-    pairs = HiddenPairsDataset(what.pairs_dir, compressor=compressor)
-    if not len(pairs):
-        raise ValueError(f"{what.pairs_dir} holds no hidden pairs.")
+    pairs = _states(what.pairs_dir, compressor)
     if what.eval_pairs_dir is not None:
-        return pairs, HiddenPairsDataset(what.eval_pairs_dir, compressor=compressor)
+        return pairs, _states(what.eval_pairs_dir, compressor)
     if not what.eval_fraction:
         return pairs, None
     number = round(what.eval_fraction * len(pairs))
@@ -69,6 +67,16 @@ def _pairs(what: TRMRecipeArguments, seed: int, compressor: DimensionCompressor 
         )
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
     return Subset(pairs, order[number:]), Subset(pairs, order[:number])
+
+
+def _states(pairs_dir: str, compressor: DimensionCompressor | None) -> HiddenPairsDataset:
+    """The pairs, compressed now or already when they were stored."""
+    pairs = HiddenPairsDataset(pairs_dir)
+    if not len(pairs):
+        raise ValueError(f"{pairs_dir} holds no hidden pairs.")
+    if compressor is None or pairs[0]["context"].shape[-1] == compressor.config.compressed_size:
+        return pairs
+    return HiddenPairsDataset(pairs_dir, compressor=compressor)
 
 
 def _new_model(what: TRMRecipeArguments, width: int) -> SequenceTRM:
