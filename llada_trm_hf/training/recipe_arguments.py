@@ -140,7 +140,9 @@ class TRMRecipeArguments:
     )
     compressor: str | None = field(
         default=None,
-        metadata={"help": "The compressor of the pairs: for those stored uncompressed, and for what --backbone reports."},
+        metadata={
+            "help": "The compressor of the pairs: for those stored uncompressed, and for what --backbone reports."
+        },
     )
     backbone: str | None = field(
         default=None,
