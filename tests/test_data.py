@@ -61,7 +61,10 @@ def test_prompts_say_whether_to_think():
     tokenizer = byte_tokenizer()
     with pytest.raises(ValueError, match="the tokenizer has none"):
         prompt_tokens("1+1=", tokenizer, enable_thinking=False)
-    tokenizer.chat_template = "{{ messages[0].content }}{{ '' if enable_thinking is not defined else '(yes)' if enable_thinking else '(no)' }}"
+    tokenizer.chat_template = (
+        "{{ messages[0].content }}"
+        "{{ '' if enable_thinking is not defined else '(yes)' if enable_thinking else '(no)' }}"
+    )
     texts = [tokenizer.decode(prompt_tokens("1+1=", tokenizer, thinking)) for thinking in (None, True, False)]
     assert texts == ["1+1=", "1+1=(yes)", "1+1=(no)"]
 

@@ -40,6 +40,5 @@ def prompt_tokens(prompt: str, tokenizer: PreTrainedTokenizerBase, enable_thinki
         return tokenizer(prompt)["input_ids"]
     message = [{"role": "user", "content": prompt}]
     thinking = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True, **thinking)[
-        "input_ids"
-    ]
+    batch = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True, **thinking)
+    return batch["input_ids"]
