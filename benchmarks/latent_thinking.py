@@ -39,7 +39,7 @@ MODELS = {
     "latent, GRPO": ("grpo", False),
 }
 REASONING_STEPS = (1, 2, 3, 4, 8)
-# Answer supervision with other settings and fewer steps: name, whether it starts from the distilled SequenceTRM, flags.
+# Answer supervision with other settings and fewer steps: whether it starts from the distilled SequenceTRM, and flags.
 NEW_TRM = ["--n_heads", "4", "--n_latent_steps", "4", "--n_deep_recursions", "1", "--n_supervision_steps", "1"]
 VARIANTS: dict[str, tuple[bool, list[str]]] = {
     "1 latent": (True, ["--num_latents", "1"]),
@@ -168,6 +168,7 @@ def measure(folder: Path, with_variants: bool) -> dict[str, Any]:
         "accuracy_by_steps": accuracy_by_steps(folder / "answers"),
     }
     if with_variants:
+        result["variant_steps"] = VARIANT_STEPS
         result["variants"] = {name: evaluate(variant_folder(folder, name), problems) for name in VARIANTS}
         result["accuracy_by_steps_2"] = accuracy_by_steps(variant_folder(folder, "2 supervision steps"))
     return result
