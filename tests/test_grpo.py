@@ -22,7 +22,7 @@ from tiny_training import StopAt
 from transformers.trainer_utils import get_last_checkpoint
 
 from llada_trm_hf.cli.main import main
-from llada_trm_hf.data import latent_thinking_prompt
+from llada_trm_hf.data import LatentAnswerCollator, latent_thinking_prompt, tokenize_latent_answers
 from llada_trm_hf.models import (
     DimensionCompressorConfig,
     LatentThinkingForCausalLM,
@@ -94,7 +94,7 @@ def test_rewards_for_programs():
         "    return 2 * x",
         "    return x",
         "```python\ndef double(x):\n    return x + x\n```",
-        "while True: pass",
+        "    return 1 / 0",
     ]
     found = correctness_reward("code")(
         prompts=[head] * 4,
@@ -125,7 +125,7 @@ def test_log_probabilities_are_those_of_the_answers_and_the_ratio_is_one(tmp_pat
     model, tokenizer = speaking_model()
     trainer = grpo(model, tokenizer, tmp_path, num_iterations=2, temperature=0.7, beta=0.1)
     model.train()
-    batch = [row for row in PROBLEMS[:2] for _ in range(4)]
+    batch = [row for row in PROBLEMS[1:3] for _ in range(4)]
     inputs = trainer._prepare_inputs(batch)
     new = trainer._get_per_token_logps_and_entropies(
         model,
@@ -169,22 +169,33 @@ def test_only_the_thinker_learns_and_the_reference_stays(tmp_path):
 
 
 def test_held_out_reward_rises(tmp_path):
-    """The frozen model can say what it reads in a thought; from rewards alone the thinker learns what to think."""
+    """Trained to answer 1 or 8, the thinker learns from rewards alone that only one of them is right."""
+    from llada_trm_hf.rl import correctness_reward
+
     backbone, tokenizer = reading_lm()
     torch.manual_seed(0)
     trm = SequenceTRMConfig(hidden_size=16, n_heads=2, n_latent_steps=2, n_deep_recursions=1, n_supervision_steps=2)
     compressor = DimensionCompressorConfig(hidden_size=32, compressed_size=16)
     model = LatentThinkingForCausalLM.from_backbone(backbone, compressor, trm, tokenizer, num_latents=4)
-    from llada_trm_hf.rl import correctness_reward
+    numbers = [(a, b) for a in range(8) for b in range(8)]
+    rows = [{"prompt": f"{a}{b}=", "answer": "1" if b < 4 else "8"} for a, b in numbers]
+    batch = LatentAnswerCollator(0)(list(tokenize_latent_answers(Dataset.from_list(rows), tokenizer, model.config)))
+    optimizer = torch.optim.AdamW(model.thinker.parameters(), lr=1e-3)
+    for _ in range(20):
+        model.train()(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
-    # Always the digit 2, in problems that are not those of the evaluation.
-    rows = [{"prompt": f"{a}{a + 2}=", "answer": "2"} for a in range(8)]
-    settings = {"max_steps": 40, "learning_rate": 3e-3, "max_completion_length": 2, "per_device_train_batch_size": 32}
-    trainer = grpo(model, tokenizer, tmp_path, correctness_reward(), rows[:5], rows[5:], num_generations=8, **settings)
+    rows = [{**row, "answer": "8"} for row in rows]
+    held_out = rows[::5]
+    settings = {"max_steps": 40, "learning_rate": 2e-3, "max_completion_length": 2, "num_generations": 8}
+    settings |= {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 8 * len(held_out)}
+    problems = [row for row in rows if row not in held_out]
+    trainer = grpo(model, tokenizer, tmp_path, correctness_reward(), problems, held_out, **settings)
     before, again = trainer.evaluate()["eval_reward"], trainer.evaluate()["eval_reward"]
-    assert before == again < 0.3
+    assert before == again < 0.6
     trainer.train()
-    assert trainer.evaluate()["eval_reward"] > 0.9
+    assert trainer.evaluate()["eval_reward"] > 0.8
 
 
 # --- Curriculum ---
@@ -377,7 +388,7 @@ def test_programs_run_only_if_that_is_allowed(tmp_path, folders, capsys):
 def test_what_cannot_be_trained(tmp_path):
     model, tokenizer = speaking_model()
     model.config.noise_std = 0.1
-    with pytest.raises(ValueError, match="noise_std=0.1"):
+    with pytest.raises(ValueError, match=r"noise_std=0\.1"):
         grpo(model, tokenizer, tmp_path)
     model.config.noise_std = 0.0
     with pytest.raises(ValueError, match="backbone_name_or_path"):
@@ -389,7 +400,7 @@ def test_what_cannot_be_trained(tmp_path):
 
 def test_weights_that_become_nan_stop_the_run(tmp_path):
     model, tokenizer = speaking_model()
-    with pytest.raises(FloatingPointError, match="After step 1 .* hold NaN or Inf"):
+    with pytest.raises(FloatingPointError, match=r"After step 1 the probabilities"):
         grpo(model, tokenizer, tmp_path, learning_rate=1e38, optim="sgd", max_grad_norm=0.0).train()
 
 

@@ -189,18 +189,19 @@ class LatentGRPOTrainer(BackboneSavingTrainer, GRPOTrainer):
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         """
         Raises:
-            FloatingPointError: if weights have become NaN, which leaves nothing to sample from.
+            FloatingPointError: if there is nothing to sample from, since weights have become NaN.
         """
         try:
             with _evaluation_mode(self.model):
                 return super()._generate_single_turn(*args, **kwargs)
         except RuntimeError as error:
-            broken = non_finite_weights(self.accelerator.unwrap_model(self.model))
-            if not broken:
+            if "probability tensor" not in str(error):
                 raise
+            broken = len(non_finite_weights(self.accelerator.unwrap_model(self.model)))
             raise FloatingPointError(
-                f"After step {self.state.global_step} {len(broken)} of the parameters hold NaN or Inf. Lower the "
-                f"learning rate or max_grad_norm, and go on from the last checkpoint in {self.args.output_dir}."
+                f"After step {self.state.global_step} the probabilities of the answers are NaN or infinite, and so "
+                f"are {broken} of the parameters and buffers. Lower the learning rate or max_grad_norm, and go on "
+                f"from the last checkpoint in {self.args.output_dir}."
             ) from error
 
     def _get_per_token_logps_and_entropies(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -213,7 +214,7 @@ class LatentGRPOTrainer(BackboneSavingTrainer, GRPOTrainer):
             super().create_model_card(model_name, **kwargs)
 
     def _origin_of_non_finite(self, *batch: Any) -> str:
-        return "Look at the rewards: the weights are finite, or there would have been nothing to sample from."
+        return "Look at the rewards: the answers were sampled from finite probabilities."
 
     # --- Answers that are still in use when a checkpoint is written ---
 
