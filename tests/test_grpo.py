@@ -179,7 +179,8 @@ def test_held_out_reward_rises(tmp_path):
     model = LatentThinkingForCausalLM.from_backbone(backbone, compressor, trm, tokenizer, num_latents=4)
     numbers = [(a, b) for a in range(8) for b in range(8)]
     rows = [{"prompt": f"{a}{b}=", "answer": "1" if b < 4 else "8"} for a, b in numbers]
-    batch = LatentAnswerCollator(0)(list(tokenize_latent_answers(Dataset.from_list(rows), tokenizer, model.config)))
+    samples = tokenize_latent_answers(Dataset.from_list(rows), tokenizer, model.config, "{reasoning}{answer}")
+    batch = LatentAnswerCollator(0)(list(samples))
     optimizer = torch.optim.AdamW(model.thinker.parameters(), lr=1e-3)
     for _ in range(20):
         model.train()(**batch).loss.backward()
