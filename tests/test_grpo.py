@@ -194,9 +194,9 @@ def test_held_out_reward_rises(tmp_path):
     problems = [row for row in rows if row not in held_out]
     trainer = grpo(model, tokenizer, tmp_path, correctness_reward(), problems, held_out, **settings)
     before, again = trainer.evaluate()["eval_reward"], trainer.evaluate()["eval_reward"]
-    assert before == again < 0.6
+    assert before == again < 0.75
     trainer.train()
-    assert trainer.evaluate()["eval_reward"] > 0.8
+    assert trainer.evaluate()["eval_reward"] > 0.9
 
 
 # --- Curriculum ---
