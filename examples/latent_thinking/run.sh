@@ -11,8 +11,8 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 made() { [ -e "$out/$1/model.safetensors" ]; }
 
 # 1. A language model that solves chains of eight digits with a written thought, and fails without one.
-made lm || python "$here/language_model.py" "$out/lm" --max_steps "${LM_STEPS:-2500}" --seed "$seed" \
-    --threads "$OMP_NUM_THREADS"
+made lm || python "$here/language_model.py" "$out/lm" --num_problems "${PROBLEMS:-100000}" \
+    --max_steps "${LM_STEPS:-2500}" --seed "$seed" --threads "$OMP_NUM_THREADS"
 problems="--dataset_name arithmetic --data_files $out/lm/train.jsonl --max_length 64"
 held_out="--eval_data_files $out/lm/test.jsonl --eval_split train[:300]"
 
