@@ -67,6 +67,18 @@ def refiners(result: dict[str, Any]) -> str:
     )
 
 
+def demo(result: dict[str, Any]) -> str:
+    rows = [
+        [row["model"], str(row["steps"]), *(f"{row[who]:,}" for who in ("demo", "evaluate", "harness"))]
+        for row in result["rows"]
+    ]
+    return (
+        f"Right responses of the demo's checkpoint, of {result['total']:,}, as counted by the demo, by `llada-trm "
+        f"evaluate` and by lm-evaluation-harness (`llada-trm lm-eval`):\n\n"
+        f"{table(['', 'diffusion steps', 'demo', 'evaluate', 'harness'], rows)}\n{source(result)}"
+    )
+
+
 def latent_thinking(result: dict[str, Any]) -> str:
     seeds, whole = result["seeds"], result["table"]["chain of thought"]
     rows = []
@@ -210,6 +222,7 @@ def mean(values: Any) -> float:
 
 
 PARTS = {
+    "demo": demo,
     "latent_thinking": latent_thinking,
     "refiners": refiners,
     "compressor": compressor,
