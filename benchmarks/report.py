@@ -93,11 +93,14 @@ def latent_thinking(result: dict[str, Any]) -> str:
         tokens = f"{row['tokens'][0]:.1f} ({percent(row['tokens'][0] / whole['tokens'][0])})"
         rows.append([name, accuracy, tokens, *times, parameters])
     header = ["", "accuracy", "tokens generated", "an answer alone", "in batches of 64", "trained on top"]
-    rewards = []
-    for seed in seeds:
-        curve = [f"{reward:.3f} (step {step})" for step, reward in seed["held_out_rewards"]]
-        rewards.append(f"{' → '.join(curve)}")
     first = seeds[0]
+    rewards = [
+        [name, str(seed["seed"]), *(f"{reward:.3f}" for _, reward in seed[key])]
+        for name, key in (("all of it", "held_out_rewards"), ("a shorter one", "held_out_rewards_early"))
+        for seed in seeds
+    ]
+    longest = max((seed["held_out_rewards"] for seed in seeds), key=len)
+    rewards = [row + [""] * (2 + len(longest) - len(row)) for row in rewards]
     steps = [
         [name, *(percent(value) for value in first[key].values())]
         for name, key in (("trained with 1", "accuracy_by_steps"), ("trained with 2", "accuracy_by_steps_2"))
@@ -108,8 +111,9 @@ def latent_thinking(result: dict[str, Any]) -> str:
         f"greedy, mean over {len(seeds)} seeds with the 95% interval of Student's t (and each seed); tokens and speed "
         f"beside those of the chain of thought. Distillation trains compressor and SequenceTRM only; its latents are "
         f"the predicted states as they are.\n\n{table(header, rows)}\n"
-        f"Mean reward of sampled answers to held-out problems, from the start of GRPO to its end: "
-        f"{'; '.join(rewards)}.\n\nAccuracy with so many supervision steps at inference, after answer supervision "
+        f"GRPO after answer supervision, all of it or one of {first['variant_steps']:,} steps: mean reward of sampled "
+        f"answers to 300 held-out problems, 8 samples each, by step.\n\n"
+        f"{table(['after', 'seed', *(str(step) for step, _ in longest)], rewards)}\nAccuracy with so many supervision steps at inference, after answer supervision "
         f"(seed {first['seed']}; the model with two was trained shorter):\n\n"
         f"{table(['', *first['accuracy_by_steps']], steps)}\n"
         f"A shorter answer supervision, {first['variant_steps']:,} steps (seed {first['seed']}):\n\n"
