@@ -113,9 +113,9 @@ def latent_thinking(result: dict[str, Any]) -> str:
         f"the predicted states as they are.\n\n{table(header, rows)}\n"
         f"GRPO after answer supervision, all of it or one of {first['variant_steps']:,} steps: mean reward of sampled "
         f"answers to 300 held-out problems, 8 samples each, by step.\n\n"
-        f"{table(['after', 'seed', *(str(step) for step, _ in longest)], rewards)}\nAccuracy with so many supervision steps at inference, after answer supervision "
-        f"(seed {first['seed']}; the model with two was trained shorter):\n\n"
-        f"{table(['', *first['accuracy_by_steps']], steps)}\n"
+        f"{table(['after', 'seed', *(str(step) for step, _ in longest)], rewards)}\n"
+        f"Accuracy with so many supervision steps at inference, after answer supervision (seed {first['seed']}; the "
+        f"model with two was trained shorter):\n\n{table(['', *map(str, first['accuracy_by_steps'])], steps)}\n"
         f"A shorter answer supervision, {first['variant_steps']:,} steps (seed {first['seed']}):\n\n"
         f"{table(['', 'accuracy'], variants)}\n{source(result)}"
     )
