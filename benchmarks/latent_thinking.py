@@ -4,7 +4,7 @@ Does thinking in latent space replace a written chain of thought? examples/laten
     python benchmarks/latent_thinking.py [--seeds 0 1 2] [--threads 2] [--train_only]
 
 For each seed `run.sh` makes the language model and trains the parts (an hour on a core; what is there already in
-`--output_dir` is used), then GRPO again from a shorter answer supervision, and for seed 0 such a shorter one with 1 and
+`--output_dir` is used), then GRPO from a shorter answer supervision too, and for seed 0 such a shorter one with 1 and
 4 latents, with two supervision steps, and without distillation. Measured on 1,000 held-out chains of eight digits,
 greedy: accuracy, tokens generated, and milliseconds an answer takes, all models in turn in one loop, alone and in
 batches of 64. Writes benchmarks/results/latent_thinking.json.
