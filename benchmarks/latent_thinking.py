@@ -82,9 +82,7 @@ def train(seed: int, folder: Path, threads: int, with_variants: bool) -> None:
         flags = (
             f"--dataset_name arithmetic --num_terms 8 --split train[:6400] --eval_data_files {folder}/lm/test.jsonl"
         )
-        flags += (
-            " --eval_split train[:300] --max_length 64 --max_completion_length 4 --drop_uninformative true --beta 0"
-        )
+        flags += " --eval_split train[:300] --max_length 64 --max_completion_length 4"
         flags += " --lr 3e-5 --batch_size 256 --per_device_eval_batch_size 400 --eval_strategy steps --eval_steps 50"
         flags += f" --eval_on_start true --max_steps {EARLY_GRPO_STEPS} --save_strategy no --seed {seed}"
         start = ["--checkpoint", str(variant_folder(folder, EARLY)), "--output_dir", str(folder / "grpo_early")]
