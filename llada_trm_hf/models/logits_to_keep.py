@@ -44,9 +44,13 @@ def columns_of(wanted: torch.Tensor, kept: torch.Tensor, logits_to_keep: int | t
     """
     if keeps_all(logits_to_keep):  # the device need not be asked how many
         return torch.arange(wanted.shape[1], device=wanted.device).expand_as(wanted)
-    if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 2 and logits_to_keep.dtype != torch.bool:
-        if torch.equal(kept, wanted):
-            return logits_to_keep
+    if (
+        isinstance(logits_to_keep, torch.Tensor)
+        and logits_to_keep.ndim == 2
+        and logits_to_keep.dtype != torch.bool
+        and torch.equal(kept, wanted)
+    ):
+        return logits_to_keep
     width = int(wanted.sum(-1).max())
     return wanted.int().argsort(dim=-1, descending=True, stable=True)[:, :width]
 
