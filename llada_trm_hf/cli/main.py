@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "accuracy on a dataset, with an interval and a line for every problem",
     "compare": "evaluations of the same problems side by side",
     "lm-eval": "lm-evaluation-harness, with --model llada_trm and --model latent_thinking",
+    "export-onnx": "the forward pass of a hybrid or a backbone as an ONNX graph",
     "push": "upload a checkpoint to the Hub, with a model card",
     "datagen": "make hidden pairs: a language model's states before and after it thinks",
 }
@@ -55,6 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
             return _report(command, error, 2)
         hint = "the command needs more than the base install: pip install 'llada-trm-hf[train,demo,eval]'"
         return _report(command, ImportError(f"{error}; {hint}."), 2)
+    except ImportError as error:  # which says itself what to install
+        return _report(command, error, 2)
     except OSError as error:
         # transformers raises a bare OSError for a model that cannot be found; the system's have a number.
         return _report(command, error, 2 if error.errno is None else 1)
@@ -72,5 +75,5 @@ def _report(command: str, error: BaseException, code: int) -> int:
 
 
 def _help() -> str:
-    commands = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
+    commands = "\n".join(f"  {name:<11} {what}" for name, what in COMMANDS.items())
     return f"usage: llada-trm COMMAND [options]\n\n{commands}\n\nllada-trm COMMAND --help lists a command's options."

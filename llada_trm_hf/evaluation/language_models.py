@@ -50,9 +50,14 @@ def load_model(name: str, dtype: str = "auto", device: Any = "cpu") -> tuple[Pre
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return load_weights(name, dtype).to(device).eval(), tokenizer
+
+
+def load_weights(name: str, dtype: str = "auto") -> PreTrainedModel:
+    """A hybrid, a masked-diffusion backbone or a causal language model, without tokenizer; raises as `load_model`."""
     is_hybrid = model_type_of(name) == LLaDATRMForMaskedDiffusion.config_class.model_type
     loader = LLaDATRMForMaskedDiffusion.from_pretrained if is_hybrid else load_backbone
-    return loader(name, dtype=dtype).to(device).eval(), tokenizer
+    return loader(name, dtype=dtype)
 
 
 def model_type_of(name: str) -> str | None:

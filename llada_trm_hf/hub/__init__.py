@@ -3,6 +3,7 @@
 from ..cards import model_card
 from ..storage import read_legacy_hidden_pairs
 from .legacy import import_legacy
+from .onnx import OnnxExport, export_onnx
 from .push import push_checkpoint
 
-__all__ = ["import_legacy", "model_card", "push_checkpoint", "read_legacy_hidden_pairs"]
+__all__ = ["OnnxExport", "export_onnx", "import_legacy", "model_card", "push_checkpoint", "read_legacy_hidden_pairs"]

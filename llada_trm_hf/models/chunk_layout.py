@@ -30,7 +30,7 @@ class ChunkLayout:
         attention_mask: torch.Tensor | None = None,
         device: torch.device | None = None,
     ):
-        self.num_chunks = -(-length // chunk_size)
+        self.num_chunks = (length + chunk_size - 1) // chunk_size  # (-(-a // b) is another number in onnx)
         slots = torch.arange(self.num_chunks * chunk_size, device=device).expand(batch_size, -1)
         if attention_mask is None:
             self.is_real = torch.ones(batch_size, length, dtype=torch.bool, device=device)
@@ -73,6 +73,8 @@ class ChunkLayout:
     def to_tokens(self, per_chunk: torch.Tensor) -> torch.Tensor:
         """Each token's value `[B, L]` of a chunk-wise `[B, N]`; 0 or False for padding."""
         per_token = per_chunk.gather(1, self.chunk_of_token.clamp(min=0))
+        if per_token.dtype == torch.bool:  # (onnxruntime has no `where` for these)
+            return per_token & self.is_real
         return torch.where(self.is_real, per_token, torch.zeros_like(per_token))
 
     def gather(self, hidden_states: torch.Tensor, active: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -36,12 +36,20 @@ def kept_positions(logits_to_keep: int | torch.Tensor | None, like: torch.Tensor
     return kept
 
 
-def columns_of(wanted: torch.Tensor, logits_to_keep: int | torch.Tensor | None) -> torch.Tensor:
+def columns_of(wanted: torch.Tensor, kept: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     """
-    The columns LongTensor `[B, P]` where `wanted` `[B, L]` is true: `logits_to_keep` itself if it says that already,
-    else ascending, `P` the number in the row with most; a row with fewer gets others as well.
+    The columns LongTensor `[B, P]` where `wanted` `[B, L]` is true: `logits_to_keep` itself, which keeps `kept`
+    `[B, L]`, if it says that already, else ascending, `P` the number in the row with most; a row with fewer gets
+    others as well.
     """
-    if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 2 and logits_to_keep.dtype != torch.bool:
+    if keeps_all(logits_to_keep):  # the device need not be asked how many
+        return torch.arange(wanted.shape[1], device=wanted.device).expand_as(wanted)
+    if (
+        isinstance(logits_to_keep, torch.Tensor)
+        and logits_to_keep.ndim == 2
+        and logits_to_keep.dtype != torch.bool
+        and torch.equal(kept, wanted)
+    ):
         return logits_to_keep
     width = int(wanted.sum(-1).max())
     return wanted.int().argsort(dim=-1, descending=True, stable=True)[:, :width]
@@ -49,9 +57,16 @@ def columns_of(wanted: torch.Tensor, logits_to_keep: int | torch.Tensor | None) 
 
 def unpack_logits(logits: torch.Tensor, wanted: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     """Logits `[B, P, V]`, at `columns_of(wanted)`, as `logits_to_keep` asks; `wanted` `[B, L]` has all it asks for."""
+    if keeps_all(logits_to_keep):
+        return logits
     slot = (wanted.cumsum(-1) - 1).clamp(min=0)  # [B, L], where among the P
     if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dtype == torch.bool:
         row, column = logits_to_keep.nonzero(as_tuple=True)
         return logits[row, slot[row, column]]
     slots = select_positions(slot[..., None], logits_to_keep).squeeze(-1)  # [B, P']
     return logits[torch.arange(len(logits), device=logits.device)[:, None], slots]
+
+
+def keeps_all(logits_to_keep: int | torch.Tensor) -> bool:
+    """Whether `logits_to_keep` (see `select_positions`) asks for every position, in their order."""
+    return isinstance(logits_to_keep, int) and logits_to_keep == 0

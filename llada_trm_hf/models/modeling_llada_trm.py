@@ -19,7 +19,7 @@ from .debug_report import debuggable
 from .generate import generate
 from .generation_masked_diffusion import DenoisingOutput, MaskedDiffusionGenerationMixin
 from .llada_trm_output import LLaDATRMOutput
-from .logits_to_keep import columns_of, kept_positions, select_positions, unpack_logits
+from .logits_to_keep import columns_of, keeps_all, kept_positions, select_positions, unpack_logits
 from .loss_masked_diffusion import MaskedTargets, masked_diffusion_loss, masked_targets
 from .loss_refinement import confidence_loss, deep_supervision_loss
 from .modeling_backbone_checkpoints import input_device
@@ -261,8 +261,9 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HybridCheckpoin
         """Refines `hidden_states` `[B, L, D]`; the logits `logits_to_keep` asks for, computed anew where refined."""
         kept = kept_positions(logits_to_keep, relevant)
         wanted = relevant | kept  # [B, L]
-        positions = columns_of(wanted, logits_to_keep if torch.equal(kept, wanted) else None)  # [B, P]
-        logits = self._logits(select_positions(hidden_states, positions))  # [B, P, V]
+        positions = columns_of(wanted, kept, logits_to_keep)  # [B, P]
+        read = logits_to_keep if keeps_all(logits_to_keep) else positions
+        logits = self._logits(select_positions(hidden_states, read))  # [B, P, V]
         base = logits.detach().float()
         largest = (base.amax(-1) - base.logsumexp(-1)).exp()
         probability = largest.new_zeros(wanted.shape).scatter(1, positions, largest)
@@ -362,7 +363,7 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HybridCheckpoin
         if input_ids is None:
             return layout.is_real
         masks = (input_ids == self.config.mask_token_id) & layout.is_real
-        return torch.where(masks.any(-1, keepdim=True), masks, layout.is_real)
+        return masks | (layout.is_real & ~masks.any(-1, keepdim=True))
 
     def _trace(self, input_ids: torch.Tensor | None, result: "_Refinement") -> RefinementTrace | None:
         if input_ids is None:

@@ -91,9 +91,15 @@ class RecursiveRefinementHead(PreTrainedRefiner):
         layout, active = self.chunks_to_refine(hidden_states, active_chunks, attention_mask)
         max_steps = config.max_recursive_steps if max_steps is None else max_steps
 
-        chosen = active.nonzero(as_tuple=True)  # asks the device once
+        exporting = torch.compiler.is_exporting()
+        chosen = (torch.ones_like(active) if exporting else active).nonzero(as_tuple=True)  # asks the device once
         chunks = layout.gather(hidden_states, chosen).to(self.dtype).flatten(1)  # [A, C * D]
-        recursion = self._recurse(chunks, max_steps, output_step_hidden_states)
+        if exporting:
+            recursion = self._recurse_unrolled(chunks, active[chosen], max_steps, output_step_hidden_states)
+        else:
+            recursion = self._recurse(chunks, max_steps, output_step_hidden_states)
+
+        confidence = self.confidence(recursion.codes).squeeze(-1).float().sigmoid()  # [A]
 
         def per_chunk(values: torch.Tensor, inactive: float) -> torch.Tensor:
             """Spreads `[A, ...]` over `[B, N, ...]`."""
@@ -105,7 +111,7 @@ class RecursiveRefinementHead(PreTrainedRefiner):
 
         return RefinerOutput(
             hidden_states=tokens(recursion.chunks),
-            confidence=per_chunk(self.confidence(recursion.codes).squeeze(-1).float().sigmoid(), 1.0),
+            confidence=torch.where(active, per_chunk(confidence, 1.0), 1.0),
             num_steps=per_chunk(recursion.num_steps, 0),
             step_hidden_states=tuple(map(tokens, recursion.steps)) if output_step_hidden_states else None,
             statistics={"similarity": per_chunk(recursion.similarity, torch.nan)} if output_statistics else {},
@@ -122,7 +128,7 @@ class RecursiveRefinementHead(PreTrainedRefiner):
         for step in range(max_steps):
             if step > 0:
                 previous, code = code, self.encoder(state)
-                cosine = nn.functional.cosine_similarity(code.float(), previous.float(), dim=-1).clamp(max=1.0)
+                cosine = _cosine_similarity(code, previous)
                 similarity[running, step] = cosine.detach()
                 moving = (cosine <= 1 - self.config.convergence_threshold).nonzero().squeeze(-1)
                 if len(moving) < len(running):
@@ -141,3 +147,30 @@ class RecursiveRefinementHead(PreTrainedRefiner):
             chunks = chunks.index_copy(0, running, state.to(chunks.dtype))
             codes = codes.index_copy(0, running, self.encoder(state)) if max_steps else codes
         return _Recursion(chunks, codes, num_steps, steps, similarity)
+
+    def _recurse_unrolled(
+        self, chunks: torch.Tensor, moving: torch.Tensor, max_steps: int, keep_steps: bool
+    ) -> _Recursion:
+        """
+        The same for an exported graph, in which neither the steps nor the shapes can depend on values: chunks that are
+        not `moving` (BoolTensor `[A]`), or no longer, are computed but stay as they are.
+        """
+        num_steps = torch.zeros_like(chunks[:, 0], dtype=torch.long)  # (`len` would fix how many there are)
+        similarity = torch.full((chunks.shape[0], max_steps), torch.nan, device=chunks.device)
+        code, steps = self.encoder(chunks), []
+        for step in range(max_steps):
+            if step > 0:
+                previous, code = code, self.encoder(chunks)
+                cosine = _cosine_similarity(code, previous)
+                similarity[:, step] = torch.where(moving, cosine, torch.nan)
+                moving = moving & (cosine <= 1 - self.config.convergence_threshold)
+            update = self.config.step_size * self.projector(self.layers(code))
+            chunks = torch.where(moving[:, None], chunks + update, chunks)
+            num_steps = num_steps + moving
+            if keep_steps:
+                steps.append(chunks)
+        return _Recursion(chunks, self.encoder(chunks), num_steps, steps, similarity)
+
+
+def _cosine_similarity(code: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cosine_similarity(code.float(), previous.float(), dim=-1).clamp(max=1.0)

@@ -154,7 +154,7 @@ class SlotTRMRefiner(PreTrainedRefiner):
 class _Recursion:
     """
     Hidden states `[B, L, D]` on their way through the steps. Rows in which no chunk is moving any more are not
-    computed.
+    computed, except in an exported graph, whose number of rows cannot depend on their values.
     """
 
     def __init__(
@@ -173,7 +173,10 @@ class _Recursion:
         self.statistics: dict[str, torch.Tensor] = {}
         self.number = 0
         self.previous: torch.Tensor | None = None  # [b, L, refinement slot], the projection of the step before
-        self._compute(active.any(-1).nonzero().squeeze(-1))  # asks the device
+        if torch.compiler.is_exporting():
+            self._compute(torch.arange(active.shape[0], device=active.device))
+        else:
+            self._compute(active.any(-1).nonzero().squeeze(-1))  # asks the device
         self.running = active[self.rows.numbers]  # BoolTensor [b, N]
 
     def keep_statistics(self, max_steps: int) -> None:
@@ -184,9 +187,9 @@ class _Recursion:
 
     def step(self) -> bool:
         """Updates the chunks that are still moving; False if there is none."""
-        if self.previous is not None:
+        if self.previous is not None and not torch.compiler.is_exporting():
             self._drop_finished_rows()
-        if not len(self.rows.numbers):
+        if not self.rows.numbers.shape[0]:
             return False
         numbers, layout = self.rows.numbers, self.rows.layout
         states = self.states[numbers]  # [b, L, D]
@@ -240,8 +243,8 @@ class _Recursion:
         angle_dtype = torch.promote_types(self.states.dtype, torch.float32)
         rotary = rotary_embedding(positions, config.hidden_size // config.num_attention_heads, angle_dtype)
         mask = None  # without padding, everything sees everything
-        if self.has_padding and len(numbers):
-            mask = create_bidirectional_mask(config, self.states[: len(numbers)], layout.is_real)
+        if self.has_padding and numbers.shape[0]:
+            mask = create_bidirectional_mask(config, self.states[: numbers.shape[0]], layout.is_real)
         self.rows = _Rows(numbers, layout, rotary, mask)
 
 

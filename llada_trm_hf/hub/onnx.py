@@ -1,0 +1,220 @@
+"""Masked-diffusion models as ONNX graphs, compared with PyTorch before they are kept."""
+
+import importlib
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..models import LLaDAForMaskedDiffusion, LLaDAMoEForMaskedDiffusion, LLaDATRMForMaskedDiffusion
+from ..storage import write_atomically
+
+BACKBONE_OUTPUTS = ("logits",)
+HYBRID_OUTPUTS = ("logits", "refinement_steps", "chunk_confidence", "refiner_confidence")
+TOLERANCE = 1e-4
+# A protobuf message ends at 2 GiB; weights larger than this go to a file of their own.
+MOST_WEIGHTS_IN_GRAPH = 2**30
+# Batch size, length in chunks, tokens more than that, side of the padding.
+CHECKED_SHAPES = ((1, 0, 1, None), (1, 2, 0, None), (3, 2, 3, "left"), (3, 3, 1, "right"))
+
+
+class OnnxExport(NamedTuple):
+    """
+    What an export left behind.
+
+    Attributes:
+        files: the graph, and the file of its weights where they are too large for one file.
+        largest_difference: from PyTorch, over all outputs of the shapes compared.
+        refined_chunks: how many chunks the refiner worked on in these; 0 means that it was not compared.
+    """
+
+    files: tuple[str, ...]
+    largest_difference: float
+    refined_chunks: int
+
+
+def export_onnx(
+    model: PreTrainedModel,
+    path: str | os.PathLike,
+    max_recursive_steps: int | None = None,
+    tolerance: float = TOLERANCE,
+) -> OnnxExport:
+    """
+    Writes the forward pass of a hybrid, refinement included, or of a backbone as an ONNX graph, and compares it with
+    PyTorch in onnxruntime. Inputs `input_ids` and `attention_mask`, int64 `[batch, length]` of any size; output
+    `logits`, and of a hybrid `refinement_steps`, `chunk_confidence` and `refiner_confidence`, see [`LLaDATRMOutput`].
+
+    All recursion steps are in the graph. A chunk that converges earlier keeps its state, as it does in PyTorch.
+
+    Args:
+        model: with float32 weights.
+        path: of the file; weights above 1 GiB go to `path` with `.data` appended.
+        max_recursive_steps: recursion steps at most, the refiner's own number by default.
+        tolerance: the largest difference from PyTorch that is accepted.
+
+    Raises:
+        ImportError: without the packages of the extra `onnx`.
+        ValueError: for another model, other weights than float32, or a wrong number of steps.
+        FileNotFoundError: if the folder of `path` does not exist.
+        RuntimeError: if the model cannot be written as a graph, or its results differ; no file is left then.
+    """
+    check_export(path)
+    settings = _check_model(model, max_recursive_steps)
+    path = os.path.abspath(path)
+    folder, name = os.path.split(path)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}.") as scratch, _exportable(model):
+        built = os.path.join(scratch, name)
+        forward = _Forward(model, settings).eval()
+        _write_graph(forward, built)
+        largest, refined = _compare(forward, built)
+        if not largest <= tolerance:  # NaN is not
+            raise RuntimeError(
+                f"The graph's results differ from PyTorch's by {largest:.3g}, more than {tolerance:g}: it is not kept."
+            )
+        return OnnxExport(_move(built, path), largest, refined)
+
+
+def check_export(path: str | os.PathLike) -> None:
+    """
+    What can be known before a model is loaded.
+
+    Raises:
+        ImportError: without the packages of the extra `onnx`.
+        FileNotFoundError, IsADirectoryError: if `path` cannot be a file.
+    """
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        try:
+            importlib.import_module(package)
+        except ModuleNotFoundError as error:
+            raise ImportError(f"The export needs {error.name}: pip install 'llada-trm-hf[onnx]'.") from None
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"There is no folder {folder} for {os.path.basename(path)}: make it first.")
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{path} is a folder: name a file, such as {os.path.join(path, 'model.onnx')}.")
+
+
+def _check_model(model: PreTrainedModel, max_recursive_steps: int | None) -> dict[str, Any]:
+    """What `model`'s forward is called with besides its inputs."""
+    if not isinstance(model, (LLaDATRMForMaskedDiffusion, LLaDAForMaskedDiffusion, LLaDAMoEForMaskedDiffusion)):
+        raise ValueError(f"Hybrids and their native backbones can be exported; this is a {type(model).__name__}.")
+    others = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.dtype != torch.float32}
+    if others:
+        raise ValueError(
+            f"The model has {', '.join(sorted(others))} weights: load it with dtype='float32', and without "
+            f"quantization, to export it."
+        )
+    if max_recursive_steps is None:
+        return {}
+    if not isinstance(model, LLaDATRMForMaskedDiffusion):
+        raise ValueError(f"max_recursive_steps is for a hybrid; a {type(model).__name__} has no refiner.")
+    if max_recursive_steps < 1:
+        raise ValueError(f"max_recursive_steps must be at least 1, got {max_recursive_steps}.")
+    return {"max_steps": max_recursive_steps}
+
+
+class _Forward(nn.Module):
+    """A model's forward, with tensors in and tensors out."""
+
+    def __init__(self, model: PreTrainedModel, settings: dict[str, Any]):
+        super().__init__()
+        self.model, self.settings = model, settings
+        self.names = HYBRID_OUTPUTS if isinstance(model, LLaDATRMForMaskedDiffusion) else BACKBONE_OUTPUTS
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **self.settings)
+        return tuple(outputs[name] for name in self.names)
+
+
+@contextmanager
+def _exportable(model: PreTrainedModel) -> Iterator[None]:
+    """`model` in evaluation mode, and with experts computed one by one: grouped products have no ONNX operator."""
+    training = model.training
+    experts = {
+        module: module.config._experts_implementation
+        for module in model.modules()
+        if isinstance(module, LLaDAMoEForMaskedDiffusion)
+    }
+    try:
+        for module in experts:
+            module.set_experts_implementation("eager")
+        model.eval()
+        yield
+    finally:
+        for module, implementation in experts.items():
+            module.set_experts_implementation(implementation)
+        model.train(training)
+
+
+def _inputs(model: PreTrainedModel, batch: int, length: int, padding: str | None) -> dict[str, torch.Tensor]:
+    """Random tokens, half of them masks (none in the last row of several), and padding that grows from row to row."""
+    generator = torch.Generator().manual_seed(length)
+    input_ids = torch.randint(model.get_input_embeddings().num_embeddings, (batch, length), generator=generator)
+    masked = torch.rand(batch, length, generator=generator) < 0.5
+    if batch > 1:
+        masked[-1] = False
+    real = torch.ones(batch, length, dtype=torch.long)
+    if padding is not None:
+        real = (torch.arange(length) >= torch.arange(batch)[:, None] * length // (2 * batch)).long()
+        real = real if padding == "left" else real.flip(-1)
+    inputs = {"input_ids": input_ids.masked_fill(masked, model.config.mask_token_id), "attention_mask": real}
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+
+
+def _write_graph(forward: _Forward, path: str) -> None:
+    example = _inputs(forward.model, 2, 2 * _chunk_size(forward.model) + 2, "left")
+    sizes = {0: "batch", 1: "length"}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of the exporter's own code
+        program = torch.onnx.export(
+            forward,
+            kwargs=example,
+            dynamo=True,
+            dynamic_shapes=dict.fromkeys(example, sizes),
+            input_names=list(example),
+            output_names=list(forward.names),
+            verbose=False,
+        )
+    assert program is not None
+    weights = sum(parameter.nbytes for parameter in forward.parameters())
+    program.save(path, external_data=weights > MOST_WEIGHTS_IN_GRAPH)
+
+
+def _compare(forward: _Forward, path: str) -> tuple[float, int]:
+    """The largest difference between onnxruntime's results and PyTorch's, and how many chunks were refined."""
+    onnxruntime = importlib.import_module("onnxruntime")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    chunk_size = _chunk_size(forward.model)
+    differences, refined = [], 0
+    for batch, chunks, more, padding in CHECKED_SHAPES:
+        inputs = _inputs(forward.model, batch, chunks * chunk_size + more, padding)
+        with torch.no_grad():
+            expected = dict(zip(forward.names, forward(**inputs)))
+        results = session.run(forward.names, {name: tensor.numpy(force=True) for name, tensor in inputs.items()})
+        for (name, tensor), result in zip(expected.items(), results):
+            differences.append((torch.from_numpy(result).double() - tensor.cpu().double()).abs().max())
+            refined += int((tensor > 0).sum()) if name == "refinement_steps" else 0
+    return torch.stack(differences).max().item(), refined
+
+
+def _chunk_size(model: PreTrainedModel) -> int:
+    return getattr(model.config, "chunk_size", 16)
+
+
+def _move(built: str, path: str) -> tuple[str, ...]:
+    """Moves the graph, and the file of its weights if there is one, to `path`: no graph ever meets other weights."""
+    files = [path]
+    if os.path.exists(f"{built}.data"):
+        files.insert(0, f"{path}.data")
+        with suppress(FileNotFoundError):
+            os.remove(path)
+    for file in files:
+        source = os.path.join(os.path.dirname(built), os.path.basename(file))
+        write_atomically(file, lambda temporary, source=source: os.replace(source, temporary))  # type: ignore[misc]
+    return tuple(reversed(files))
