@@ -28,6 +28,7 @@ _HYBRID = _Kind("hybrid", "AutoModelForMaskedLM", "text-generation", ("masked-di
 _BACKBONE = _Kind("backbone", "AutoModelForMaskedLM", "text-generation", ("masked-diffusion",))
 _ENCODER = _Kind("encoder", "AutoModel", "feature-extraction", ("masked-diffusion",))
 _REFINER = _Kind("refiner", "AutoModel", "feature-extraction", ("latent-recursion",))
+_THINKER = _Kind("thinker", "AutoModel", "feature-extraction", ("latent-recursion",))
 _KINDS = {
     "llada_trm": _HYBRID,
     "latent_thinking": _Kind("latent_thinking", "AutoModelForCausalLM", "text-generation", ("latent-recursion",)),
@@ -115,12 +116,14 @@ def _base_model(config: dict[str, Any]) -> str | None:
 
 
 def _kind(config: dict[str, Any]) -> _Kind:
-    model_type = config.get("model_type")
+    model_type, auto_map = config.get("model_type"), config.get("auto_map", {"AutoModelForMaskedLM": ""})
+    if model_type == "latent_thinking" and "AutoModel" in auto_map:
+        return _THINKER
     if model_type in _KINDS:
         return _KINDS[model_type]
     if "vocab_size" not in config:  # refiners, those of one's own included
         return _REFINER
-    return _BACKBONE if "AutoModelForMaskedLM" in config.get("auto_map", {"AutoModelForMaskedLM": ""}) else _ENCODER
+    return _BACKBONE if "AutoModelForMaskedLM" in auto_map else _ENCODER
 
 
 def _refiner_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -45,6 +45,11 @@ def register_refiner(config_class: type[PreTrainedConfig], model_class: type[Pre
         source_files(model_class)  # what cannot be saved later is refused now
     AutoConfig.register(model_type, config_class, exist_ok=True)
     AutoModel.register(config_class, model_class, exist_ok=True)
+    _remember(config_class, model_class)
+
+
+def _remember(config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel]) -> None:
+    model_type = config_class.model_type
     REGISTERED[model_type] = (config_class, model_class)
     REFINER_CONFIGS[model_type], REFINERS[model_type] = config_class, model_class
 
@@ -56,7 +61,7 @@ def is_refiner(model_type: str | None) -> bool:
         from .own_refiners import OWN_REFINERS
 
         for classes in OWN_REFINERS:
-            register_refiner(*classes)
+            _remember(*classes)  # here only: the Auto classes would take them for those of other checkpoints too
     return model_type in REFINER_CONFIGS
 
 
