@@ -53,7 +53,7 @@ class ModelHub(ThreadingHTTPServer):
         repositories: by owner/name.
         requests: method and path of each, in order.
         cut_uploads: after how many bytes the connection of an upload is cut, one number for each upload to cut.
-        cut_commits: `before` or `after` the commit is made, one for each commit whose connection is cut.
+        cut_commits: `before` or `after` the commit is made, one for each commit whose connection is cut; or `refuse`.
     """
 
     daemon_threads = True
@@ -267,6 +267,8 @@ class _Handler(BaseHTTPRequestHandler):
         when = self.server.cut_commits.pop(0) if self.server.cut_commits else None
         if when == "before":
             return self.cut()
+        if when == "refuse":
+            raise _Refused(403, message="Forbidden")
         parent, files = self.revision(repository, branch)
         if header.get("parentCommit", parent) != parent:
             raise _Refused(412, message="A commit has happened since. Please refresh and try again.")
