@@ -56,10 +56,11 @@ class CommonTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.profile_steps is not None and self.profile_steps < 1:
             raise ValueError(f"profile_steps must be at least 1, got {self.profile_steps}.")
-        if self.push_to_hub and self.hub_strategy != HubStrategy.END:
+        strategy = HubStrategy(self.hub_strategy)
+        if self.push_to_hub and strategy != HubStrategy.END:
             raise ValueError(
-                f"hub_strategy must be 'end', got {str(self.hub_strategy.value)!r}: what it would upload before then "
-                f"lacks the model's code, and optimizer states are pickles. Upload a checkpoint with llada-trm push."
+                f"hub_strategy must be 'end', got {strategy.value!r}: what it would upload before then lacks the "
+                f"model's code, and optimizer states are pickles. Upload a checkpoint with llada-trm push."
             )
         if self.early_stopping_patience is None:
             return
