@@ -67,6 +67,60 @@ def refiners(result: dict[str, Any]) -> str:
     )
 
 
+def demo(result: dict[str, Any]) -> str:
+    rows = [
+        [row["model"], str(row["steps"]), *(f"{row[who]:,}" for who in ("demo", "evaluate", "harness"))]
+        for row in result["rows"]
+    ]
+    return (
+        f"Right responses of the demo's checkpoint, of {result['total']:,}, as counted by the demo, by `llada-trm "
+        f"evaluate` and by lm-evaluation-harness (`llada-trm lm-eval`):\n\n"
+        f"{table(['', 'diffusion steps', 'demo', 'evaluate', 'harness'], rows)}\n{source(result)}"
+    )
+
+
+def latent_thinking(result: dict[str, Any]) -> str:
+    seeds, whole = result["seeds"], result["table"]["chain of thought"]
+    rows = []
+    for name, row in result["table"].items():
+        each = ", ".join(f"{100 * seed['models'][name]['accuracy']:.1f}" for seed in seeds)
+        times = [
+            f"{row[key][0]:.1f} ms ({whole[key][0] / row[key][0]:.1f}x)"
+            for key in ("milliseconds_1", "milliseconds_64")
+        ]
+        parameters = f"{row['trainable_parameters'][0]:,.0f}" if row["trainable_parameters"][0] else ""
+        accuracy = f"{percent(row['accuracy'][0])} ± {100 * row['accuracy'][1]:.1f} ({each})"
+        tokens = f"{row['tokens'][0]:.1f} ({percent(row['tokens'][0] / whole['tokens'][0])})"
+        rows.append([name, accuracy, tokens, *times, parameters])
+    header = ["", "accuracy", "tokens generated", "an answer alone", "in batches of 64", "trained on top"]
+    first = seeds[0]
+    rewards = [
+        [name, str(seed["seed"]), *(f"{reward:.3f}" for _, reward in seed[key])]
+        for name, key in (("all of it", "held_out_rewards"), ("a shorter one", "held_out_rewards_early"))
+        for seed in seeds
+    ]
+    longest = max((seed["held_out_rewards"] for seed in seeds), key=len)
+    rewards = [row + [""] * (2 + len(longest) - len(row)) for row in rewards]
+    steps = [
+        [name, *(percent(value) for value in first[key].values())]
+        for name, key in (("trained with 1", "accuracy_by_steps"), ("trained with 2", "accuracy_by_steps_2"))
+    ]
+    variants = [[name, percent(row["accuracy"])] for name, row in first["variants"].items()]
+    return (
+        f"Latent thinking on `examples/latent_thinking`: right answers to 1,000 held-out chains of eight digits, "
+        f"greedy, mean over {len(seeds)} seeds with the 95% interval of Student's t (and each seed); tokens and speed "
+        f"beside those of the chain of thought. Distillation trains compressor and SequenceTRM only; its latents are "
+        f"the predicted states as they are.\n\n{table(header, rows)}\n"
+        f"GRPO after answer supervision, all of it or one of {first['variant_steps']:,} steps: mean reward of sampled "
+        f"answers to 300 held-out problems, 8 samples each, by step.\n\n"
+        f"{table(['after', 'seed', *(str(step) for step, _ in longest)], rewards)}\n"
+        f"Accuracy with so many supervision steps at inference, after answer supervision (seed {first['seed']}; the "
+        f"model with two was trained shorter):\n\n{table(['', *map(str, first['accuracy_by_steps'])], steps)}\n"
+        f"A shorter answer supervision, {first['variant_steps']:,} steps (seed {first['seed']}):\n\n"
+        f"{table(['', 'accuracy'], variants)}\n{source(result)}"
+    )
+
+
 def compressor(result: dict[str, Any]) -> str:
     rows = []
     for row in result["rows"]:
@@ -172,6 +226,8 @@ def mean(values: Any) -> float:
 
 
 PARTS = {
+    "demo": demo,
+    "latent_thinking": latent_thinking,
     "refiners": refiners,
     "compressor": compressor,
     "sequence_trm": sequence_trm,

@@ -11,6 +11,7 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
+from llada_trm_hf.data import byte_tokenizer
 from llada_trm_hf.models import DimensionCompressorConfig, LatentThinkingForCausalLM, SequenceTRMConfig
 
 PAD, EOS, OPEN, OPEN_2, CLOSE, LATENT, VOCABULARY = 0, 1, 3, 4, 5, 6, 60
@@ -69,6 +70,37 @@ def make_model(kind="smollm3", backbone=None, **fields):
             parameter.mul_(0.4)
         model.thinker.trm.halt_head.weight.mul_(6)
     return model
+
+
+def new_tokenizer():
+    """Bytes, and the tokens of a thought."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>", "<|latent|>"]})
+    return tokenizer
+
+
+def backbone_for(tokenizer, **config):
+    names = ("pad_token_id", "eos_token_id", "bos_token_id")
+    return make_lm(vocab_size=len(tokenizer), **{name: getattr(tokenizer, name) for name in names}, **config)
+
+
+def reading_lm():
+    """A language model that has learned one thing: to answer with the digit that stands between the markers."""
+    tokenizer = new_tokenizer()
+    model = backbone_for(tokenizer, initializer_range=0.1).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(150):
+        rows = [f"{a}{b}=<think>{c}{c}</think>{c}" for a, b, c in torch.randint(0, 10, (32, 3), generator=generator)]
+        input_ids = torch.tensor([[*ids, tokenizer.eos_token_id] for ids in tokenizer(rows)["input_ids"]])
+        labels = input_ids.clone()
+        labels[:, :-2] = -100
+        loss = model(input_ids, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
+    return model.eval(), tokenizer
 
 
 def tokens(length, seed):

@@ -16,7 +16,8 @@ FLOORS = {
     "training": 2,
     "evaluation": 3,
     "hub": 3,
-    "cli": 4,
+    "rl": 4,
+    "cli": 5,
 }
 
 

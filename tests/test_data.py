@@ -13,6 +13,7 @@ from llada_trm_hf.data import (
     byte_tokenizer,
     difference_chains,
     load_reasoning_dataset,
+    prompt_tokens,
     tokenize_reasoning,
 )
 from llada_trm_hf.data.masking import stateless_uniform
@@ -44,6 +45,28 @@ def test_difference_chains_are_right_and_splits_share_nothing():
     assert len({problem["prompt"] for problem in train}) == 300
     assert not {problem["prompt"] for problem in train} & {problem["prompt"] for problem in test}
     assert list(difference_chains(5, 6)) == train[:5]
+
+
+def test_chains_written_as_equations():
+    plain, written = (list(difference_chains(200, 7, equations=equations)) for equations in (False, True))
+    for short, long in zip(plain, written, strict=True):
+        assert (short["prompt"], short["answer"]) == (long["prompt"], long["answer"])
+        steps = long["reasoning"].split()
+        assert [step[1] for step in steps] == list(long["prompt"][1:-1])
+        assert all(step[2] == "=" and abs(int(step[0]) - int(step[1])) == int(step[3]) for step in steps)
+        assert "".join(step[0] for step in steps) == short["reasoning"] and steps[-1][3] == short["answer"]
+
+
+def test_prompts_say_whether_to_think():
+    tokenizer = byte_tokenizer()
+    with pytest.raises(ValueError, match="the tokenizer has none"):
+        prompt_tokens("1+1=", tokenizer, enable_thinking=False)
+    tokenizer.chat_template = (
+        "{{ messages[0].content }}"
+        "{{ '' if enable_thinking is not defined else '(yes)' if enable_thinking else '(no)' }}"
+    )
+    texts = [tokenizer.decode(prompt_tokens("1+1=", tokenizer, thinking)) for thinking in (None, True, False)]
+    assert texts == ["1+1=", "1+1=(yes)", "1+1=(no)"]
 
 
 def test_difference_chains_say_when_there_are_too_few():

@@ -9,13 +9,19 @@ from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
 from llada_trm_hf.cli.main import main
 from llada_trm_hf.data import byte_tokenizer
+from llada_trm_hf.evaluation.scoring import score_output
 from llada_trm_hf.models import DimensionCompressorConfig, LatentThinkingForCausalLM, SequenceTRMConfig
+
+
+def make_tokenizer():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in ("<think>", "</think>", "<latent>")])
+    return tokenizer
 
 
 @pytest.fixture
 def thinker(tmp_path) -> str:
-    tokenizer = byte_tokenizer()
-    tokenizer.add_tokens([AddedToken(token, special=True) for token in ("<think>", "</think>", "<latent>")])
+    tokenizer = make_tokenizer()
     torch.manual_seed(0)
     config = SmolLM3Config(
         vocab_size=len(tokenizer),
@@ -70,3 +76,57 @@ def test_prompts_end_with_a_thought(thinker, tmp_path, capfd):
             answer = tokens[0, len(context) + len(thought) * thinks :].tolist()
             outputs[thinks].append(tokenizer.decode([t for t in answer if t < 259], skip_special_tokens=True))
     assert [found[row["prompt"]] for row in rows] == outputs[True] != outputs[False]
+
+
+TEMPLATE = (
+    "{{ messages[0].content }}<think>{% if enable_thinking is defined and not enable_thinking %}</think>{% endif %}"
+)
+
+
+@torch.no_grad()
+def test_no_thinking(thinker, tmp_path, capfd):
+    """A language model and a latent thinker answer after the empty thought that their chat template writes."""
+    model, tokenizer = LatentThinkingForCausalLM.from_pretrained(thinker), make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    model.backbone.save_pretrained(tmp_path / "lm")
+    for folder in (thinker, tmp_path / "lm"):
+        tokenizer.save_pretrained(folder)
+    prompts = ["2+2=", "What is 12 - 8?"]
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt, "answer": "4"}) + "\n" for prompt in prompts))
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([tokenizer(f"{prompt}<think></think>")["input_ids"]])
+        written = model.backbone.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+        expected.append(tokenizer.decode(written, skip_special_tokens=True))
+    flags = ["--dataset_name", str(path), "--max_new_tokens", "6"]
+    for folder in (thinker, tmp_path / "lm"):
+        outputs = []
+        for name, more in (("thought", []), ("none", ["--no_thinking"])):
+            results = tmp_path / f"{name}_{folder == thinker}"
+            assert main(["evaluate", "--model", str(folder), *flags, *more, "--output_dir", str(results)]) == 0
+            lines = [json.loads(line) for line in (results / "problems.jsonl").read_text().splitlines()]
+            outputs.append([line["output"] for line in lines])
+        assert outputs[1] == expected != outputs[0]
+    byte_tokenizer().save_pretrained(tmp_path / "lm")
+    (tmp_path / "lm" / "chat_template.jinja").unlink()
+    command = [
+        "evaluate",
+        "--model",
+        str(tmp_path / "lm"),
+        *flags,
+        "--no_thinking",
+        "--output_dir",
+        str(tmp_path / "x"),
+    ]
+    capfd.readouterr()
+    assert main(command) == 2 and "the tokenizer has none" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("output", "right"),
+    [("6620", True), ("0", True), ("66=0 62=4</think>0", True), ("662", False), ("1", False), ("0</think>1", False)],
+)
+def test_chains_are_right_as_a_whole_or_by_the_answer_after_a_thought(output, right):
+    problem = {"prompt": "6062=", "reasoning": "662", "answer": "0"}
+    assert score_output("response", problem, "6620", output).correct == right

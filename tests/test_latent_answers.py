@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import metrics, run_two_processes
 from datasets import Dataset
-from latent_thinking_models import make_lm, make_model, plain_embeddings
+from latent_thinking_models import backbone_for, make_model, new_tokenizer, plain_embeddings, reading_lm
 from safetensors import safe_open
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 from llada_trm_hf.cli.main import main
 from llada_trm_hf.data import (
     LatentAnswerCollator,
-    byte_tokenizer,
     latent_thinking_prompt,
     load_reasoning_dataset,
     tokenize_latent_answers,
@@ -28,17 +27,6 @@ from llada_trm_hf.models import (
     thought_token_ids,
 )
 from llada_trm_hf.training import LatentAnswerTrainer, LatentAnswerTrainingArguments
-
-
-def new_tokenizer():
-    tokenizer = byte_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>", "<|latent|>"]})
-    return tokenizer
-
-
-def backbone_for(tokenizer, **config):
-    names = ("pad_token_id", "eos_token_id", "bos_token_id")
-    return make_lm(vocab_size=len(tokenizer), **{name: getattr(tokenizer, name) for name in names}, **config)
 
 
 @pytest.fixture
@@ -187,22 +175,8 @@ def train(folder, *options):
 
 @pytest.fixture
 def reading_lm_folder(tmp_path):
-    """A language model that has learned one thing: to answer with the digit that stands between the markers."""
-    tokenizer = new_tokenizer()
-    model = backbone_for(tokenizer, initializer_range=0.1).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(150):
-        rows = [f"{a}{b}=<think>{c}{c}</think>{c}" for a, b, c in torch.randint(0, 10, (32, 3), generator=generator)]
-        input_ids = torch.tensor([[*ids, tokenizer.eos_token_id] for ids in tokenizer(rows)["input_ids"]])
-        labels = input_ids.clone()
-        labels[:, :-2] = -100
-        loss = model(input_ids, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.1
-    model.eval().save_pretrained(tmp_path / "reading")
+    model, tokenizer = reading_lm()
+    model.save_pretrained(tmp_path / "reading")
     tokenizer.save_pretrained(tmp_path / "reading")
     return str(tmp_path / "reading")
 

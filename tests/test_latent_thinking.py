@@ -568,8 +568,12 @@ def test_parts_from_disk(on_disk_backbone, tmp_path):
         latent_token_id=LATENT,
     )
     assert fresh.thinker.compressor is compressor and fresh.thinker.trm is trm
-    # Latents begin as large as word embeddings.
-    latents = fresh.thinker.eval()(torch.randn(50, 6, 32)).latents
+    # Latents begin as decompressed predictions, as large as word embeddings.
+    states = torch.randn(50, 6, 32)
+    latents = fresh.thinker.eval()(states).latents
+    prediction = trm.eval().reason(compressor.compress(states)).prediction
+    cosine = torch.cosine_similarity(latents, compressor.decompress(prediction)[:, None], dim=-1)
+    assert cosine.shape == (50, 4) and cosine.min() > 1 - 1e-5
     scale = fresh.get_input_embeddings().weight.square().mean().sqrt()
     assert latents.square().mean().sqrt().item() == pytest.approx(scale.item(), rel=0.3)
     assert not any(p.requires_grad for p in fresh.backbone.parameters())

@@ -10,12 +10,14 @@ import pytest
 import torch
 from conftest import MASK
 from datagen_models import load_model, save_model
+from latent_thinking_models import make_lm, make_model
 from lm_eval.tasks import TaskManager
 
 from llada_trm_hf import LLaDAConfig, LLaDAForMaskedDiffusion
-from llada_trm_hf.data import byte_tokenizer
+from llada_trm_hf.data import byte_tokenizer, latent_thinking_prompt
 from llada_trm_hf.evaluation import harness as adapters  # noqa: F401  (registers them)
 from llada_trm_hf.evaluation.likelihood import is_greedy_response, likelihood_bounds, response_masks
+from llada_trm_hf.models.thought_tokens import thought_token_ids
 
 
 @torch.no_grad()
@@ -225,6 +227,28 @@ def test_harness_of_a_model_with_thoughts(tasks, tmp_path):
         text = tokenizer(sample["doc"]["question"])["input_ids"]
         expected = exact_log_likelihood(model, [tokenizer.bos_token_id], text)
         assert float(sample["resps"][0][0]) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("ending", ["", "<think>", "<think>\\n"])
+def test_harness_of_a_latent_thinker_with_a_chat_template(tasks, tmp_path, ending):
+    """The harness answers what `latent_thinking_prompt` asks, whether or not the template opens the thought."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>", "<|latent|>"]})
+    tokenizer.chat_template = f"{{% for m in messages %}}[{{{{ m['content'] }}}}]{{% endfor %}}{{{{ '{ending}' }}}}"
+    names = ("pad_token_id", "eos_token_id", "bos_token_id")
+    backbone = make_lm(vocab_size=len(tokenizer), **{name: getattr(tokenizer, name) for name in names})
+    model = make_model(backbone=backbone, **thought_token_ids(tokenizer))
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    options = {"batch_size": 4, "apply_chat_template": True}
+    samples = harness("latent_thinking", f"pretrained={tmp_path}", tasks, ["local_generate"], **options)
+    written = []
+    for sample in samples["local_generate"]:
+        message = [{"role": "user", "content": sample["doc"]["question"]}]
+        prompt = latent_thinking_prompt(message, tokenizer, model.config)
+        tokens = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0, len(prompt) :]
+        written.append(tokenizer.decode(tokens, skip_special_tokens=True).split("Z")[0])
+    assert [sample["resps"][0][0] for sample in samples["local_generate"]] == written and len(set(written)) > 1
 
 
 def test_the_harness_refuses_other_models(tasks, tmp_path, diffusion_model):

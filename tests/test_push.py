@@ -28,7 +28,9 @@ from llada_trm_hf.training.output_folder import train_and_save
 def hub(monkeypatch, tmp_path):
     """A Hub that this process takes for the real one."""
     with model_hub() as server:
+        resolve = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", resolve)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # it remembers the address
@@ -162,6 +164,9 @@ def test_trainer_with_push_to_hub(hub, samples, tmp_path):
     again = hub.files("user/model", "again")
     assert set(again) == set(files) and {path for path in files if files[path] != again[path]} == {"README.md"}
 
+    run.create_model_card()
+    run.push_to_hub(revision="v2")  # the card in the folder is for another branch
+    assert b'revision="v2"' in hub.files("user/model", "v2")["README.md"]
     with pytest.raises(ValueError, match=r"The card is made from the checkpoint: leave out license"):
         run.push_to_hub(license="mit")
     with pytest.raises(ValueError, match=r"hub_strategy must be 'end', got 'every_save'"):

@@ -16,11 +16,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from llada_trm_hf import DimensionCompressor, DimensionCompressorConfig, SequenceTRM, SequenceTRMConfig
 from llada_trm_hf.cli.main import main
+from llada_trm_hf.cli.recipe import load_recipe
 from llada_trm_hf.data import HiddenPairsCollator
 from llada_trm_hf.hub import import_legacy
 from llada_trm_hf.storage import write_atomically
 from llada_trm_hf.training import TRMTrainer, TRMTrainingArguments
-from llada_trm_hf.training.recipe import load_recipe
 from llada_trm_hf.training.supervision_sampler import SupervisionSampler
 
 WIDTH, STEPS = 8, 3
@@ -600,6 +600,28 @@ def test_train_command(tmp_path, pairs_file, capsys):
     assert main(trm_command(pairs_file, tmp_path / "again", *again)) == 2
     assert "has hidden_size=8, but the pairs are 12 wide" in capsys.readouterr().err
     assert main(trm_command(pairs_file, tmp_path / "again", *again, *more)) == 0
+
+
+def test_pairs_that_are_stored_compressed(tmp_path, pairs_file):
+    """They train as the same pairs compressed on the fly, and the LM head still reads their states."""
+    compressor = DimensionCompressor(DimensionCompressorConfig(hidden_size=12, compressed_size=8))
+    compressor.save_pretrained(tmp_path / "compressor")
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=12, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "lm")
+    content = torch.load(pairs_file, weights_only=True)
+    with torch.no_grad():
+        content["hidden_pre"] = [compressor.compress(states) for states in content["hidden_pre"]]
+        content["hidden_post"] = compressor.compress(content["hidden_post"])
+    small = str(tmp_path / "small.pt")
+    write_atomically(small, lambda temporary: torch.save(content | {"hidden_size": 8}, temporary))
+    more = ["--compressor", str(tmp_path / "compressor"), "--backbone", str(tmp_path / "lm")]
+    for name, pairs in (("later", pairs_file), ("before", small)):
+        assert main(trm_command(pairs, tmp_path / name, *more)) == 0
+    for column in ("eval_top_token_agreement", "eval_mse"):
+        later, before = (metrics(tmp_path / n, "validation_metrics.csv", column) for n in ("later", "before"))
+        assert later == pytest.approx(before, rel=1e-4) and len(later) == 2
 
 
 @pytest.mark.parametrize(

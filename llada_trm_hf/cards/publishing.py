@@ -65,6 +65,7 @@ def files_to_publish(
     description: str | None = None,
     revision: str | None = None,
     base_model: str | None = None,
+    new_card: bool = False,
 ) -> list[Upload]:
     """
     What of `folder` is uploaded, without contacting the Hub. A README.md in it is uploaded as it is; without one there
@@ -76,6 +77,7 @@ def files_to_publish(
         description: a paragraph for the card.
         revision: the branch; by default the main one.
         base_model: the repository of the model it stands on, instead of what its config says.
+        new_card: make a card even if there is a README.md.
 
     Raises:
         FileNotFoundError, ValueError: for a checkpoint that nobody else could load, or an impossible name.
@@ -96,7 +98,7 @@ def files_to_publish(
         config["backbone_name_or_path"] = base_model
         contents["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     _check_complete(folder, config, set(contents))
-    if "README.md" not in contents:
+    if new_card or "README.md" not in contents:
         contents["README.md"] = str(model_card(folder, repo_id, description, revision, base_model)).encode()
     elif description is not None:
         raise ValueError(f"{folder} has a README.md, which is uploaded as it is: put the description there.")

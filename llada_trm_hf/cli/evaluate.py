@@ -23,7 +23,7 @@ def run(arguments: list[str]) -> None:
             num_terms=options.num_terms,
             data_seed=options.data_seed,
             prompt_format=options.prompt_format,
-            generation=generation_settings(options),
+            generation=generation_settings(options) | ({"enable_thinking": False} if options.no_thinking else {}),
             batch_size=options.batch_size,
             seed=options.seed,
             dtype=options.dtype,
@@ -53,6 +53,9 @@ def _parser() -> CommandParser:
     parser.add_argument("--num_terms", type=int, default=8, help="difficulty of generated arithmetic")
     parser.add_argument("--data_seed", type=int, default=0, help="of generated arithmetic")
     parser.add_argument("--prompt_format", default="{prompt}", help="e.g. '{prompt} Think step by step.'")
+    parser.add_argument(
+        "--no_thinking", action="store_true", help="tell the chat template of a causal language model not to think"
+    )
     parser.add_argument("--output_dir", default="outputs/evaluation", help="for problems.jsonl and summary.json")
     parser.add_argument("--allow_code_execution", action="store_true", help="run programs the model writes")
     parser.add_argument("--code_seconds", type=float, default=10.0, help="time limit of such a program")

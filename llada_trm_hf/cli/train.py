@@ -1,8 +1,8 @@
 """`llada-trm train`: a training run from a recipe, a file and flags. Also what `accelerate launch` runs."""
 
-from ..training.recipe import load_settings, parse_recipe
 from .parser import CommandParser, DataclassParser
 from .processes import part
+from .recipe import load_settings, parse_recipe
 
 
 def run(arguments: list[str]) -> None:
@@ -19,9 +19,10 @@ def run(arguments: list[str]) -> None:
         allow_abbrev=False,
         description="--recipe NAME or FILE says what is trained and sets the defaults: a refiner (warmup, "
         "slot_warmup, slot_warmup_cpu) and its masked-diffusion model (finetune, cot_specialized, slot_finetune, "
-        "slot_full), a compressor of hidden states (compressor_1a, compressor_1b), a model "
-        "that reasons over them (trm), or both on answers after latent thoughts (latent_answer). --config FILE "
-        "changes some of them, the options below, which depend on the recipe, the rest; --device cpu|cuda.",
+        "slot_full), a compressor of hidden states (compressor_1a, compressor_1b), a model that reasons over them "
+        "(trm), or both on answers after latent thoughts (latent_answer) or on rewards for right ones (grpo). "
+        "--config FILE changes some of them, the options below, which depend on the recipe, the rest; --device "
+        "cpu|cuda.",
     )
     if chosen.device == "cpu":
         rest.append("--use_cpu")

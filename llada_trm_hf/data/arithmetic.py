@@ -2,10 +2,11 @@
 
 import random
 from collections.abc import Iterator
+from itertools import pairwise
 
 
 def difference_chains(
-    num_problems: int, num_terms: int = 8, split: str = "train", seed: int = 0
+    num_problems: int, num_terms: int = 8, split: str = "train", seed: int = 0, equations: bool = False
 ) -> Iterator[dict[str, str]]:
     """
     Chains of single-digit operations: take the difference of the running value and the next digit, again and again.
@@ -19,6 +20,7 @@ def difference_chains(
         num_terms: digits in a chain; the difficulty.
         split: `"train"` or `"test"`, which share no problem.
         seed: of the random generator.
+        equations: write each step of the reasoning as a chain of its own, `39=6 64=2 22=0`.
 
     Yields:
         `{"prompt": "3942=", "reasoning": "362", "answer": "0"}`: 3, |3-9|=6, |6-4|=2, |2-2|=0.
@@ -47,8 +49,11 @@ def difference_chains(
         values = [int(digits[0])]
         for digit in digits[1:]:
             values.append(abs(values[-1] - int(digit)))
-        text = "".join(map(str, values))
-        yield {"prompt": f"{digits}=", "reasoning": text[:-1], "answer": text[-1]}
+        if equations:
+            reasoning = " ".join(f"{a}{digit}={b}" for (a, b), digit in zip(pairwise(values), digits[1:]))
+        else:
+            reasoning = "".join(map(str, values[:-1]))
+        yield {"prompt": f"{digits}=", "reasoning": reasoning, "answer": str(values[-1])}
 
 
 def _is_held_out(number: int) -> bool:

@@ -24,9 +24,21 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIAL_TOKENS)
 
 
-def prompt_tokens(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens a prompt is generated from: a user's message if the tokenizer has a chat template, else the text."""
-    if tokenizer.chat_template:
-        message = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
-    return tokenizer(prompt)["input_ids"]
+def prompt_tokens(prompt: str, tokenizer: PreTrainedTokenizerBase, enable_thinking: bool | None = None) -> list[int]:
+    """
+    The tokens a prompt is generated from: a user's message if the tokenizer has a chat template, else the text.
+
+    Args:
+        enable_thinking: for chat templates that know the word (SmolLM3's, Qwen3's); None leaves it to the template.
+
+    Raises:
+        ValueError: to say whether to think without a chat template.
+    """
+    if not tokenizer.chat_template:
+        if enable_thinking is not None:
+            raise ValueError("Only a chat template knows how a model is told (not) to think; the tokenizer has none.")
+        return tokenizer(prompt)["input_ids"]
+    message = [{"role": "user", "content": prompt}]
+    thinking = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    batch = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True, **thinking)
+    return batch["input_ids"]

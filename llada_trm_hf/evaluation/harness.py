@@ -98,6 +98,13 @@ class LatentThinkingLM(HFLM):
             raise ValueError(f"{pretrained} is a {type(self.model).__name__}, which has no latent thoughts.")
         self.thought = list(self.model.config.thought_token_ids)
 
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
+        """Without the opening marker that some templates end with: it is part of the thought."""
+        text = super().apply_chat_template(*args, **kwargs)
+        opening = self.tokenizer.decode(self.model.config.think_start_token_ids)
+        body = text.rstrip()
+        return body.removesuffix(opening) if body.endswith(opening) else text
+
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         context_ids, continuation_ids = super()._encode_pair(context, continuation)
         return context_ids + self.thought, continuation_ids

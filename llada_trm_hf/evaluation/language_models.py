@@ -81,7 +81,7 @@ class Responder(ABC):
         self.model, self.tokenizer = model, tokenizer
 
     def prompt(self, problem: str) -> list[int]:
-        """The tokens a model answers: the one place where a prompt is built."""
+        """The tokens a model answers."""
         return prompt_tokens(problem, self.tokenizer)
 
     def respond(self, prompts: list[list[int]]) -> list[Response]:
@@ -112,6 +112,8 @@ class DiffusionResponder(Responder):
         super().__init__(model, tokenizer)
         if settings.get("enable_refinement") is False and not hasattr(model, "refiner"):
             raise ValueError(f"--no_refinement is for hybrids; {type(model).__name__} has no refiner.")
+        if "enable_thinking" in settings:
+            raise ValueError(f"--no_thinking is for causal language models, {type(model).__name__} is none.")
         config = copy.deepcopy(model.generation_config)
         if "max_length" in settings and "max_new_tokens" not in settings:
             config.max_new_tokens = None
@@ -144,11 +146,14 @@ class DiffusionResponder(Responder):
 class CausalResponder(Responder):
     """
     A causal language model, greedy unless `settings` has a temperature. Of its own `generation_config` only the end
-    tokens count: results of different models are of the same settings.
+    tokens count: results of different models are of the same settings. With `enable_thinking=False` in `settings` its
+    chat template asks for an answer without a thought.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]):
         super().__init__(model, tokenizer)
+        settings = dict(settings)
+        self.enable_thinking: bool | None = settings.pop("enable_thinking", None)
         useless = [name for name in settings if name not in CAUSAL_SETTINGS]
         if useless:
             raise ValueError(
@@ -175,6 +180,9 @@ class CausalResponder(Responder):
         # `generate` fills what is not set from the model's own config, such as a repetition penalty.
         model.generation_config = GenerationConfig()
 
+    def prompt(self, problem: str) -> list[int]:
+        return prompt_tokens(problem, self.tokenizer, self.enable_thinking)
+
     def _generate(self, batch: Any) -> list[Response]:
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         sequences = self.model.generate(**inputs, generation_config=self.generation_config)
@@ -184,9 +192,11 @@ class CausalResponder(Responder):
 
 
 class LatentThinkingResponder(CausalResponder):
-    """A causal language model that thinks in latent space before it answers."""
+    """A causal language model that thinks in latent space before it answers, unless told not to think."""
 
     def prompt(self, problem: str) -> list[int]:
+        if self.enable_thinking is False:
+            return super().prompt(problem)
         tokens = latent_thinking_prompt(problem, self.tokenizer, self.model.config)
         assert isinstance(tokens, list)
         return tokens

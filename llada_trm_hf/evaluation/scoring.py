@@ -27,7 +27,8 @@ class Score:
 def scoring_kind(columns: list[str], response: str) -> ScoringKind:
     """
     How the outputs for a dataset are scored: `code` where it has tests; `response`, all of it, where `response`, the
-    format of its responses, joins reasoning and answer without anything between; else `answer`.
+    format of its responses, joins reasoning and answer without anything between (a model that wrote its reasoning as a
+    thought, or none, is to write the answer alone); else `answer`.
     """
     if "tests" in columns:
         return "code"
@@ -59,7 +60,8 @@ def score_output(
         result = run_program(checking_program(code, problem["tests"]), limits)
         return Score(code, result.passed, result.reason)
     if kind == "response":
-        return Score(output.strip() or None, output.strip() == expected)
+        written = output.rpartition("</think>")[2].strip()
+        return Score(written or None, written in (expected, problem["answer"]))
     found = extract_answer(output)
     return Score(found, answers_match(found, expected))
 

@@ -67,12 +67,19 @@ class LatentThinker(HubModel, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if module is self.projector:
-            self.match_scale(0.02)
+            init.normal_(module.weight, std=0.02 / module.in_features**0.5)
+            init.zeros_(module.bias)
 
     @torch.no_grad()
-    def match_scale(self, scale: float) -> None:
-        """Draws the projector anew, so that the latents have root mean square `scale`, like the word embeddings."""
-        init.normal_(self.projector.weight, std=scale / self.projector.in_features**0.5)
+    def project_decompressed(self, scale: float) -> None:
+        """
+        Sets the projector so that each latent is the decompressed prediction, of root mean square `scale` like the
+        word embeddings: where the SequenceTRM predicts a last-layer state, that takes the place of a token, as in
+        Coconut (arXiv 2412.06769).
+        """
+        weight = self.compressor.weight  # [D', D]
+        decompress = weight.T * (scale * weight.shape[1] ** 0.5 / weight.norm())
+        self.projector.weight.copy_(decompress.repeat(self.config.num_latents, 1))
         init.zeros_(self.projector.bias)
 
     def forward(

@@ -138,7 +138,9 @@ class LatentThinkingForCausalLM(LatentThinkingGenerationMixin, LatentPasses, Bac
         config = LatentThinkingConfig(backbone_config=backbone.config, **fields)
         modules: Any = {name: part for name, part in parts.items() if isinstance(part, PreTrainedModel)}
         thinker = LatentThinker(config, **modules)
-        thinker.match_scale(backbone.get_input_embeddings().weight.detach().float().square().mean().sqrt().item())
+        thinker.project_decompressed(
+            backbone.get_input_embeddings().weight.detach().float().square().mean().sqrt().item()
+        )
         model = cls(config, backbone=backbone, thinker=thinker.to(input_device(backbone)))
         model.generation_config = copy.deepcopy(backbone.generation_config)
         model.backbone.requires_grad_(not freeze_backbone)

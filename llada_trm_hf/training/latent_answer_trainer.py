@@ -10,11 +10,10 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from ..data import LatentAnswerCollator
 from ..models import LatentThinkingForCausalLM
 from .arguments import LatentAnswerTrainingArguments
-from .backbone_saving import without_backbone
-from .recording_trainer import RecordingTrainer
+from .backbone_saving import BackboneSavingTrainer
 
 
-class LatentAnswerTrainer(RecordingTrainer):
+class LatentAnswerTrainer(BackboneSavingTrainer):
     """
     Answer supervision: the cross-entropy of the answer, given the prompt and the latents thought from it. What trains
     is what requires gradients, as a rule the thinker (`from_backbone` freezes the backbone).
@@ -45,11 +44,6 @@ class LatentAnswerTrainer(RecordingTrainer):
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ):
-        if not args.save_backbone:
-            if not model.config.backbone_name_or_path:
-                raise ValueError("save_backbone=False needs config.backbone_name_or_path to say where it is.")
-            if any(parameter.requires_grad for parameter in model.backbone.parameters()):
-                raise ValueError("save_backbone=False would lose what the backbone learns: freeze it, or save it.")
         super().__init__(
             model=model,
             args=args,
@@ -85,10 +79,3 @@ class LatentAnswerTrainer(RecordingTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         return super().prediction_step(model, inputs, prediction_loss_only=True, ignore_keys=ignore_keys)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.args.save_backbone:
-            super()._save(output_dir, state_dict)
-            return
-        with without_backbone(self.model):
-            super()._save(output_dir, state_dict)

@@ -139,7 +139,10 @@ class TRMRecipeArguments:
         default=0.0, metadata={"help": "Share of the pairs that is held out, where no eval_pairs_dir is named."}
     )
     compressor: str | None = field(
-        default=None, metadata={"help": "The compressor for pairs that are stored uncompressed."}
+        default=None,
+        metadata={
+            "help": "The compressor of the pairs: for those stored uncompressed, and for what --backbone reports."
+        },
     )
     backbone: str | None = field(
         default=None,

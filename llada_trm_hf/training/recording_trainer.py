@@ -141,7 +141,7 @@ class RecordingTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         self.save_state()
-        uploads = files_to_publish(self.args.output_dir, self.hub_model_id, revision=revision)
+        uploads = files_to_publish(self.args.output_dir, self.hub_model_id, revision=revision, new_card=True)
         upload = publish if blocking else partial(HfApi().run_as_future, publish)
         return upload(uploads, self.hub_model_id, private, revision, token, commit_message or "Upload model")
 
@@ -157,7 +157,7 @@ class RecordingTrainer(Trainer):
 def _refuse_for_card(fields: dict[str, Any]) -> None:
     unused = [name for name, value in fields.items() if value]
     if unused:
-        raise ValueError(f"The card is made from the checkpoint: leave out {', '.join(unused)}, or edit README.md.")
+        raise ValueError(f"The card is made from the checkpoint: leave out {', '.join(unused)}.")
 
 
 class _EarlyStopping(EarlyStoppingCallback):

@@ -36,7 +36,7 @@ def run_trm_training(what: TRMRecipeArguments, training: TRMTrainingArguments) -
     resume_from = checkpoint_to_resume(training)
     torch.manual_seed(training.seed)
     compressor = None if what.compressor is None else DimensionCompressor.from_pretrained(what.compressor)
-    pairs = HiddenPairsDataset(what.pairs_dir, compressor=compressor)
+    pairs = _states(what.pairs_dir, compressor)
     train, held_out = _pairs(what, pairs, training.seed, compressor)
     model = _new_model(what, pairs.hidden_size)
     compressed_from = None if compressor is None else compressor.config.backbone_name_or_path
@@ -61,7 +61,7 @@ def _pairs(
 ) -> tuple[Any, Any]:
     """Pairs to train on, and held-out ones if there are any."""
     if what.eval_pairs_dir is not None:
-        return pairs, HiddenPairsDataset(what.eval_pairs_dir, compressor=compressor)
+        return pairs, _states(what.eval_pairs_dir, compressor)
     if not what.eval_fraction:
         return pairs, None
     number = round(what.eval_fraction * len(pairs))
@@ -72,6 +72,16 @@ def _pairs(
         )
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
     return Subset(pairs, order[number:]), Subset(pairs, order[:number])
+
+
+def _states(pairs_dir: str, compressor: DimensionCompressor | None) -> HiddenPairsDataset:
+    """The pairs, compressed now or already when they were stored."""
+    pairs = HiddenPairsDataset(pairs_dir)
+    if not len(pairs):
+        raise ValueError(f"{pairs_dir} holds no hidden pairs.")
+    if compressor is None or pairs[0]["context"].shape[-1] == compressor.config.compressed_size:
+        return pairs
+    return HiddenPairsDataset(pairs_dir, compressor=compressor)
 
 
 def _new_model(what: TRMRecipeArguments, width: int) -> SequenceTRM:

@@ -4,22 +4,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .arguments import (
+from ..training.arguments import (
     CompressorTrainingArguments,
     LatentAnswerTrainingArguments,
     MaskedDiffusionTrainingArguments,
     TRMTrainingArguments,
 )
-from .recipe_arguments import (
+from ..training.recipe_arguments import (
     CompressorRecipeArguments,
     LatentAnswerRecipeArguments,
     RecipeArguments,
     TRMRecipeArguments,
 )
-from .run import run_training
-from .run_compressor import run_compressor_training
-from .run_latent_answer import run_latent_answer_training
-from .run_trm import run_trm_training
+from ..training.run import run_training
+from ..training.run_compressor import run_compressor_training
+from ..training.run_latent_answer import run_latent_answer_training
+from ..training.run_trm import run_trm_training
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,23 @@ class TrainingKind:
         return [field.name for part in (self.recipe_arguments, self.training_arguments) for field in fields(part)]
 
 
+def _grpo() -> TrainingKind:
+    """Imported where it is asked for: TRL is optional, and takes seconds."""
+    from ..rl.arguments import GRPORecipeArguments, LatentGRPOTrainingArguments
+    from ..rl.run_grpo import run_grpo_training
+
+    return TrainingKind(GRPORecipeArguments, LatentGRPOTrainingArguments, run_grpo_training)
+
+
 DEFAULT_KIND = "masked_diffusion"
-KINDS = {
-    DEFAULT_KIND: TrainingKind(RecipeArguments, MaskedDiffusionTrainingArguments, run_training),
-    "compressor": TrainingKind(CompressorRecipeArguments, CompressorTrainingArguments, run_compressor_training),
-    "trm": TrainingKind(TRMRecipeArguments, TRMTrainingArguments, run_trm_training),
-    "latent_answer": TrainingKind(
+KINDS: dict[str, Callable[[], TrainingKind]] = {
+    DEFAULT_KIND: lambda: TrainingKind(RecipeArguments, MaskedDiffusionTrainingArguments, run_training),
+    "compressor": lambda: TrainingKind(
+        CompressorRecipeArguments, CompressorTrainingArguments, run_compressor_training
+    ),
+    "trm": lambda: TrainingKind(TRMRecipeArguments, TRMTrainingArguments, run_trm_training),
+    "latent_answer": lambda: TrainingKind(
         LatentAnswerRecipeArguments, LatentAnswerTrainingArguments, run_latent_answer_training
     ),
+    "grpo": _grpo,
 }

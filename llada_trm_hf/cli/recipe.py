@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from .. import training
 from .kinds import DEFAULT_KIND, KINDS, TrainingKind
 
 
@@ -24,7 +25,7 @@ def load_recipe(name_or_path: str, kind: str | None = None) -> dict[str, Any]:
     kind = recipe.get("kind", kind or DEFAULT_KIND)
     if kind not in KINDS:
         raise ValueError(f"{name_or_path}: unknown kind {kind!r}{_nearest(str(kind), list(KINDS))}.")
-    known = ["kind", *KINDS[kind].field_names()]
+    known = ["kind", *KINDS[kind]().field_names()]
     for key in recipe:
         if key not in known:
             raise ValueError(f"{name_or_path}: unknown key {key!r}{_nearest(str(key), known)}.")
@@ -45,7 +46,7 @@ def load_settings(recipe: str | None = None, config: str | None = None) -> tuple
         if recipe and changes.get("kind", kind) != kind:
             raise ValueError(f"{recipe} is a recipe for {kind}, {config} for {changes['kind']}.")
         settings.update(changes)
-    return KINDS[settings.pop("kind", DEFAULT_KIND)], settings
+    return KINDS[settings.pop("kind", DEFAULT_KIND)](), settings
 
 
 def parse_recipe(parser: HfArgumentParser, arguments: list[str], settings: dict[str, Any]) -> tuple[Any, ...]:
@@ -70,7 +71,7 @@ def parse_recipe(parser: HfArgumentParser, arguments: list[str], settings: dict[
 
 
 def _read_mapping(name_or_path: str) -> dict[str, Any]:
-    folder = files(__package__).joinpath("recipes")
+    folder = files(training).joinpath("recipes")
     if os.path.splitext(name_or_path)[1] in (".yaml", ".yml", ".json"):
         if not os.path.isfile(name_or_path):
             raise FileNotFoundError(f"There is no recipe file {name_or_path}.")

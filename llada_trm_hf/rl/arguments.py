@@ -1,0 +1,76 @@
+"""Arguments of GRPO."""
+
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+from ..training.arguments import CommonTrainingArguments
+from ..training.recipe_arguments import DataArguments
+
+# What does not fit: checkpointing needs training mode, a synchronised reference would overwrite the backbone that it
+# shares, and the others replace the model's own generation or look for an `lm_head`.
+_UNUSABLE = (
+    "gradient_checkpointing",
+    "sync_ref_model",
+    "use_vllm",
+    "use_transformers_continuous_batching",
+    "use_liger_kernel",
+    "cast_lm_head_to_fp32",
+)
+
+
+@dataclass
+class LatentGRPOTrainingArguments(CommonTrainingArguments, GRPOConfig):
+    """
+    TRL's `GRPOConfig` (`num_generations`, `max_completion_length`, `temperature`, `beta`, `num_iterations`, ...) with
+    what all trainers of the package share, whose defaults count.
+
+    Args:
+        curriculum: order the problems from easy to hard, by the share of samples of the model at the start that are
+            right. Where `max_steps` is given, of as many problems as the run will see.
+        curriculum_samples: samples of each problem for that; `num_generations` by default.
+        drop_uninformative: leave out problems which all or none of these samples solve: there is nothing to compare.
+        save_backbone: whether checkpoints hold the backbone too. Without it they need the one they name.
+
+    Raises:
+        ValueError: for fewer than 2 samples, batches that do not divide into groups of samples, and for settings of
+            TRL that a model with latent thoughts cannot use.
+    """
+
+    learning_rate: float = field(
+        default=1e-5, metadata={"aliases": ["--lr"], "help": "The initial learning rate of AdamW."}
+    )
+    curriculum: bool = field(
+        default=False, metadata={"help": "Order the problems from easy to hard, by the model's own pass rate."}
+    )
+    curriculum_samples: int | None = field(
+        default=None, metadata={"help": "Samples of a problem that measure its pass rate; num_generations."}
+    )
+    drop_uninformative: bool = field(
+        default=False, metadata={"help": "Leave out problems that all or none of these samples solve."}
+    )
+    save_backbone: bool = field(default=True, metadata={"help": "Whether checkpoints hold the backbone too."})
+
+    def __post_init__(self):
+        if self.num_generations < 2:
+            raise ValueError(f"num_generations must be at least 2, answers to compare; got {self.num_generations}.")
+        for name in _UNUSABLE:
+            if getattr(self, name):
+                raise ValueError(f"{name} does not work with latent thoughts: leave it out.")
+        super().__post_init__()
+        if self.curriculum_samples is not None and self.curriculum_samples < 1:
+            raise ValueError(f"curriculum_samples must be at least 1, got {self.curriculum_samples}.")
+        if not self.curriculum and (self.drop_uninformative or self.curriculum_samples is not None):
+            raise ValueError("drop_uninformative and curriculum_samples have no effect without curriculum.")
+
+
+@dataclass
+class GRPORecipeArguments(DataArguments):
+    """What is rewarded for right answers. The rest are [`LatentGRPOTrainingArguments`]."""
+
+    checkpoint: str | None = field(default=None, metadata={"help": "The latent-thinking model to go on from."})
+    allow_code_execution: bool = field(
+        default=False, metadata={"help": "Run programs the model writes, which datasets of code need."}
+    )
+    code_seconds: float = field(default=10.0, metadata={"help": "Time limit of such a program."})
+    code_memory: int = field(default=1024, metadata={"help": "Memory limit of such a program, in MB."})

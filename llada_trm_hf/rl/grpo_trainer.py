@@ -1,0 +1,274 @@
+"""GRPO for latent thoughts."""
+
+import copy
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import Sampler
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from trl import GRPOTrainer
+from trl.trainer.utils import RepeatSampler, add_fused_lm_head
+
+from ..data import latent_thinking_prompt
+from ..data.problem_rows import fingerprint
+from ..models import LatentThinkingForCausalLM
+from ..models.non_finite import non_finite_weights
+from ..training.backbone_saving import BackboneSavingTrainer
+from .arguments import LatentGRPOTrainingArguments
+from .curriculum import PassRates
+
+
+class LatentGRPOTrainer(BackboneSavingTrainer, GRPOTrainer):
+    """
+    TRL's `GRPOTrainer` (arXiv 2402.03300) for a model that thinks in latent space: the thinker learns from what its
+    thoughts make the frozen backbone answer. Problems are plain prompts; a thought is put after each.
+
+    The policy is the model as `generate` runs it. Answers are sampled, and their probabilities computed, in evaluation
+    mode, so that both have the same dropout (none) and the same halting; before the first update of a batch of answers
+    the ratio of new and old probability is 1. Gradients reach compressor, SequenceTRM and projector through the last
+    latent recursion of each thought. The latent token, which is never sampled, keeps its share of the probabilities.
+
+    With `beta`, the reference of the KL term is a copy of the thinker as it is now, on the same backbone.
+
+    Checkpoints hold the answers that later steps still learn from, so a resumed run goes on exactly.
+
+    Args:
+        model: with a frozen backbone, and without `noise_std`.
+        reward_funcs: one or several, as in TRL; see [`correctness_reward`].
+        args: [`LatentGRPOTrainingArguments`].
+        train_dataset, eval_dataset: problems, with a column `prompt` (text) and those the rewards read.
+        processing_class: the tokenizer, saved with every checkpoint.
+        callbacks: as in `Trainer`.
+
+    Raises:
+        ValueError: for a backbone that trains, noisy thoughts, fewer problems than a batch takes, or checkpoints that
+            are to leave out a backbone nobody could find again.
+    """
+
+    args: LatentGRPOTrainingArguments
+    train_dataset: Dataset
+
+    def __init__(
+        self,
+        model: LatentThinkingForCausalLM,
+        reward_funcs: Any,
+        args: LatentGRPOTrainingArguments,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        if any(parameter.requires_grad for parameter in model.backbone.parameters()):
+            raise ValueError("GRPO trains the thinker: freeze the backbone, model.backbone.requires_grad_(False).")
+        if model.config.noise_std:
+            raise ValueError(
+                f"With noise_std={model.config.noise_std} a thought differs from pass to pass, and answers have no "
+                f"probability of their own: set model.config.noise_std = 0."
+            )
+        # TRL would load the reference from where the model came from, with a second backbone.
+        beta, args.beta = args.beta, 0.0
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+        self.beta = args.beta = beta
+        if beta:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError("The reference shares the backbone, FSDP and DeepSpeed shard it: use beta=0, or DDP.")
+            self.ref_model = _frozen_copy(model)
+            add_fused_lm_head(self.ref_model, temperature=args.temperature)
+        self._check_number_of_problems()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As in `Trainer`, after the problems have been put in order if `args.curriculum` asks for it."""
+        if self.args.curriculum:
+            self._order_problems(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in `Trainer`; `eval_reward` is the mean reward. The same weights are given the same samples."""
+        with _own_randomness(self.args.seed):
+            return super().evaluate(*args, **kwargs)
+
+    @torch.no_grad()
+    def pass_rates(self, problems: Dataset, num_samples: int) -> list[float]:
+        """
+        The mean reward of `num_samples` samples of each problem; with [`correctness_reward`], the share that is right.
+        Processes share the problems; their number changes nothing.
+        """
+        size = max(1, self.args.per_device_eval_batch_size // num_samples)
+        starts = list(range(0, len(problems), size))
+        mine = starts[self.args.process_index :: self.args.world_size]
+        found: list[tuple[int, list[float]]] = []
+        for start in tqdm(mine, desc="Pass rates", disable=self.args.disable_tqdm):
+            batch = problems.select(range(start, min(start + size, len(problems))))
+            rows = [row for row in batch for _ in range(num_samples)]
+            with _own_randomness(self.args.seed + start):
+                rewards = self._rewards_of_samples(rows)
+            found.append((start, rewards.view(-1, num_samples).mean(1).tolist()))
+        return [rate for _, rates in sorted(gather_object(found)) for rate in rates]
+
+    def _rewards_of_samples(self, rows: list[dict[str, Any]]) -> torch.Tensor:
+        """An answer to each problem, and its reward, `[rows]`."""
+        prompts = [row["prompt"] for row in rows]
+        answers, _ = self._generate_single_turn(self._tokenize_prompts(prompts)[0], None, {}, 1)
+        texts = self.processing_class.batch_decode(answers, skip_special_tokens=True)
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        rewards = [
+            torch.tensor(reward(prompts=prompts, completions=texts, completion_ids=answers, **columns))
+            for reward in self.reward_funcs
+        ]
+        return (torch.stack(rewards, dim=1) * self.reward_weights).sum(1)
+
+    def _order_problems(self, resume_from: str | bool | None) -> None:
+        args = self.args
+        problems = self.train_dataset.shuffle(seed=args.seed)
+        if resume_from:
+            folder = os.path.dirname(os.path.abspath(resume_from)) if isinstance(resume_from, str) else args.output_dir
+            measured = PassRates.load(folder, problems)
+        else:
+            if args.max_steps > 0:
+                problems = problems.select(range(min(len(problems), self._problems_in(args.max_steps))))
+            num_samples = args.curriculum_samples or args.num_generations
+            measured = PassRates(self.pass_rates(problems, num_samples), num_samples, fingerprint(problems))
+        if self.is_world_process_zero():
+            print(f"Before training: {measured}.")
+            measured.save(args.output_dir)
+        self.train_dataset = measured.easy_to_hard(problems, args.drop_uninformative)
+        self._check_number_of_problems()
+
+    def _problems_in(self, num_steps: int) -> int:
+        """How many problems so many optimizer steps take."""
+        args = self.args
+        steps_per_batch = args.steps_per_generation * args.num_iterations
+        batches = math.ceil(num_steps * args.gradient_accumulation_steps / steps_per_batch)
+        return batches * (args.generation_batch_size // args.num_generations)
+
+    def _check_number_of_problems(self) -> None:
+        needed = self.args.generation_batch_size // self.args.num_generations
+        if len(self.train_dataset) < needed:
+            raise ValueError(
+                f"There are {len(self.train_dataset)} problems to train on, and a batch takes {needed}, each with "
+                f"num_generations={self.args.num_generations} samples: use more problems, or a smaller batch."
+            )
+
+    # --- What TRL calls ---
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        return _EpochSampler(
+            data_source=self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=self.num_generations,
+            batch_size=self.args.generation_batch_size // self.num_generations,
+            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            shuffle=self.shuffle_dataset and not self.args.curriculum,
+            seed=self.args.seed,
+        )
+
+    def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[Any], None, dict[str, Any]]:
+        """The tokens of each problem and of the thought after it; TRL has it several times in a row."""
+        tokens = {
+            prompt: latent_thinking_prompt(prompt, self.processing_class, self.model.config)
+            for prompt in dict.fromkeys(prompts)
+        }
+        return [tokens[prompt] for prompt in prompts], None, {}
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Raises:
+            FloatingPointError: if there is nothing to sample from, since weights have become NaN.
+        """
+        try:
+            with _evaluation_mode(self.model):
+                return super()._generate_single_turn(*args, **kwargs)
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            broken = len(non_finite_weights(self.accelerator.unwrap_model(self.model)))
+            raise FloatingPointError(
+                f"After step {self.state.global_step} the probabilities of the answers are NaN or infinite, and so "
+                f"are {broken} of the parameters and buffers. Lower the learning rate or max_grad_norm, and go on "
+                f"from the last checkpoint in {self.args.output_dir}."
+            ) from error
+
+    def _get_per_token_logps_and_entropies(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _evaluation_mode(model):
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+
+    def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
+        """As elsewhere, of a model that is in the output folder: TRL asks for a card before every checkpoint."""
+        if os.path.isfile(os.path.join(self.args.output_dir, "config.json")):
+            super().create_model_card(model_name, **kwargs)
+
+    def _origin_of_non_finite(self, *batch: Any) -> str:
+        return "Look at the rewards: the answers were sampled from finite probabilities."
+
+    # --- Answers that are still in use when a checkpoint is written ---
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Also the answers; the Trainer calls this on every process for every checkpoint."""
+        super()._save_rng_state(output_dir)
+        state = {"step": torch.tensor(self._step)}
+        for number, batch in enumerate(self._buffered_inputs or ()):
+            state |= {f"{number}.{name}": value.clone() for name, value in batch.items()}
+        save_file(state, self._answers_file(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        state = load_file(self._answers_file(checkpoint))
+        self._step = int(state.pop("step"))
+        batches: list[dict[str, torch.Tensor]] = [{} for _ in range(self.args.steps_per_generation)]
+        for name, value in state.items():
+            number, _, field = name.partition(".")
+            batches[int(number)][field] = value.to(self.args.device)
+        self._buffered_inputs = batches
+
+    def _answers_file(self, folder: str) -> str:
+        return os.path.join(folder, f"answers_{self.args.process_index}.safetensors")
+
+
+class _EpochSampler(RepeatSampler):
+    """TRL's, with an order that depends on the epoch, not on how often it was asked: a resumed run has it too."""
+
+    def set_epoch(self, epoch: int) -> None:
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + epoch)
+
+
+def _frozen_copy(model: LatentThinkingForCausalLM) -> LatentThinkingForCausalLM:
+    """The model as it is now: a thinker of its own, on the same backbone."""
+    thinker = copy.deepcopy(model.thinker)
+    return LatentThinkingForCausalLM(model.config, model.backbone, thinker).requires_grad_(False).eval()
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _own_randomness(seed: int) -> Iterator[None]:
+    """In it, random numbers come from `seed`; after it, they go on as if nothing had been drawn."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
