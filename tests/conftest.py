@@ -13,12 +13,14 @@ import pytest
 import torch
 from tiny_training import new_samples
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CONFIG_MAPPING
 
 from llada_trm_hf.models import (
     LLaDAConfig,
     LLaDAForMaskedDiffusion,
     LLaDATRMForMaskedDiffusion,
     RecursiveRefinementHeadConfig,
+    refiner_registry,
 )
 
 # These models are too small to share: on a busy machine, threads that wait for each other cost a hundred times more.
@@ -129,6 +131,13 @@ def randomise(head, seed=1):
     for parameter in head.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         parameter.copy_(0.3 * noise if parameter.ndim > 1 else parameter + 0.1 * noise)
+
+
+def forget_refiner(model_type):
+    """Undoes `register_refiner`."""
+    for known in (refiner_registry.REGISTERED, refiner_registry.REFINERS, refiner_registry.REFINER_CONFIGS):
+        known.pop(model_type, None)
+    CONFIG_MAPPING._extra_content.pop(model_type, None)
 
 
 def metrics(folder, name, column):

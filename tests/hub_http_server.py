@@ -15,11 +15,20 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from huggingface_hub.utils import validate_repo_id
 
 TOKEN = "hf_" + "TestTokenThatMustNotShowUpAnywhere"
 USER = "user"
+# Fields of a card's metadata that this package writes.
+METADATA = {
+    "tags": list,
+    "datasets": list,
+    "model-index": list,
+    **dict.fromkeys(("base_model", "base_model_relation", "library_name", "pipeline_tag"), str),
+}
 
 
 @dataclass
@@ -44,7 +53,7 @@ class ModelHub(ThreadingHTTPServer):
         repositories: by owner/name.
         requests: method and path of each, in order.
         cut_uploads: after how many bytes the connection of an upload is cut, one number for each upload to cut.
-        cut_commits: `before` or `after` the commit is made, one for each commit whose connection is cut.
+        cut_commits: `before` or `after` the commit is made, one for each commit whose connection is cut; or `refuse`.
     """
 
     daemon_threads = True
@@ -193,14 +202,19 @@ class _Handler(BaseHTTPRequestHandler):
     # --- Uploading ---
 
     def validate_card(self) -> None:
-        """As far as the client knows what the Hub checks."""
+        """As far as it is known what the Hub checks: the metadata as written, before any client reads them."""
         try:
-            card = ModelCard(self.json()["content"])
-            data = card.data.to_dict()
+            block = REGEX_YAML_BLOCK.search(self.json()["content"])
+            data = yaml.safe_load(block.group(2)) if block else {}
+            for name, kind in METADATA.items():
+                if not isinstance(data.get(name, kind()), kind):
+                    raise ValueError(f"{name} must be a {kind.__name__}")
+            for name in [*data.get("datasets", []), *([data["base_model"]] if "base_model" in data else [])]:
+                validate_repo_id(name)
             if "model-index" in data:
                 name, results = model_index_to_eval_results(data["model-index"])
-                assert name and all(isinstance(result.metric_value, (int, float)) for result in results)
-            assert isinstance(data.get("tags", []), list) and isinstance(data.get("base_model", ""), str)
+                if not name or not all(isinstance(result.metric_value, (int, float)) for result in results):
+                    raise ValueError("model-index: a name and numbers")
         except Exception as error:
             raise _Refused(400, body={"errors": [{"message": repr(error)}]}) from error
         self.reply({"errors": [], "warnings": [] if data else [{"message": "empty or missing yaml metadata"}]})
@@ -253,6 +267,8 @@ class _Handler(BaseHTTPRequestHandler):
         when = self.server.cut_commits.pop(0) if self.server.cut_commits else None
         if when == "before":
             return self.cut()
+        if when == "refuse":
+            raise _Refused(403, message="Forbidden")
         parent, files = self.revision(repository, branch)
         if header.get("parentCommit", parent) != parent:
             raise _Refused(412, message="A commit has happened since. Please refresh and try again.")

@@ -8,6 +8,9 @@ import sys
 import traceback
 
 import torch
+import transformers
+
+PAUSE = "-- pause --"  # between two phases, until a line comes
 
 
 @torch.no_grad()
@@ -20,6 +23,8 @@ def outputs(model, inputs):
         return {"thought": model.reason(context).prediction}
     if hasattr(model, "embed_tokens"):
         return {"hidden_states": model(ids).last_hidden_state}
+    if hasattr(model, "match_scale"):
+        return {"latents": model(states).latents}
     if not hasattr(model, "generate"):
         return {"hidden_states": model(states).hidden_states}
     if hasattr(model, "thinker"):
@@ -39,24 +44,33 @@ def card_output(repository):
     return printed.getvalue()
 
 
-def main(wishes):
-    import transformers
+def load(source, auto_class, **arguments):
+    """With the config an Auto class finds; from the code beside the weights."""
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=True, **arguments)
+    model = getattr(transformers, auto_class).from_pretrained(source, trust_remote_code=True, **arguments).eval()
+    for loaded in (config, model.config, model):
+        assert type(loaded).__module__.startswith("transformers_modules."), type(loaded)
+    assert type(config).__name__ == type(model.config).__name__, (config, model.config)
+    return model
 
+
+def main(wishes):
     torch.set_num_threads(1)
     inputs, found = torch.load(wishes["inputs"], weights_only=True), {}
-    for label, (repository, auto_class, arguments) in wishes["models"].items():
-        try:
-            load = getattr(transformers, auto_class).from_pretrained
-            model = load(repository, trust_remote_code=True, **arguments).eval()
-            assert "llada_trm_hf" not in type(model).__module__.split("."), type(model).__module__
-            found[label] = outputs(model, inputs)
-            if label in wishes["cards"]:
-                found[label]["printed"] = card_output(repository)
-        except Exception:
-            found[label] = {"error": traceback.format_exc()}
-    for label, (repository, auto_class, custom_generate, settings) in wishes["custom_generate"].items():
-        model = getattr(transformers, auto_class).from_pretrained(repository, trust_remote_code=True).eval()
+    for number, phase in enumerate(wishes["phases"]):
+        if number:
+            print(PAUSE, flush=True)
+            input()
+        for label, (source, auto_class, arguments) in phase.items():
+            try:
+                found[label] = outputs(load(source, auto_class, **arguments), inputs)
+                if label in wishes["cards"]:
+                    found[label]["printed"] = card_output(source)
+            except Exception:
+                found[label] = {"error": traceback.format_exc()}
+    for label, (source, auto_class, custom_generate, settings) in wishes["custom_generate"].items():
         settings = {**settings, "custom_generate": custom_generate, "trust_remote_code": True}
+        model = getattr(transformers, auto_class).from_pretrained(source, trust_remote_code=True).eval()
         found[label] = {"sequences": model.generate(inputs["input_ids"], **settings)}
     torch.save(found, wishes["outputs"])
 

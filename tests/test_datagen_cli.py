@@ -82,6 +82,7 @@ def test_everything_against_a_plain_reference(model, finished, capsys):
     """Each problem by itself: greedy decoding without cache, and the states of one plain forward pass."""
     llm, tokenizer = load_model(model), tokenizer_with_markers()
     pairs = HiddenPairsDataset(finished)
+    assert pairs.model_name == model
     entries, written = metadata(finished), traces(finished)
     assert [entry["problem"] for entry in entries] == PROMPTS
     assert [entry["id"] for entry in entries] == [f"problems.jsonl:train:{i}" for i in range(NUM_PROBLEMS)]

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -772,7 +773,8 @@ def test_config_names_the_code(tiny_hybrid, tmp_path):
         assert set(auto_map) == names | {"AutoConfig"}
         for reference in auto_map.values():
             module, name = reference.split(".")
-            assert f"class {name}(" in (folder / f"{module}.py").read_text()
+            code = (folder / f"{module}.py").read_text()
+            assert re.search(rf"^(class|from \S+ import) {name}\b", code, re.MULTILINE)
 
 
 # --- Mistakes ---

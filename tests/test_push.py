@@ -1,29 +1,39 @@
 """What `llada-trm push` uploads, what it refuses, and what it does when the connection breaks."""
 
 import json
+import logging
 import os
+import runpy
+import sys
 import time
+from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from hub_http_server import TOKEN, model_hub, sha256
-from huggingface_hub import hf_hub_download
+from huggingface_hub import ModelCard, hf_hub_download
 from safetensors.torch import load_file, save
-from tiny_training import new_backbone, new_hybrid
+from tiny_training import new_backbone, new_hybrid, trainer
+from transformers import AutoModel, AutoModelForMaskedLM
 
 from llada_trm_hf import DimensionCompressor, DimensionCompressorConfig
 from llada_trm_hf.cli.main import main
-from llada_trm_hf.hub import push_checkpoint
+from llada_trm_hf.hub import import_legacy, push_checkpoint
+from llada_trm_hf.training.output_folder import train_and_save
 
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A Hub that this process takes for the real one."""
     with model_hub() as server:
+        resolve = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", resolve)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # it remembers the address
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr(time, "sleep", lambda seconds: None)
         yield server
@@ -35,6 +45,10 @@ def checkpoint(tmp_path):
     folder = tmp_path / "compressor"
     DimensionCompressor(DimensionCompressorConfig(hidden_size=64, compressed_size=16)).save_pretrained(folder)
     return folder
+
+
+# Of two shards, of which one is missing.
+INDEX = json.dumps({"weight_map": {"weight": "model.safetensors", "bias": "model-2.safetensors"}})
 
 
 def push(folder, *more):
@@ -92,6 +106,73 @@ def test_private(hub, checkpoint, capsys):
     assert "exists and is public" in capsys.readouterr().err
 
 
+def test_base_model_instead_of_a_folder(hub, tmp_path):
+    """In the card and in the config, so that it is put together with the repository of that name."""
+    backbone, hybrid = new_backbone(), new_hybrid()
+    backbone.save_pretrained(tmp_path / "backbone")
+    hybrid.config.backbone_name_or_path = str(tmp_path / "backbone")
+    hybrid.save_pretrained(tmp_path / "head", save_backbone=False)
+    assert push(tmp_path / "head", "--base_model", "user/backbone") == 0
+    files = hub.files("user/model")
+    assert json.loads(files["config.json"])["backbone_name_or_path"] == "user/backbone"
+    assert ModelCard(files["README.md"].decode()).data.base_model == "user/backbone"
+    assert all(str(tmp_path).encode() not in contents for contents in files.values())
+    assert json.loads((tmp_path / "head/config.json").read_text())["backbone_name_or_path"] == str(
+        tmp_path / "backbone"
+    )
+    assert main(["push", "--checkpoint", str(tmp_path / "backbone"), "--repo", "user/backbone"]) == 0
+    loaded = AutoModelForMaskedLM.from_pretrained("user/model", cache_dir=tmp_path / "cache")
+    tokens = torch.arange(10, 20)[None]
+    torch.testing.assert_close(loaded(tokens).logits, hybrid.eval()(tokens).logits)
+
+
+def test_script(hub, checkpoint, monkeypatch, capsys):
+    script = Path(__file__).resolve().parents[1] / "scripts/push_to_hub.py"
+    arguments = [
+        "--checkpoint",
+        str(checkpoint),
+        "--repo",
+        "user/model",
+        "--private",
+        "--description",
+        "A compressor.",
+    ]
+    for more in (["--dry_run"], []):
+        monkeypatch.setattr(sys, "argv", [str(script), *arguments, *more])
+        with pytest.raises(SystemExit, match="0"):
+            runpy.run_path(str(script), run_name="__main__")
+    *listed, address = capsys.readouterr().out.splitlines()
+    assert {line.split()[1] for line in listed} | {".gitattributes"} == set(hub.files("user/model"))
+    assert address.startswith(f"{hub.url}/user/model/commit/") and hub.repositories["user/model"].private
+    assert b"A compressor." in hub.files("user/model")["README.md"]
+
+
+def test_trainer_with_push_to_hub(hub, samples, tmp_path):
+    """One commit, at the end, of what loads the model: nothing pickled, no logs, no folder of this machine."""
+    arguments = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "push_to_hub": True}
+    arguments |= {"hub_model_id": "model", "hub_token": TOKEN, "hub_private_repo": True}
+    run = trainer(new_hybrid(), tmp_path / "out", samples, **arguments)
+    train_and_save(run, None)
+    assert hub.num_commits("user/model") == 1 and hub.repositories["user/model"].private
+    files = hub.files("user/model")
+    assert {Path(path).suffix for path in files} == {".json", ".md", ".py", ".safetensors", ""}
+    left_out = {"training_args.bin", "trainer_state.json", "training_metrics.csv"}
+    assert not left_out & set(files) and all((tmp_path / "out" / name).exists() for name in left_out)
+    assert all(str(tmp_path).encode() not in contents for contents in files.values())
+    assert not (tmp_path / "out/README.md").exists()
+    assert push(tmp_path / "out", "--revision", "again") == 0
+    again = hub.files("user/model", "again")
+    assert set(again) == set(files) and {path for path in files if files[path] != again[path]} == {"README.md"}
+
+    run.create_model_card()
+    run.push_to_hub(revision="v2")  # the card in the folder is for another branch
+    assert b'revision="v2"' in hub.files("user/model", "v2")["README.md"]
+    with pytest.raises(ValueError, match=r"The card is made from the checkpoint: leave out license"):
+        run.push_to_hub(license="mit")
+    with pytest.raises(ValueError, match=r"hub_strategy must be 'end', got 'every_save'"):
+        trainer(new_hybrid(), tmp_path / "other", samples, push_to_hub=True, hub_strategy="every_save")
+
+
 def test_older_files_are_converted(hub, tmp_path):
     weight = torch.randn(3, 8)
     torch.save({"compressor": {"compress.weight": weight}, "config": None}, tmp_path / "compressor.pt")
@@ -109,13 +190,25 @@ class _Attack:
         return os.mkdir, (str(self.marker),)
 
 
-def test_malicious_file_is_not_executed(hub, tmp_path, capsys):
-    content = {"compressor": {"compress.weight": torch.ones(2, 3)}, "config": _Attack(tmp_path / "executed")}
-    torch.save(content, tmp_path / "compressor.pt")
-    assert push(tmp_path / "compressor.pt") == 2
+def test_older_trm_is_converted(hub, llm_trm, tmp_path):
+    path = llm_trm / "trm_a_legacy.pt"
+    assert push(path, "--base_model", "user/lm") == 0
+    files = hub.files("user/model")
+    assert {Path(name).suffix for name in files} == {".json", ".md", ".py", ".safetensors", ""}
+    assert ModelCard(files["README.md"].decode()).data.base_model == "user/lm"
+    loaded = AutoModel.from_pretrained("user/model", cache_dir=tmp_path / "cache")
+    context = torch.randn(2, 5, 32)
+    torch.testing.assert_close(loaded.reason(context).prediction, import_legacy(path).reason(context).prediction)
+
+
+@pytest.mark.parametrize("key", ["compressor", "trm_state_dict"])
+def test_malicious_file_is_not_executed(hub, tmp_path, capsys, key):
+    content = {key: {"compress.weight": torch.ones(2, 3)}, "config": _Attack(tmp_path / "executed")}
+    torch.save(content, tmp_path / "old.pt")
+    assert push(tmp_path / "old.pt") == 2
     assert "refused" in capsys.readouterr().err
     assert not (tmp_path / "executed").exists() and hub.requests == []
-    torch.load(tmp_path / "compressor.pt", weights_only=False)  # which shows that the attack works
+    torch.load(tmp_path / "old.pt", weights_only=False)  # which shows that the attack works
     assert (tmp_path / "executed").exists()
 
 
@@ -141,6 +234,26 @@ def test_repository_of_somebody_else(hub, checkpoint, capsys):
     assert "rights to create a model under other" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("what", ["create", "commit", "connection", "card"])
+def test_no_token_in_what_a_failing_push_says(hub, checkpoint, monkeypatch, capsys, caplog, what):
+    """With every log of the client on, its own debug mode included, and a traceback."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_DEBUG", True)
+    monkeypatch.setenv("DEBUG", "True")
+    caplog.set_level(logging.DEBUG, logger="huggingface_hub")
+    if what == "create":
+        monkeypatch.setenv("HF_TOKEN", TOKEN + "x")
+    elif what == "card":
+        (checkpoint / "README.md").write_text("---\ntags: none\n---\nMine.\n")
+    else:
+        hub.cut_commits = ["refuse" if what == "commit" else "before"] * 4
+    assert push(checkpoint) != 0
+    said = capsys.readouterr()
+    assert ("Traceback" in said.err) == (what == "connection")
+    assert "Request" in caplog.text
+    for text in (said.out, said.err, caplog.text):
+        assert TOKEN not in text
+
+
 @pytest.mark.parametrize("repo", ["model", "a/b/c", "user/", "us er/model", "-/x--y"])
 def test_impossible_names(hub, checkpoint, capsys, repo):
     assert main(["push", "--checkpoint", str(checkpoint), f"--repo={repo}"]) == 2
@@ -157,6 +270,7 @@ def test_impossible_names(hub, checkpoint, capsys, repo):
             "lacks model.safetensors",
         ),
         (lambda folder: (folder / "modeling_compressor.py").unlink(), "lacks modeling_compressor.py"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text(INDEX), "lacks model-2.safetensors"),
         (lambda folder: (folder / "training_settings.json").write_text("[]"), "must hold a JSON object"),
     ],
 )
@@ -178,7 +292,10 @@ def test_backbone_that_nobody_else_has(hub, tmp_path, capsys):
     hybrid.config.backbone_name_or_path = str(tmp_path / "backbone")
     hybrid.save_pretrained(tmp_path / "head", save_backbone=False)
     assert push(tmp_path / "head") == 2
-    assert "names a folder of this machine" in capsys.readouterr().err and hub.requests == []
+    error = capsys.readouterr().err
+    assert "names a folder of this machine" in error and "--base_model" in error and hub.requests == []
+    assert push(tmp_path / "head", "--base_model", str(tmp_path)) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1 and hub.requests == []
 
 
 def test_model_without_code(hub, checkpoint, capsys):

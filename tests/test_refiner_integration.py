@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MASK, randomise
+from conftest import MASK, forget_refiner, randomise
 from safetensors import safe_open
 from test_hybrid import AUTO_CLASSES, assert_same_model, random_tokens
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
 from llada_trm_hf.models import (
     LLaDATRMConfig,
@@ -380,15 +380,9 @@ def own(tmp_path, monkeypatch):
     module = importlib.import_module("mine.own_file")
     register_refiner(module.OwnConfig, module.OwnRefiner)
     yield module
-    forget("own_refiner")
+    forget_refiner("own_refiner")
     for name in ("mine", "mine.own_file", "mine.own_layers"):
         sys.modules.pop(name, None)
-
-
-def forget(model_type):
-    for known in (refiner_registry.REGISTERED, refiner_registry.REFINERS, refiner_registry.REFINER_CONFIGS):
-        known.pop(model_type, None)
-    CONFIG_MAPPING._extra_content.pop(model_type, None)
 
 
 def own_hybrid(make, pattern="replace", **fields):
@@ -481,7 +475,7 @@ def test_every_pattern_loads_where_the_package_is_not_installed(own, make, make_
 
 def test_a_checkpoint_whose_refiner_is_not_registered(own, make, tmp_path):
     own_hybrid(make).save_pretrained(tmp_path / "whole")
-    forget("own_refiner")
+    forget_refiner("own_refiner")
     with pytest.raises(ValueError, match=r"'own_refiner' is no model_type of a refiner.*register_refiner"):
         AutoModelForMaskedLM.from_pretrained(tmp_path / "whole")
 

@@ -575,8 +575,8 @@ def trm_command(pairs: str, folder: Path, *more: str) -> list[str]:
 
 
 def test_train_command(tmp_path, pairs_file, capsys):
-    compressor = DimensionCompressor(DimensionCompressorConfig(hidden_size=12, compressed_size=8))
-    compressor.save_pretrained(tmp_path / "compressor")
+    config = DimensionCompressorConfig(hidden_size=12, compressed_size=8, backbone_name_or_path="user/lm")
+    DimensionCompressor(config).save_pretrained(tmp_path / "compressor")
     more = ["--compressor", str(tmp_path / "compressor")]
     config = LlamaConfig(
         vocab_size=40, hidden_size=12, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
@@ -587,6 +587,7 @@ def test_train_command(tmp_path, pairs_file, capsys):
     assert len(agreement) == 2 and 0 <= agreement[0] <= 1
     model = SequenceTRM.from_pretrained(tmp_path / "out")
     assert model.config.hidden_size == 8 and model.config.n_supervision_steps == 3
+    assert model.config.backbone_name_or_path == "user/lm"
     assert len(metrics(tmp_path / "out", "training_metrics.csv", "mse_loss")) == 2 * 3 * 3  # 21 pairs, batch 8
     assert len(metrics(tmp_path / "out", "validation_metrics.csv", "eval_mean_steps")) == 2
     saved = torch.load(tmp_path / "out" / "training_args.bin", weights_only=False)  # written by the run above

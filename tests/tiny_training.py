@@ -30,7 +30,7 @@ def new_backbone(**config) -> LLaDAForMaskedDiffusion:
     ids = {
         name: getattr(TOKENIZER, name) for name in ("mask_token_id", "pad_token_id", "eos_token_id", "bos_token_id")
     }
-    return LLaDAForMaskedDiffusion(LLaDAConfig(vocab_size=len(TOKENIZER), **SIZES | ids | config))
+    return LLaDAForMaskedDiffusion(LLaDAConfig(**{"vocab_size": len(TOKENIZER), **SIZES, **ids, **config}))
 
 
 def new_hybrid(freeze_backbone: bool = True, **config) -> LLaDATRMForMaskedDiffusion:

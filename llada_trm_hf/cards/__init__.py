@@ -1,6 +1,7 @@
-"""Model cards: what a checkpoint's folder says about itself, for those who find it on the Hub."""
+"""Model cards, and what else of a checkpoint's folder goes to the Hub."""
 
 from .model_card import model_card
+from .publishing import files_to_publish, publish
 from .training_record import TRAINING_SETTINGS_FILE
 
-__all__ = ["TRAINING_SETTINGS_FILE", "model_card"]
+__all__ = ["TRAINING_SETTINGS_FILE", "files_to_publish", "model_card", "publish"]

@@ -28,6 +28,7 @@ _HYBRID = _Kind("hybrid", "AutoModelForMaskedLM", "text-generation", ("masked-di
 _BACKBONE = _Kind("backbone", "AutoModelForMaskedLM", "text-generation", ("masked-diffusion",))
 _ENCODER = _Kind("encoder", "AutoModel", "feature-extraction", ("masked-diffusion",))
 _REFINER = _Kind("refiner", "AutoModel", "feature-extraction", ("latent-recursion",))
+_THINKER = _Kind("thinker", "AutoModel", "feature-extraction", ("latent-recursion",))
 _KINDS = {
     "llada_trm": _HYBRID,
     "latent_thinking": _Kind("latent_thinking", "AutoModelForCausalLM", "text-generation", ("latent-recursion",)),
@@ -37,7 +38,11 @@ _KINDS = {
 
 
 def model_card(
-    folder: str | os.PathLike, repo_id: str, description: str | None = None, revision: str | None = None
+    folder: str | os.PathLike,
+    repo_id: str,
+    description: str | None = None,
+    revision: str | None = None,
+    base_model: str | None = None,
 ) -> ModelCard:
     """
     The card of the model in `folder`, from the template `MODEL_CARD.md`, the folder's config and what training left
@@ -48,6 +53,7 @@ def model_card(
         repo_id: where the model will be; the code in the card loads it from there.
         description: a paragraph of one's own.
         revision: the branch it will be on, if not the default one.
+        base_model: the repository of the model it stands on; by default the one its config names.
 
     Raises:
         FileNotFoundError: if `folder` holds no config.
@@ -56,7 +62,8 @@ def model_card(
     config = read_json(os.path.join(folder, "config.json"))
     if not config:
         raise FileNotFoundError(f"{folder} holds no model: there is no config.json.")
-    kind, record, base = _kind(config), read_training_record(folder), base_model(config)
+    kind, record = _kind(config), read_training_record(folder)
+    base = base_model or _base_model(config)
     tokenizer = read_json(os.path.join(folder, "tokenizer_config.json"))
     has_backbone = config.get("backbone_in_checkpoint", True)
     model_name = repo_id.split("/")[-1]
@@ -65,6 +72,7 @@ def model_card(
             library_name="transformers",
             pipeline_tag=kind.pipeline_tag,
             base_model=base,
+            base_model_relation=None if has_backbone or not base else "adapter",
             datasets=[record.data["hub_name"]] if record.data.get("hub_name") else None,
             tags=[*kind.tags, str(config.get("model_type")), LIBRARY],
             model_name=model_name,
@@ -95,7 +103,7 @@ def model_card(
     )
 
 
-def base_model(config: dict[str, Any]) -> str | None:
+def _base_model(config: dict[str, Any]) -> str | None:
     """The repository of the model that the one with `config` stands on; None if it is a local folder or unknown."""
     name = config.get("backbone_name_or_path")
     if not name or os.path.exists(name):
@@ -108,12 +116,14 @@ def base_model(config: dict[str, Any]) -> str | None:
 
 
 def _kind(config: dict[str, Any]) -> _Kind:
-    model_type = config.get("model_type")
+    model_type, auto_map = config.get("model_type"), config.get("auto_map", {"AutoModelForMaskedLM": ""})
+    if model_type == "latent_thinking" and "AutoModel" in auto_map:
+        return _THINKER
     if model_type in _KINDS:
         return _KINDS[model_type]
     if "vocab_size" not in config:  # refiners, those of one's own included
         return _REFINER
-    return _BACKBONE if "AutoModelForMaskedLM" in config.get("auto_map", {"AutoModelForMaskedLM": ""}) else _ENCODER
+    return _BACKBONE if "AutoModelForMaskedLM" in auto_map else _ENCODER
 
 
 def _refiner_config(config: dict[str, Any]) -> dict[str, Any]:

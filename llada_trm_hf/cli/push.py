@@ -20,15 +20,16 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--description", help="a paragraph for the model card")
     parser.add_argument("--revision", help="branch, made if it does not exist")
     parser.add_argument(
+        "--base_model", help="owner/name of the model it stands on, if the checkpoint does not say, or names a folder"
+    )
+    parser.add_argument(
         "--dry_run", action="store_true", help="list what would be uploaded, without contacting the Hub"
     )
-    options = parser.parse_args(arguments)
-    if options.dry_run:
-        with tempfile.TemporaryDirectory() as scratch:
-            for upload in files_to_push(
-                options.checkpoint, options.repo, options.description, options.revision, scratch
-            ):
-                print(f"{upload.size:>14,}  {upload.path}")
+    options = vars(parser.parse_args(arguments))
+    checkpoint, repo, private = (options.pop(name) for name in ("checkpoint", "repo", "private"))
+    if not options.pop("dry_run"):
+        print(push_checkpoint(checkpoint, repo, private, **options).commit_url)
         return
-    commit = push_checkpoint(options.checkpoint, options.repo, options.private, options.description, options.revision)
-    print(commit.commit_url)
+    with tempfile.TemporaryDirectory() as scratch:
+        for upload in files_to_push(checkpoint, repo, **options, scratch=scratch):
+            print(f"{upload.size:>14,}  {upload.path}")

@@ -84,6 +84,7 @@ class HiddenPairsDataset(Dataset):
         problems: the metadata of each pair, a line of `metadata.jsonl`.
         num_skipped: problems of the run without a pair.
         hidden_size: the width of the items, D or D'.
+        model_name: the name or folder of the language model whose states they are; None for an older file.
 
     Raises:
         FileNotFoundError: if there is no such folder or file.
@@ -96,6 +97,7 @@ class HiddenPairsDataset(Dataset):
         self.compressor = compressor
         self._legacy: dict[str, Any] | None = None
         self._shards: OrderedDict[str, Any] = OrderedDict()
+        self.model_name = _language_model(self.path)
         if os.path.isdir(self.path):
             problems = self._read_metadata()
             self.problems = [problem for problem in problems if problem["status"] == COMPLETE]
@@ -247,6 +249,15 @@ def export_legacy_hidden_pairs(folder: str | os.PathLike, path: str | os.PathLik
 
     write_atomically(os.fspath(path), write)
     return len(pairs)
+
+
+def _language_model(folder: str) -> str | None:
+    """Whose states a run of datagen recorded."""
+    path = os.path.join(folder, CONFIG_FILE)
+    if not os.path.isfile(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        return json.load(file).get("states", {}).get("model")
 
 
 def _open_shard(path: str) -> Any:

@@ -107,10 +107,11 @@ class LatentThinkingConfig(PreTrainedConfig):
     def _check_parts(self, text_config: PreTrainedConfig) -> None:
         check_at_least_one(self, "num_latents", "max_reasoning_steps", "num_trajectories")
         compressor, trm = self.compressor_config, self.trm_config
+        made_for = compressor.backbone_name_or_path
         if compressor.hidden_size != text_config.hidden_size:
             raise ValueError(
                 f"The compressor has hidden_size={compressor.hidden_size}, the backbone {text_config.hidden_size}: "
-                f"it was made for another language model."
+                f"it was made for another language model{f' ({made_for})' if made_for else ''}."
             )
         if compressor.compressed_size != trm.hidden_size:
             raise ValueError(

@@ -27,6 +27,7 @@ class SequenceTRMConfig(PreTrainedConfig):
             similarity of prediction and target exceeds `cosine_threshold`, or `"mse"`, the cosine similarity itself.
         cosine_threshold (`float`, defaults to 0.8): See `halt_loss`.
         halt_loss_weight (`float`, defaults to 0.5): Weight of the halting loss.
+        backbone_name_or_path (`str`, *optional*): The language model whose compressed hidden states it was trained on.
 
     Raises:
         ValueError: for an unknown style or loss, sizes below 1, heads that do not divide the width, or a dropout
@@ -48,6 +49,7 @@ class SequenceTRMConfig(PreTrainedConfig):
     halt_loss: str = "bce"
     cosine_threshold: float = 0.8
     halt_loss_weight: float = 0.5
+    backbone_name_or_path: str | None = None
 
     def __post_init__(self, **kwargs):
         for name, values in {"block_style": ("trm", "llm_trm"), "halt_loss": ("bce", "mse")}.items():

@@ -2,6 +2,7 @@
 checkpoint that lacks weights is refused."""
 
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -83,8 +84,16 @@ class HubModel:
             return
         if self.custom_generate is not None:
             write_code(Path(folder, "custom_generate"), self.custom_generate)
-        config.auto_map = {"AutoConfig": _reference(type(config))}
-        config.auto_map.update({name: _reference(model_class) for name in self.auto_classes})
+        # The config through the model's file, where that has it. Of a folder, transformers tells versions of the code
+        # apart by what an entry file imports: behind one of its own, a config would keep the model class it was first
+        # loaded with, whatever the model's file says later.
+        entry = module_name(model_class)
+        if not hasattr(sys.modules[model_class.__module__], type(config).__name__):
+            entry = module_name(type(config))
+        config.auto_map = {"AutoConfig": f"{entry}.{type(config).__name__}"}
+        config.auto_map.update(
+            {name: f"{module_name(model_class)}.{model_class.__name__}" for name in self.auto_classes}
+        )
 
 
 def write_code(folder: str | os.PathLike, *classes: Any) -> bool:
@@ -104,7 +113,3 @@ def write_code(folder: str | os.PathLike, *classes: Any) -> bool:
         for name, text in source_files(cls).items():
             Path(folder, name).write_text(text, encoding="utf-8")
     return True
-
-
-def _reference(cls: type) -> str:
-    return f"{module_name(cls)}.{cls.__name__}"

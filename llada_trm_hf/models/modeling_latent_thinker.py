@@ -43,6 +43,7 @@ class LatentThinker(HubModel, PreTrainedModel):
     config_class = LatentThinkingConfig
     base_model_prefix = ""
     main_input_name = "hidden_states"
+    auto_classes = ("AutoModel",)
     # Its attention is the SequenceTRM's own: any implementation the backbone uses will do.
     _supports_flash_attn = True
     _supports_sdpa = True

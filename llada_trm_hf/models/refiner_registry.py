@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from .modeling_hub import HubModel, write_code
 from .source_code import module_name, source_files
@@ -43,8 +44,10 @@ def register_refiner(config_class: type[PreTrainedConfig], model_class: type[Pre
         raise ValueError(f"{model_class.__name__}.config_class must be {name}, got {model_class.config_class}.")
     if module_name(model_class) is not None:
         source_files(model_class)  # what cannot be saved later is refused now
-    AutoConfig.register(model_type, config_class, exist_ok=True)
-    AutoModel.register(config_class, model_class, exist_ok=True)
+    if not __name__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
+        # Not as remote code: the Auto classes would take it for the code of every other checkpoint too.
+        AutoConfig.register(model_type, config_class, exist_ok=True)
+        AutoModel.register(config_class, model_class, exist_ok=True)
     REGISTERED[model_type] = (config_class, model_class)
     REFINER_CONFIGS[model_type], REFINERS[model_type] = config_class, model_class
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 
 @dataclass
@@ -18,6 +19,7 @@ class CommonTrainingArguments(TrainingArguments):
         early_stopping_threshold: how much better it has to be.
         profile_steps: record so many optimizer steps, from the third on, with `torch.profiler`; they leave the table
             `profile.txt` and the trace `profile.json` in the output folder.
+        hub_strategy: `"end"`: with `push_to_hub`, the finished model is uploaded, not the checkpoints before it.
     """
 
     learning_rate: float = field(
@@ -35,6 +37,9 @@ class CommonTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Off: a loss that is NaN stops the run instead of being hidden."}
     )
+    hub_strategy: HubStrategy | str = field(
+        default="end", metadata={"help": "With push_to_hub, when to upload: at the end."}
+    )
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after this many evaluations without improvement."}
     )
@@ -44,13 +49,19 @@ class CommonTrainingArguments(TrainingArguments):
     )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the token of the Hub: the Trainer pickles its arguments into checkpoints, and uploads those."""
+        """Without the token of the Hub: the Trainer pickles its arguments into checkpoints."""
         return {**self.__dict__, "hub_token": None}
 
     def __post_init__(self):
         super().__post_init__()
         if self.profile_steps is not None and self.profile_steps < 1:
             raise ValueError(f"profile_steps must be at least 1, got {self.profile_steps}.")
+        strategy = HubStrategy(self.hub_strategy)
+        if self.push_to_hub and strategy != HubStrategy.END:
+            raise ValueError(
+                f"hub_strategy must be 'end', got {strategy.value!r}: what it would upload before then lacks the "
+                f"model's code, and optimizer states are pickles. Upload a checkpoint with llada-trm push."
+            )
         if self.early_stopping_patience is None:
             return
         if self.early_stopping_patience < 1:

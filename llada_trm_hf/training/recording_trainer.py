@@ -3,13 +3,15 @@
 import json
 import os
 from collections import defaultdict
+from functools import partial
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
-from ..cards import TRAINING_SETTINGS_FILE, model_card
+from ..cards import TRAINING_SETTINGS_FILE, files_to_publish, model_card, publish
 from ..models.non_finite import NonFiniteWatch, non_finite_weights
 from .arguments import CommonTrainingArguments
 from .csv_metrics import CSVMetricsCallback
@@ -98,21 +100,50 @@ class RecordingTrainer(Trainer):
 
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
         """
-        Writes the package's card for the model in the output folder, which `push_to_hub` uploads.
+        Writes the package's card for the model in the output folder.
 
         Raises:
             ValueError: for what the `Trainer` would put into a card of its own.
         """
-        unused = [name for name, value in kwargs.items() if value]
-        if unused:
-            raise ValueError(
-                f"The card is made from the checkpoint: leave out {', '.join(unused)}, or edit README.md."
-            )
+        _refuse_for_card(kwargs)
         if self.is_world_process_zero():
             folder = self.args.output_dir
             self.save_state()
             repo_id = self.hub_model_id or model_name or os.path.basename(os.path.abspath(folder))
             model_card(folder, repo_id, revision=self.args.hub_revision).save(os.path.join(folder, "README.md"))
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        model_name: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        As in `Trainer`, except that it uploads what `llada-trm push` does: the model, its code and its card, but no
+        pickles (`training_args.bin`) and logs.
+
+        Returns:
+            `CommitInfo`, or a `Future` of it unless `blocking`; None in all processes but the first.
+
+        Raises:
+            ValueError: as `create_model_card` and `publish`.
+        """
+        _refuse_for_card(kwargs)
+        private = bool(self.args.hub_private_repo if private is None else private)
+        token, revision = token or self.args.hub_token, revision or self.args.hub_revision
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.save_state()
+        uploads = files_to_publish(self.args.output_dir, self.hub_model_id, revision=revision, new_card=True)
+        upload = publish if blocking else partial(HfApi().run_as_future, publish)
+        return upload(uploads, self.hub_model_id, private, revision, token, commit_message or "Upload model")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -121,6 +152,12 @@ class RecordingTrainer(Trainer):
         folder = output_dir or self.args.output_dir
         with open(os.path.join(folder, TRAINING_SETTINGS_FILE), "w", encoding="utf-8") as file:
             json.dump(training_settings(self.model, self.args, self.data_description), file, indent=2)
+
+
+def _refuse_for_card(fields: dict[str, Any]) -> None:
+    unused = [name for name, value in fields.items() if value]
+    if unused:
+        raise ValueError(f"The card is made from the checkpoint: leave out {', '.join(unused)}.")
 
 
 class _EarlyStopping(EarlyStoppingCallback):

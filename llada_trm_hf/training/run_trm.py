@@ -28,14 +28,21 @@ def run_trm_training(what: TRMRecipeArguments, training: TRMTrainingArguments) -
     """
     if what.pairs_dir is None:
         raise ValueError("Say what to learn: --pairs_dir with a folder or file of hidden pairs.")
+    if not 0 <= what.eval_fraction < 1:
+        raise ValueError(f"eval_fraction must be at least 0 and below 1, got {what.eval_fraction}.")
     for folder in (what.compressor, what.checkpoint):
         if folder is not None:
             check_folder(folder)
     resume_from = checkpoint_to_resume(training)
     torch.manual_seed(training.seed)
     compressor = None if what.compressor is None else DimensionCompressor.from_pretrained(what.compressor)
-    train, held_out = _pairs(what, training.seed, compressor)
-    model = _new_model(what, train[0]["context"].shape[-1])
+    pairs = _states(what.pairs_dir, compressor)
+    train, held_out = _pairs(what, pairs, training.seed, compressor)
+    model = _new_model(what, pairs.hidden_size)
+    compressed_from = None if compressor is None else compressor.config.backbone_name_or_path
+    model.config.backbone_name_or_path = (
+        pairs.model_name or compressed_from or what.backbone or model.config.backbone_name_or_path
+    )
     lm_head = None if what.backbone is None else _lm_head(what.backbone, what.dtype)
     with sole_run(training.output_dir):
         trainer = TRMTrainer(
@@ -49,12 +56,10 @@ def run_trm_training(what: TRMRecipeArguments, training: TRMTrainingArguments) -
         train_and_save(trainer, resume_from)
 
 
-def _pairs(what: TRMRecipeArguments, seed: int, compressor: DimensionCompressor | None) -> tuple[Any, Any]:
+def _pairs(
+    what: TRMRecipeArguments, pairs: HiddenPairsDataset, seed: int, compressor: DimensionCompressor | None
+) -> tuple[Any, Any]:
     """Pairs to train on, and held-out ones if there are any."""
-    if not 0 <= what.eval_fraction < 1:
-        raise ValueError(f"eval_fraction must be at least 0 and below 1, got {what.eval_fraction}.")
-    assert what.pairs_dir is not None
-    pairs = _states(what.pairs_dir, compressor)
     if what.eval_pairs_dir is not None:
         return pairs, _states(what.eval_pairs_dir, compressor)
     if not what.eval_fraction:
