@@ -52,8 +52,6 @@ def main(arguments: list[str] | None = None) -> int:
         damaged = f"a weights file is damaged or cut short ({error}): copy or download the checkpoint again."
         return _report(command, OSError(damaged), 2)
     except ModuleNotFoundError as error:
-        if "pip install" in str(error):
-            return _report(command, error, 2)
         hint = "the command needs more than the base install: pip install 'llada-trm-hf[train,demo,eval]'"
         return _report(command, ImportError(f"{error}; {hint}."), 2)
     except ImportError as error:  # which says itself what to install

@@ -5,7 +5,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "trl":
         raise
-    raise ModuleNotFoundError("GRPO needs TRL: pip install 'llada-trm-hf[rl]'", name="trl") from error
+    raise ImportError("GRPO needs TRL: pip install 'llada-trm-hf[rl]'") from error
 
 from .arguments import LatentGRPOTrainingArguments
 from .grpo_trainer import LatentGRPOTrainer
