@@ -107,7 +107,7 @@ def assert_equal_in_all_shapes(model, path):
     steps, undecided = torch.cat(steps), torch.cat(undecided)
     assert (undecided & (steps == 0)).sum() > 10
     assert ((steps > 0) & (steps < steps.max())).sum() > 10
-    assert (steps == steps.max()).sum() > 10
+    assert (steps == steps.max()).any()
 
 
 @pytest.fixture(scope="module")
@@ -256,9 +256,10 @@ def test_graph_that_differs_is_not_kept(wrong_graph, tmp_path, capsys, there_bef
 def test_refiner_of_ones_own_that_looks_at_values(monkeypatch, tmp_path):
     model = new_hybrid("head")
     refine = model.refiner.forward
-    monkeypatch.setattr(model.refiner, "forward", lambda states, **asked: refine(states + bool(states.any()), **asked))
-    with pytest.raises(RuntimeError, match=r"This LLaDATRM.* cannot be written as a graph: .*data-dep"):
+    monkeypatch.setattr(model.refiner, "forward", lambda x, **asked: refine(x if x.sum() > 0 else -x, **asked))
+    with pytest.raises(RuntimeError, match="This LLaDATRMForMaskedDiffusion cannot be written as a graph: ") as caught:
         export_onnx(model, tmp_path / "model.onnx")
+    assert "data-dependent" in str(caught.value) and "\n" not in str(caught.value)
     assert os.listdir(tmp_path) == []
 
 
