@@ -50,7 +50,6 @@ VARIANTS: dict[str, tuple[bool, list[str]]] = {
 }
 VARIANT_STEPS = 3000
 EARLY = "2 latents"  # the variant that GRPO also starts from, for every seed: it still has something to learn
-EARLY_GRPO_STEPS = 150
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, for so many seeds
 
 
@@ -82,9 +81,10 @@ def train(seed: int, folder: Path, threads: int, with_variants: bool) -> None:
         flags = (
             f"--dataset_name arithmetic --num_terms 8 --split train[:6400] --eval_data_files {folder}/lm/test.jsonl"
         )
-        flags += " --eval_split train[:300] --max_length 64 --max_completion_length 4"
-        flags += " --lr 3e-5 --batch_size 256 --per_device_eval_batch_size 400 --eval_strategy steps --eval_steps 50"
-        flags += f" --eval_on_start true --max_steps {EARLY_GRPO_STEPS} --save_strategy no --seed {seed}"
+        flags += " --eval_split train[:300] --max_length 64 --max_completion_length 4 --curriculum false"
+        flags += " --scale_rewards none --lr 1e-5 --batch_size 256 --per_device_eval_batch_size 400"
+        flags += " --max_steps 150 --eval_strategy steps --eval_steps 50 --eval_on_start true --save_strategy no"
+        flags += f" --seed {seed}"
         start = ["--checkpoint", str(variant_folder(folder, EARLY)), "--output_dir", str(folder / "grpo_early")]
         run(["llada-trm", "train", "--recipe", "grpo", *start, *flags.split()], threads)
 
