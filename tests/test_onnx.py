@@ -253,6 +253,15 @@ def test_graph_that_differs_is_not_kept(wrong_graph, tmp_path, capsys, there_bef
     assert not there_before or path.read_bytes() == b"an older one"
 
 
+def test_refiner_of_ones_own_that_looks_at_values(monkeypatch, tmp_path):
+    model = new_hybrid("head")
+    refine = model.refiner.forward
+    monkeypatch.setattr(model.refiner, "forward", lambda states, **asked: refine(states + bool(states.any()), **asked))
+    with pytest.raises(RuntimeError, match=r"This LLaDATRM.* cannot be written as a graph: .*data-dep"):
+        export_onnx(model, tmp_path / "model.onnx")
+    assert os.listdir(tmp_path) == []
+
+
 def test_nan_is_a_difference(tmp_path, head_graph, wrong_graph):
     model = new_hybrid("head")
     with torch.no_grad():

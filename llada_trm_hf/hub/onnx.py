@@ -172,15 +172,20 @@ def _write_graph(forward: _Forward, path: str) -> None:
     sizes = {0: "batch", 1: "length"}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of the exporter's own code
-        program = torch.onnx.export(
-            forward,
-            kwargs=example,
-            dynamo=True,
-            dynamic_shapes=dict.fromkeys(example, sizes),
-            input_names=list(example),
-            output_names=list(forward.names),
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                forward,
+                kwargs=example,
+                dynamo=True,
+                dynamic_shapes=dict.fromkeys(example, sizes),
+                input_names=list(example),
+                output_names=list(forward.names),
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            kind = type(forward.model).__name__
+            raise RuntimeError(f"This {kind} cannot be written as a graph: {reason}") from error
     assert program is not None
     weights = sum(parameter.nbytes for parameter in forward.parameters())
     program.save(path, external_data=weights > MOST_WEIGHTS_IN_GRAPH)
