@@ -1,5 +1,5 @@
 #!/bin/sh
-# Latent thinking from beginning to end, on one core in three quarters of an hour:
+# Latent thinking from beginning to end, on one core in about an hour:
 #
 #     examples/latent_thinking/run.sh OUTPUT_FOLDER [SEED]
 #
