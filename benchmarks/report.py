@@ -101,9 +101,8 @@ def latent_thinking(result: dict[str, Any]) -> str:
     ]
     longest = max((seed["held_out_rewards"] for seed in seeds), key=len)
     rewards = [row + [""] * (2 + len(longest) - len(row)) for row in rewards]
-    steps = [
-        [name, *(percent(value) for value in first[key].values())]
-        for name, key in (("trained with 1", "accuracy_by_steps"), ("trained with 2", "accuracy_by_steps_2"))
+    by_steps = [
+        [str(seed["seed"]), *(percent(value) for value in seed["accuracy_by_steps"].values())] for seed in seeds
     ]
     variants = [[name, percent(row["accuracy"])] for name, row in first["variants"].items()]
     return (
@@ -114,8 +113,8 @@ def latent_thinking(result: dict[str, Any]) -> str:
         f"GRPO after answer supervision, all of it or one of {first['variant_steps']:,} steps: mean reward of sampled "
         f"answers to 300 held-out problems, 8 samples each, by step.\n\n"
         f"{table(['after', 'seed', *(str(step) for step, _ in longest)], rewards)}\n"
-        f"Accuracy with so many supervision steps at inference, after answer supervision (seed {first['seed']}; the "
-        f"model with two was trained shorter):\n\n{table(['', *map(str, first['accuracy_by_steps'])], steps)}\n"
+        f"Accuracy with so many supervision steps at inference, after answer supervision with one:\n\n"
+        f"{table(['seed', *map(str, first['accuracy_by_steps'])], by_steps)}\n"
         f"A shorter answer supervision, {first['variant_steps']:,} steps (seed {first['seed']}):\n\n"
         f"{table(['', 'accuracy'], variants)}\n{source(result)}"
     )

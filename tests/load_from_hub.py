@@ -23,7 +23,7 @@ def outputs(model, inputs):
         return {"thought": model.reason(context).prediction}
     if hasattr(model, "embed_tokens"):
         return {"hidden_states": model(ids).last_hidden_state}
-    if hasattr(model, "match_scale"):
+    if hasattr(model, "project_decompressed"):
         return {"latents": model(states).latents}
     if not hasattr(model, "generate"):
         return {"hidden_states": model(states).hidden_states}

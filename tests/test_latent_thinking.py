@@ -544,6 +544,8 @@ def test_checkpoint_without_backbone(on_disk_backbone, tmp_path, auto_class):
     input_ids, mask = pad_rows(PROMPTS)
     found, expected = (each(input_ids, attention_mask=mask).logits.float() for each in (loaded, model))
     torch.testing.assert_close(found, expected, atol=0.05, rtol=0)
+    loaded.config.max_reasoning_steps, loaded.config.halt_threshold = 2, 1.0
+    assert (loaded(input_ids, attention_mask=mask).reasoning_steps == 2).all()
     model.config.backbone_name_or_path = None
     with pytest.raises(ValueError, match="save_backbone=False needs to know"):
         model.save_pretrained(tmp_path / "lost", save_backbone=False)

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Latent thinking from beginning to end, on one core in three quarters of an hour:
+# Latent thinking from beginning to end, on one core in about an hour:
 #
 #     examples/latent_thinking/run.sh OUTPUT_FOLDER [SEED]
 #
@@ -36,6 +36,6 @@ made answers || llada-trm train --recipe latent_answer --backbone "$out/lm" --co
 
 # 6. GRPO: the same three parts, by which of their answers to long chains are right.
 made grpo || llada-trm train --recipe grpo --checkpoint "$out/answers" --dataset_name arithmetic --num_terms 8 \
-    --split "train[:6400]" $held_out --max_length 64 --max_completion_length 4 --lr 3e-5 --batch_size 256 \
-    --per_device_eval_batch_size 400 --max_steps "${GRPO_STEPS:-200}" --eval_strategy steps --eval_steps 50 \
-    --eval_on_start true --save_strategy no --seed "$seed" --output_dir "$out/grpo"
+    --split "train[:6400]" $held_out --max_length 64 --max_completion_length 4 --curriculum false --scale_rewards none \
+    --lr 5e-6 --batch_size 256 --per_device_eval_batch_size 400 --max_steps "${GRPO_STEPS:-150}" --eval_strategy steps \
+    --eval_steps 50 --eval_on_start true --save_strategy no --seed "$seed" --output_dir "$out/grpo"

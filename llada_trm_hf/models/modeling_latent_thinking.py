@@ -83,6 +83,7 @@ class LatentThinkingForCausalLM(LatentThinkingGenerationMixin, LatentPasses, Bac
         super().__init__(config)
         self.backbone = AutoModelForCausalLM.from_config(config.backbone_config) if backbone is None else backbone
         self.thinker = LatentThinker(config) if thinker is None else thinker
+        self.thinker.config = config  # one that was loaded by itself has a copy, which changes would not reach
         self._no_split_modules = [*(self.backbone._no_split_modules or ()), "LatentThinker"]
         if config.thinker_dtype == "float32":
             self._keep_in_fp32_modules_strict = {"thinker"}
