@@ -22,7 +22,8 @@ def run(arguments: list[str]) -> None:
     )
     options = parser.parse_args(arguments)
     check_export(options.output)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it lists the packages it could also have used
+    for talkative in ("torch.onnx", "onnx_ir"):  # about packages not installed, and their own code
+        logging.getLogger(talkative).setLevel(logging.ERROR)
 
     model = load_weights(options.checkpoint, "float32").eval()
     size = sum(parameter.numel() for parameter in model.parameters())
