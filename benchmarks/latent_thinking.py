@@ -12,7 +12,6 @@ batches of 64. Writes benchmarks/results/latent_thinking.json.
 
 import argparse
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import circumstances, write_result
+from record import circumstances, mean_and_margin, write_result
 from transformers import AutoTokenizer
 
 from llada_trm_hf import LatentThinkingForCausalLM
@@ -49,7 +48,6 @@ VARIANTS: dict[str, tuple[bool, list[str]]] = {
 }
 VARIANT_STEPS = 3000
 EARLY = "2 latents"  # the variant that GRPO also starts from, for every seed: it still has something to learn
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, for so many seeds
 
 
 def run(command: list[str], threads: int) -> None:
@@ -145,13 +143,12 @@ def held_out_rewards(folder: Path) -> list[tuple[int, float]]:
 @torch.no_grad()
 def accuracy_by_steps(folder: Path) -> dict[int, float]:
     """Of greedy answers, with so many supervision steps to think, none halting before."""
-    result = {}
+    model, tokenizer = load_model(str(folder))
+    responder = make_responder(model, tokenizer, {"max_new_tokens": 64})
+    problems = [json.loads(line) for line in (folder.parent / "lm" / "test.jsonl").read_text().splitlines()]
+    model.config.halt_threshold, result = 1.0, {}
     for steps in REASONING_STEPS:
-        model, tokenizer = load_model(str(folder))
-        model.config.halt_threshold, model.config.max_reasoning_steps = 1.0, steps
-        responder = make_responder(model, tokenizer, {"max_new_tokens": 64})
-        problems = [json.loads(line) for line in (folder.parent / "lm" / "test.jsonl").read_text().splitlines()]
-        right = 0
+        model.config.max_reasoning_steps, right = steps, 0
         for start in range(0, len(problems), 100):
             batch = problems[start : start + 100]
             responses = responder.respond([responder.prompt(problem["prompt"]) for problem in batch])
@@ -181,14 +178,6 @@ def measure(folder: Path, with_variants: bool) -> dict[str, Any]:
     return result
 
 
-def mean_and_margin(values: list[float]) -> tuple[float, float | None]:
-    """The mean, and half of its 95% interval, where there are seeds enough to say."""
-    mean = statistics.fmean(values)
-    if len(values) not in T_95:
-        return mean, None
-    return mean, T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -205,7 +194,7 @@ def main() -> None:
     seeds = [{"seed": seed, **measure(folder, with_variants=seed == 0)} for seed, folder in folders.items()]
     for name in MODELS:
         accuracy, margin = mean_and_margin([seed["models"][name]["accuracy"] for seed in seeds])
-        print(f"{name}: {accuracy:.1%}{'' if margin is None else f' ± {margin:.1%}'}", seeds[0]["models"][name])
+        print(f"{name}: {accuracy:.1%} ± {margin:.1%}", seeds[0]["models"][name])
     arguments = " ".join(sys.argv[1:])
     command = f"python benchmarks/latent_thinking.py{' ' * bool(arguments)}{arguments}"
     table = {

@@ -23,7 +23,7 @@ from typing import Any
 
 import matplotlib
 import torch
-from record import circumstances, write_result
+from record import circumstances, mean_and_margin, write_result
 from transformers import PreTrainedModel
 
 from llada_trm_hf import (
@@ -69,7 +69,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 RECURSION_STEPS = (1, 2, 4, 8, 16)
 MIN_CONFIDENCES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, for so many seeds
 
 
 def milliseconds_per_token(models: dict[str, tuple[PreTrainedModel, dict[str, Any]]], prompts: torch.Tensor) -> dict:
@@ -169,13 +168,6 @@ def selective(
         hybrid.config.min_confidence = trained
 
 
-def mean_and_half_width(values: list[float]) -> tuple[float, float]:
-    """Over seeds; half of the 95% interval of Student's t."""
-    if len(values) not in T_95:
-        return statistics.mean(values), math.nan
-    return statistics.mean(values), T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-
-
 def summarise(seeds: list[dict[str, Any]]) -> dict[str, Any]:
     table: dict[str, dict[str, Any]] = {}
     for name, row in seeds[0]["rows"].items():
@@ -184,9 +176,9 @@ def summarise(seeds: list[dict[str, Any]]) -> dict[str, Any]:
         table[name] = {"parameters": row["parameters"], "seeds": len(having)}
         for steps in ("1", "2"):
             values = [seed["rows"][name]["accuracy"][steps] for seed in having]
-            table[name][f"accuracy_{steps}"] = [*mean_and_half_width(values), values]
+            table[name][f"accuracy_{steps}"] = [*mean_and_margin(values), values]
             gains = [value - seed["rows"]["no refiner"]["accuracy"][steps] for value, seed in zip(values, having)]
-            table[name][f"gain_{steps}"] = mean_and_half_width(gains)
+            table[name][f"gain_{steps}"] = mean_and_margin(gains)
         if "extra_ms_per_token" in row:
             table[name]["extra_ms_per_token"] = statistics.mean(s["rows"][name]["extra_ms_per_token"] for s in seeds)
     return table

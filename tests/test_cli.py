@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_training import new_backbone
 
 from llada_trm_hf import (
-    LLaDAConfig,
-    LLaDAForMaskedDiffusion,
     LLaDATRMForMaskedDiffusion,
     RecursiveRefinementHeadConfig,
     RefinementTrace,
@@ -24,22 +23,7 @@ from llada_trm_hf.inspection import trace_summary
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> str:
     tokenizer, folder = byte_tokenizer(), tmp_path_factory.mktemp("checkpoint")
-    torch.manual_seed(0)
-    backbone = LLaDAForMaskedDiffusion(
-        LLaDAConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-            initializer_range=0.3,
-            mask_token_id=tokenizer.mask_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-        )
-    )
+    backbone = new_backbone(num_hidden_layers=1, max_position_embeddings=64, initializer_range=0.3)
     head = RecursiveRefinementHeadConfig(hidden_size=32, chunk_size=4, head_hidden_size=8)
     hybrid = LLaDATRMForMaskedDiffusion.from_backbone(backbone, head, min_confidence=1.0)
     hybrid.save_pretrained(folder)

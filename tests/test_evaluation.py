@@ -11,10 +11,9 @@ import pytest
 import torch
 from conftest import run_two_processes
 from datagen_models import load_model, save_model, tokenizer_with_markers
+from tiny_training import new_backbone
 
 from llada_trm_hf import (
-    LLaDAConfig,
-    LLaDAForMaskedDiffusion,
     LLaDATRMForMaskedDiffusion,
     RecursiveRefinementHeadConfig,
 )
@@ -36,21 +35,7 @@ PROBLEMS = [{"prompt": "x" * (i * 7 % 11) + f"{i}?", "answer": str(i % 10)} for 
 def hybrid(tmp_path_factory) -> str:
     """A hybrid whose backbone learned two-digit chains for a moment: it gets some of them right, and not all."""
     folder, tokenizer = tmp_path_factory.mktemp("hybrid"), byte_tokenizer()
-    torch.manual_seed(0)
-    config = LLaDAConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        initializer_range=0.15,
-        mask_token_id=tokenizer.mask_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-    )
-    backbone = LLaDAForMaskedDiffusion(config)
+    backbone = new_backbone(num_hidden_layers=1, max_position_embeddings=64, initializer_range=0.15)
     problems, response = load_reasoning_dataset("arithmetic", "train[:60]", num_terms=2)
     arguments = MaskedDiffusionTrainingArguments(
         output_dir=str(folder / "run"),

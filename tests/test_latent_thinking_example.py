@@ -17,6 +17,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "latent_thinking"
 
 @pytest.mark.slow
 def test_the_whole_pipeline(tmp_path):
+    tmp_path = tmp_path / "a folder with spaces"
     sizes = {"PROBLEMS": 2000, "LM_STEPS": 100, "PAIRS": 600, "TRM_EPOCHS": 1, "ANSWER_STEPS": 20, "GRPO_STEPS": 4}
     settings = {name: str(value) for name, value in sizes.items()} | {"OMP_NUM_THREADS": "1"}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])

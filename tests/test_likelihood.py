@@ -12,8 +12,9 @@ from conftest import MASK
 from datagen_models import load_model, save_model
 from latent_thinking_models import make_lm, make_model
 from lm_eval.tasks import TaskManager
+from tiny_training import new_backbone
 
-from llada_trm_hf import LLaDAConfig, LLaDAForMaskedDiffusion
+from llada_trm_hf import LLaDAForMaskedDiffusion
 from llada_trm_hf.data import byte_tokenizer, latent_thinking_prompt
 from llada_trm_hf.evaluation import harness as adapters  # noqa: F401  (registers them)
 from llada_trm_hf.evaluation.likelihood import is_greedy_response, likelihood_bounds, response_masks
@@ -107,21 +108,7 @@ def test_bad_input(tiny_backbone):
 def diffusion_model(tmp_path_factory) -> str:
     tokenizer, folder = byte_tokenizer(), tmp_path_factory.mktemp("diffusion")
     tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
-    torch.manual_seed(0)
-    config = LLaDAConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        mask_token_id=tokenizer.mask_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-    )
-    LLaDAForMaskedDiffusion(config).save_pretrained(folder)
+    new_backbone(num_hidden_layers=1, initializer_range=0.3).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

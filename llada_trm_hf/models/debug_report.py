@@ -60,6 +60,7 @@ class _Spread:
             self.add(tensor)
 
     def add(self, tensor: torch.Tensor) -> None:
+        """Takes one more tensor in."""
         self.shapes.append(list(tensor.shape))
         values = tensor.detach().float()
         values = values[values.isfinite()]

@@ -52,6 +52,7 @@ class BackboneCheckpoints(HubModel):
 
     @classmethod
     def _load_backbone(cls, name_or_path: str, **kwargs: Any) -> PreTrainedModel:
+        """For the class to say, as the two below: how its backbone is loaded."""
         raise NotImplementedError
 
     @classmethod
@@ -60,6 +61,7 @@ class BackboneCheckpoints(HubModel):
         raise NotImplementedError
 
     def _load_generation_config(self, path: Any, **hub: Any) -> None:
+        """Sets `generation_config`, of the class that the model generates with, from the checkpoint."""
         raise NotImplementedError
 
     @classmethod

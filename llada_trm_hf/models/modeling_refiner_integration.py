@@ -58,6 +58,7 @@ class RefinerIntegration(HoldsRefiners, PreTrainedRefiner):
         return self._integrate(hidden_states, arguments)
 
     def _integrate(self, hidden_states: torch.Tensor, arguments: dict[str, Any]) -> RefinerOutput:
+        """For the subclasses to say."""
         raise NotImplementedError
 
 

@@ -81,6 +81,7 @@ class HoldsRefiners(HubModel):
     """Mixin for a model with refiners in it: saves the code of registered ones too, named in `own_refiners.py`."""
 
     def export_code(self, folder: str | os.PathLike) -> None:
+        """As in `HubModel`, and what defines the registered refiners."""
         super().export_code(folder)
         classes = {type(module) for module in self.modules()}  # type: ignore[attr-defined]
         lines = ['"""Refiners of one\'s own that this checkpoint holds."""\n', "OWN_REFINERS = []\n"]
