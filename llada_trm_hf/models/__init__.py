@@ -1,75 +1,58 @@
-"""Models, configurations and generation. Importing this registers every model with the Auto classes."""
+"""
+Models and configurations, a folder for each family. Importing this registers every model with the Auto classes.
+
+Files here and in `generation/` import only torch, transformers and each other, relatively, and have names of their own:
+they travel with the weights, flat (`hub_model.py`).
+"""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from .configuration_compressor import DimensionCompressorConfig
-from .configuration_latent_thinking import LatentThinkingConfig
-from .configuration_llada import LLaDAConfig
-from .configuration_llada_moe import LLaDAMoEConfig
-from .configuration_llada_trm import LLaDATRMConfig
-from .configuration_masked_diffusion_generation import MaskedDiffusionGenerationConfig
-from .configuration_refiner_integration import RefinerCascadeConfig, RefinerMixConfig
-from .configuration_refiners import RecursiveRefinementHeadConfig, SlotTRMRefinerConfig
-from .configuration_sequence_trm import SequenceTRMConfig
-from .generation_masked_diffusion import MaskedDiffusionGenerationMixin
-from .generation_recorder import MaskedDiffusionGenerateOutput
-from .llada_trm_output import LLaDATRMOutput
-from .modeling_compressor import CompressorOutput, DimensionCompressor, PCAFit
-from .modeling_latent_passes import LatentThinkingOutput
-from .modeling_latent_thinker import LatentThinker, LatentThought
-from .modeling_latent_thinking import LatentThinkingForCausalLM
-from .modeling_llada import LLaDAForMaskedDiffusion, LLaDAModel
-from .modeling_llada_moe import LLaDAMoEForMaskedDiffusion, LLaDAMoEModel, LLaDAMoEOutput
-from .modeling_llada_trm import LLaDATRMForMaskedDiffusion
-from .modeling_refinement_head import RecursiveRefinementHead
-from .modeling_refiner import PreTrainedRefiner
-from .modeling_refiner_integration import RefinerCascade, RefinerMix
-from .modeling_sequence_trm import SequenceTRM, SequenceTRMOutput, SequenceTRMReasoning
-from .modeling_slot_refiner import SlotTRMRefiner
-from .reconstruction_metrics import reconstruction_metrics
-from .refinement_trace import RefinementPass, RefinementTrace
-from .refiner_output import RefinerOutput
-from .refiner_registry import register_refiner
-from .thought_tokens import thought_token_ids
+from .latent_thinking.configuration_latent_thinking import LatentThinkingConfig
+from .latent_thinking.dimension_compressor import (
+    CompressorOutput,
+    DimensionCompressor,
+    DimensionCompressorConfig,
+    PCAFit,
+)
+from .latent_thinking.latent_passes import LatentThinkingOutput
+from .latent_thinking.latent_thinker import LatentThinker, LatentThought
+from .latent_thinking.modeling_latent_thinking import LatentThinkingForCausalLM
+from .latent_thinking.sequence_trm import SequenceTRM, SequenceTRMConfig, SequenceTRMOutput, SequenceTRMReasoning
+from .latent_thinking.thought_tokens import thought_token_ids
+from .llada.configuration_llada import LLaDAConfig
+from .llada.modeling_llada import LLaDAForMaskedDiffusion, LLaDAModel
+from .llada_moe.configuration_llada_moe import LLaDAMoEConfig
+from .llada_moe.modeling_llada_moe import LLaDAMoEForMaskedDiffusion, LLaDAMoEModel, LLaDAMoEOutput
+from .llada_trm.configuration_llada_trm import LLaDATRMConfig
+from .llada_trm.modeling_llada_trm import LLaDATRMForMaskedDiffusion, LLaDATRMOutput
+from .refiners.recursive_refinement_head import RecursiveRefinementHead, RecursiveRefinementHeadConfig
+from .refiners.refiner import ChunkLayout, PreTrainedRefiner, RefinerOutput, register_refiner
+from .refiners.refiner_integration import RefinerCascade, RefinerCascadeConfig, RefinerMix, RefinerMixConfig
+from .refiners.slot_trm_refiner import SlotTRMRefiner, SlotTRMRefinerConfig
 
+_MASKED_DIFFUSION = (LLaDAForMaskedDiffusion, LLaDAMoEForMaskedDiffusion, LLaDATRMForMaskedDiffusion)
 _AUTO_CLASSES = {
     AutoModel: (
         LLaDAModel,
         LLaDAMoEModel,
+        LLaDATRMForMaskedDiffusion,
         RecursiveRefinementHead,
         SlotTRMRefiner,
         RefinerCascade,
         RefinerMix,
-        LLaDATRMForMaskedDiffusion,
         DimensionCompressor,
         SequenceTRM,
     ),
-    AutoModelForMaskedLM: (LLaDAForMaskedDiffusion, LLaDAMoEForMaskedDiffusion, LLaDATRMForMaskedDiffusion),
-    AutoModelForCausalLM: (
-        LLaDAForMaskedDiffusion,
-        LLaDAMoEForMaskedDiffusion,
-        LLaDATRMForMaskedDiffusion,
-        LatentThinkingForCausalLM,
-    ),
+    AutoModelForMaskedLM: _MASKED_DIFFUSION,
+    AutoModelForCausalLM: (*_MASKED_DIFFUSION, LatentThinkingForCausalLM),
 }
-for _config in (
-    LLaDAConfig,
-    LLaDAMoEConfig,
-    RecursiveRefinementHeadConfig,
-    SlotTRMRefinerConfig,
-    RefinerCascadeConfig,
-    RefinerMixConfig,
-    LLaDATRMConfig,
-    DimensionCompressorConfig,
-    SequenceTRMConfig,
-    LatentThinkingConfig,
-):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
 for _auto_class, _models in _AUTO_CLASSES.items():
     for _model in _models:
+        AutoConfig.register(_model.config_class.model_type, _model.config_class, exist_ok=True)
         _auto_class.register(_model.config_class, _model, exist_ok=True)
 
 __all__ = [
+    "ChunkLayout",
     "CompressorOutput",
     "DimensionCompressor",
     "DimensionCompressorConfig",
@@ -88,15 +71,10 @@ __all__ = [
     "LatentThinkingForCausalLM",
     "LatentThinkingOutput",
     "LatentThought",
-    "MaskedDiffusionGenerateOutput",
-    "MaskedDiffusionGenerationConfig",
-    "MaskedDiffusionGenerationMixin",
     "PCAFit",
     "PreTrainedRefiner",
     "RecursiveRefinementHead",
     "RecursiveRefinementHeadConfig",
-    "RefinementPass",
-    "RefinementTrace",
     "RefinerCascade",
     "RefinerCascadeConfig",
     "RefinerMix",
@@ -108,7 +86,6 @@ __all__ = [
     "SequenceTRMReasoning",
     "SlotTRMRefiner",
     "SlotTRMRefinerConfig",
-    "reconstruction_metrics",
     "register_refiner",
     "thought_token_ids",
 ]

@@ -1,22 +1,56 @@
-"""Rotary position embeddings (RoPE, arXiv 2104.09864), computed where they are needed: no buffers to cast or save."""
+"""Rotary position embeddings (RoPE, arXiv 2104.09864)."""
+
+from collections.abc import Callable
 
 import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
 
 ROPE_THETA = 10_000.0  # RoPE paper
 
-Rotary = tuple[torch.Tensor, torch.Tensor]
+Rotary = tuple[torch.Tensor, torch.Tensor]  # cosine and sine of the angles
+
+
+def rotate(states: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+    """
+    Rotates `states` `[..., head_dim]` by angles that broadcast to `[..., rotary_dim]`, in the dtype of the angles:
+    channel `i` with channel `i + rotary_dim / 2`. What a head has beyond `rotary_dim` stays as it is.
+    """
+    cos, sin = rotary
+    rotary_dim = cos.shape[-1]
+    rotated = states[..., :rotary_dim].to(cos.dtype)
+    rotated = (rotated * cos + rotate_half(rotated) * sin).to(states.dtype)
+    return rotated if rotary_dim == states.shape[-1] else torch.cat([rotated, states[..., rotary_dim:]], dim=-1)
 
 
 def rotary_embedding(positions: torch.Tensor, head_dim: int, dtype: torch.dtype) -> Rotary:
-    """Cosine and sine of the RoPE angles of `positions` `[...]`: `[..., 1, head_dim]`."""
+    """
+    Cosine and sine of the angles of `positions` `[...]`, `[..., 1, head_dim]`, for the small models of this package:
+    computed where they are needed, so that there is no buffer to cast or save.
+    """
     pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype)
     angles = positions.to(dtype)[..., None, None] * ROPE_THETA ** (-pairs / head_dim)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
 
-def rotate(states: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-    """Rotates `states` `[..., heads, head_dim]`, channel `i` with channel `i + head_dim / 2`."""
-    first, second = states.chunk(2, dim=-1)
-    cos, sin = rotary
-    return (states * cos + torch.cat([-second, first], dim=-1) * sin).to(states.dtype)
+class FullPrecisionRotaryEmbedding(LlamaRotaryEmbedding):
+    """
+    The angles of a backbone, by its config's `rope_parameters`; cosine and sine stay in float32, since LLaDA rotates in
+    full precision (`rope_full_precision`).
+    """
+
+    inv_freq: torch.Tensor
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        """`model.to(torch.bfloat16)` must not round the frequencies: only their device changes."""
+        exact = self.inv_freq
+        super()._apply(fn, recurse)
+        if not exact.is_meta:
+            self.inv_freq = exact.to(self.inv_freq.device)
+        return self
+
+    @torch.no_grad()
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> Rotary:
+        """Cosine and sine `[B, L, head_dim]` of `position_ids` `[B, L]`, on the device of `hidden_states`."""
+        return super().forward(hidden_states.float(), position_ids)

@@ -1,0 +1,167 @@
+"""A record of what the refiner did, as plain tensors. Drawing it is the business of `llada_trm_hf.inspection`."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+# What can draw a trace: filled in by `llada_trm_hf.inspection`, so that this file needs nothing but torch.
+TRACE_RENDERERS: dict[str, Callable[..., None]] = {}
+
+
+@dataclass
+class RefinementPass:
+    """
+    One forward pass over `b` rows, `N` chunks and `K` recursion steps.
+
+    Attributes:
+        chunk_of_token: LongTensor `[b, L]`, -1 for padding.
+        chunk_confidence: FloatTensor `[b, N]`, the backbone's mean probability of its best guess; 1 where the chunk
+            holds nothing to decide.
+        refiner_confidence: FloatTensor `[b, N]`, the refiner's own after refining.
+        num_steps: LongTensor `[b, N]`, updates applied; 0 for a chunk that was left alone.
+        similarity: FloatTensor `[b, N, K]`, cosine similarity of a chunk's code with the one a step before; NaN where
+            that step was not run.
+        changed_tokens: BoolTensor `[b, L]`, where refinement changed the model's best guess.
+        rows: LongTensor `[b]`, which rows of the batch these are.
+    """
+
+    chunk_of_token: torch.Tensor
+    chunk_confidence: torch.Tensor
+    refiner_confidence: torch.Tensor
+    num_steps: torch.Tensor
+    similarity: torch.Tensor
+    changed_tokens: torch.Tensor
+    rows: torch.Tensor
+
+    @classmethod
+    def of_rows(cls, rows: dict[int, dict[str, Any]]) -> "RefinementPass":
+        """The pass whose row number `n` is `rows[n]`, as `of_row` gives it."""
+
+        def stacked(name: str, dtype: torch.dtype) -> torch.Tensor:
+            return torch.tensor([_with_nan(row[name]) for row in rows.values()], dtype=dtype)
+
+        return cls(
+            chunk_of_token=stacked("chunk_of_token", torch.long),
+            chunk_confidence=stacked("chunk_confidence", torch.float32),
+            refiner_confidence=stacked("refiner_confidence", torch.float32),
+            num_steps=stacked("num_steps", torch.long),
+            similarity=stacked("similarity", torch.float32),
+            changed_tokens=stacked("changed_tokens", torch.bool),
+            rows=torch.tensor(list(rows)),
+        )
+
+    def first(self, number: int) -> "RefinementPass":
+        """The same for the first `number` rows."""
+        return RefinementPass(*(getattr(self, part.name)[:number] for part in fields(self)))
+
+    def of_row(self, index: int) -> dict[str, Any]:
+        """Row `index` as plain lists, with None for NaN: JSON has no NaN."""
+        lists = {part.name: getattr(self, part.name)[index].tolist() for part in fields(self) if part.name != "rows"}
+        return {name: _without_nan(values) for name, values in lists.items()}
+
+
+@dataclass
+class RefinementTrace:
+    """
+    What happened during one `generate` (or one `forward`).
+
+    Attributes:
+        mask_token_id: the token that stands for "not decided yet".
+        prompt_length: columns of the prompt.
+        canvases: LongTensors `[B, L]`, the canvas before the first and after each diffusion step.
+        passes: what the refiner did in each step; empty for a model without refiner.
+    """
+
+    mask_token_id: int
+    prompt_length: int
+    canvases: list[torch.Tensor] = field(default_factory=list)
+    passes: list[RefinementPass] = field(default_factory=list)
+
+    def add_canvas(self, sequences: torch.Tensor, rows: torch.Tensor) -> None:
+        """Adds the canvas `[B, L]` after a step that ran for `rows` `[b]`."""
+        self.canvases.append(sequences.clone().cpu())
+        if self.passes:
+            self.passes[-1].rows = rows.cpu()
+
+    def to_dict(self, tokenizer: Any = None) -> dict[str, Any]:
+        """
+        The trace as plain lists, one entry per row of the batch.
+
+        Args:
+            tokenizer: with it, each canvas also gets the text of its tokens.
+        """
+        rows = []
+        for row in range(self.canvases[0].shape[0]):
+            steps: list[dict[str, Any]] = []
+            for i, canvas in enumerate(self.canvases):
+                step: dict[str, Any] = {"tokens": canvas[row].tolist()}
+                if tokenizer is not None:
+                    step["text"] = [self._text(token, tokenizer) for token in step["tokens"]]
+                done = self.passes[i - 1] if 0 < i <= len(self.passes) else None
+                if done is not None:
+                    where = (done.rows == row).nonzero().flatten().tolist()
+                    step["refinement"] = done.of_row(where[0]) if where else None
+                steps.append(step)
+            rows.append(steps)
+        return {"mask_token_id": self.mask_token_id, "prompt_length": self.prompt_length, "rows": rows}
+
+    def to_json(self, path: str | os.PathLike, tokenizer: Any = None) -> None:
+        """Writes `to_dict` as JSON."""
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(self.to_dict(tokenizer), file, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike) -> "RefinementTrace":
+        """
+        Reads what `to_json` wrote; texts are not needed.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is not a trace.
+        """
+        with open(path, encoding="utf-8") as file:
+            try:
+                content = json.load(file)
+                trace = cls(content["mask_token_id"], content["prompt_length"])
+                for steps in zip(*content["rows"]):
+                    trace.canvases.append(torch.tensor([step["tokens"] for step in steps]))
+                    done = {row: step["refinement"] for row, step in enumerate(steps) if step.get("refinement")}
+                    if done:
+                        trace.passes.append(RefinementPass.of_rows(done))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path} is not a refinement trace: {error!r}.") from error
+        return trace
+
+    def to_html(self, path: str | os.PathLike, tokenizer: Any = None) -> None:
+        """Writes one self-contained page: the text appearing, confidence as colour, steps per chunk."""
+        self._render("html", path, tokenizer)
+
+    def plot(self, path: str | os.PathLike) -> None:
+        """Writes a PNG of the similarity curves, the steps per chunk and the confidence over time."""
+        self._render("plot", path)
+
+    def _text(self, token: int, tokenizer: Any) -> str | None:
+        return None if token == self.mask_token_id else tokenizer.decode([token])
+
+    def _render(self, kind: str, *args: Any) -> None:
+        if kind not in TRACE_RENDERERS:
+            raise RuntimeError("Drawing a trace needs the package: pip install llada-trm-hf, import llada_trm_hf.")
+        TRACE_RENDERERS[kind](self, *args)
+
+
+def _without_nan(values: Any) -> Any:
+    """Nested lists with None in place of NaN."""
+    if isinstance(values, list):
+        return [_without_nan(value) for value in values]
+    return values if values == values else None
+
+
+def _with_nan(values: Any) -> Any:
+    """Nested lists with NaN in place of None."""
+    if isinstance(values, list):
+        return [_with_nan(value) for value in values]
+    return float("nan") if values is None else values

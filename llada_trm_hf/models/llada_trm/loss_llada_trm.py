@@ -1,0 +1,129 @@
+"""The training objective of the hybrid: the masked-diffusion loss of its result, and what trains the refiner besides."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from ..backbone_wrapper import EncodedTokens
+from ..modeling_masked_diffusion import MaskedTargets, masked_diffusion_loss, score_tokens
+from ..refiners.refiner import ChunkLayout, RefinerOutput
+from .configuration_llada_trm import LLaDATRMConfig
+
+
+class Refinement(NamedTuple):
+    """One refinement: what it was given, and what it did."""
+
+    layout: ChunkLayout
+    relevant: torch.Tensor  # BoolTensor [B, L], the tokens to be decided
+    chunk_confidence: torch.Tensor  # [B, N], the backbone's
+    active: torch.Tensor  # BoolTensor [B, N], the chunks refined
+    refined: RefinerOutput
+    changed_tokens: torch.Tensor  # BoolTensor [B, L], where the best guess is another now; filled in where it is known
+    chunk_accuracy: torch.Tensor | None = None  # [B, N], with labels
+
+
+class RefinementObjective:
+    """Mixin for a model that refines: the loss of a batch with labels."""
+
+    config: LLaDATRMConfig
+    _refine: Callable[..., Refinement]
+    _logits: Callable[[torch.Tensor], torch.Tensor]
+    _backbone_trains: bool
+
+    def _refine_loss(
+        self,
+        hidden_states: torch.Tensor,
+        layout: ChunkLayout,
+        relevant: torch.Tensor,
+        targets: MaskedTargets,
+        encoded: EncodedTokens,
+        arguments: dict[str, Any],
+    ) -> tuple[Refinement, torch.Tensor, dict[str, torch.Tensor]]:
+        """Refines `hidden_states` `[B, L, D]`: the weighted sum of the losses, and each of them. Keeps no logits."""
+        config = self.config
+        positions = relevant | targets.positions  # [B, L]; P of them
+        tokens = torch.full_like(positions, -100, dtype=torch.long).masked_scatter(targets.positions, targets.tokens)
+        backbone_trains = self._backbone_trains
+        with torch.set_grad_enabled(backbone_trains and torch.is_grad_enabled()):
+            base = score_tokens(hidden_states[positions], self._logits, tokens[positions])
+        probability = base.probability.new_zeros(positions.shape).index_put((positions,), base.probability)
+        arguments = {**arguments, "output_step_hidden_states": config.deep_supervision_weight > 0}
+        result = self._refine(hidden_states, layout, relevant, probability, arguments)
+
+        in_active = layout.to_tokens(result.active)  # [B, L]
+        again = in_active & positions
+        anew = score_tokens(result.refined.hidden_states[again], self._logits, tokens[again])
+        losses = base.losses.index_put((again[positions],), anew.losses)
+        best = base.best.index_put((again[positions],), anew.best)
+        result.changed_tokens[positions] = base.best != best
+        counted = targets.positions[positions]  # [P], which of the positions are in the loss
+
+        components = {"diffusion": masked_diffusion_loss(losses[counted], targets)}
+        components["backbone"] = masked_diffusion_loss(base.losses[counted], targets)
+        if backbone_trains and encoded.router_aux_loss is not None:
+            components["router_aux"] = encoded.router_aux_loss
+        if result.refined.step_hidden_states:
+            components["deep_supervision"] = self._deep_supervision(result.refined, targets, in_active)
+        if result.refined.orthogonality_loss is not None:
+            components["orthogonality"] = result.refined.orthogonality_loss
+        correct = torch.zeros_like(positions).index_put((targets.positions,), best[counted] == targets.tokens)
+        share = layout.mean_per_chunk(correct, targets.positions, empty=1.0)
+        components["confidence"] = confidence_loss(result.refined.confidence[result.active], share[result.active])
+        return result._replace(chunk_accuracy=share), *weighted_loss(components, config, backbone_trains)
+
+    def _deep_supervision(
+        self, refined: RefinerOutput, targets: MaskedTargets, in_active: torch.Tensor
+    ) -> torch.Tensor:
+        """The loss after every recursion step, at the targets in chunks that were refined."""
+        there, among = targets.positions & in_active, in_active[targets.positions]  # [B, L], [M]
+        supervised = MaskedTargets(there, targets.tokens[among], targets.weights[among])
+        losses = []
+        for states in refined.step_hidden_states or ():
+            scores = score_tokens(states[there], self._logits, supervised.tokens)
+            losses.append(masked_diffusion_loss(scores.losses, supervised))
+        return deep_supervision_loss(losses, self.config.deep_supervision_schedule)
+
+
+def weighted_loss(
+    components: dict[str, torch.Tensor], config: LLaDATRMConfig, backbone_trains: bool = False
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """
+    The sum of the losses by name, each times its weight, and the losses detached. That of the backbone's own guess
+    counts if the backbone trains.
+    """
+    weights = {
+        "diffusion": 1.0,
+        "backbone": 1.0 if backbone_trains else None,
+        "router_aux": getattr(config.backbone_config, "router_aux_loss_coef", None),
+        "deep_supervision": config.deep_supervision_weight,
+        "orthogonality": config.orthogonality_weight,
+        "confidence": config.confidence_loss_weight,  # even if 0: DDP wants a gradient for every parameter
+    }
+    weighted = [weights[name] * loss for name, loss in components.items() if weights[name] is not None]
+    return sum(weighted[1:], start=weighted[0]), {name: loss.detach() for name, loss in components.items()}
+
+
+def deep_supervision_loss(step_losses: list[torch.Tensor], schedule: str) -> torch.Tensor:
+    """
+    The weighted mean of the masked-diffusion losses after every recursion step.
+
+    Args:
+        step_losses: a scalar for each step.
+        schedule: `"constant"`, `"linear"` (a step counts in proportion to its number) or `"exponential"` (twice the
+            step before).
+    """
+    losses = torch.stack(step_losses)
+    number = torch.arange(1, len(losses) + 1, device=losses.device, dtype=losses.dtype)
+    weights = {"constant": torch.ones_like(number), "linear": number, "exponential": 2.0**number}[schedule]
+    return (losses * weights / weights.sum()).sum()
+
+
+def confidence_loss(confidence: torch.Tensor, share_correct: torch.Tensor) -> torch.Tensor:
+    """
+    Binary cross-entropy of the refiner's confidence `[A]` against the share of the chunk `[A]` it now gets right; 0
+    when nothing was refined. Its minimum is at confidence = share: a calibrated head.
+    """
+    confidence = confidence.float().clamp(1e-6, 1 - 1e-6)
+    entropy = share_correct * confidence.log() + (1 - share_correct) * (1 - confidence).log()
+    return -entropy.sum() / max(len(confidence), 1)
