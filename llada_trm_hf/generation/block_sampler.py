@@ -153,7 +153,7 @@ class ActiveBlock:
     A block of `W` columns, for the `b` rows that are not finished.
 
     A fixed schedule is known beforehand on the host, so its steps never wait for the device. When confidence decides,
-    or committed tokens can be masked again, each step asks once what is left; a row with nothing left leaves the batch.
+    or committed tokens can be masked again, each step asks once what is left; a row with nothing left leaves.
 
     Args:
         canvas: the sequences.

@@ -1,4 +1,4 @@
-"""The choices of a denoising step: which token at each position, with what confidence, and which positions to commit."""
+"""The choices of a denoising step: the token at each position, its confidence, and which positions to commit."""
 
 import contextlib
 import functools

@@ -25,8 +25,8 @@ class MaskedDiffusionGenerateOutput(ModelOutput):
     """
     Args:
         sequences: LongTensor `[B, L_prompt + max_new_tokens]`, prompt included.
-        num_forward_passes: how often the model ran, the number of function evaluations (NFE). With guidance a pass has the conditional and the unconditional
-            batch; with a cache a pass may cover one block only.
+        num_forward_passes: the number of function evaluations (NFE). With guidance a pass has the conditional and the
+            unconditional batch; with a cache a pass may cover one block only.
         num_forward_passes_per_row: LongTensor `[B]`, the passes a row took part in.
         tokens_per_forward: FloatTensor `[B]`, the tokens transferred in a row over these.
         history: LongTensor `[passes + 1, B, L]`, the canvas before the first and after each pass.
@@ -53,8 +53,8 @@ class MaskedDiffusionGenerationMixin:
     Adds `generate` to a model whose `forward` takes `input_ids`, `attention_mask` and `logits_to_keep`.
 
     Attributes:
-        trace_class: what records a generation with `output_refinement_trace=True`. A hybrid names it; this package
-            (`generation/__init__.py`) names it for every model, while the code beside a backbone's weights does without.
+        trace_class: records a generation with `output_refinement_trace=True`. A hybrid has one; within this package
+            every model has (`generation/__init__.py`), but it does not travel with a bare backbone.
     """
 
     generation_config_class = MaskedDiffusionGenerationConfig

@@ -1,8 +1,8 @@
 """
 Models and configurations, a folder for each family. Importing this registers every model with the Auto classes.
 
-Files here and in `generation/` import only torch, transformers and each other, relatively, and have names of their own:
-they travel with the weights, flat (`hub_model.py`).
+Files here and in `generation/` travel with the weights, flat (`hub_model.py`): no two share a name, and they import
+only torch, transformers and each other, relatively.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM

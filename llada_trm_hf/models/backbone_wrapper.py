@@ -183,7 +183,7 @@ class BackboneWrapper(HubModel):
 
     @classmethod
     def _load_recursive_module(cls, path: Any, config: Any, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """The recursive module of a checkpoint, where its tensors have its name before theirs, and the loading info."""
+        """The recursive module of a checkpoint, where its name is the prefix of its tensors, and the loading info."""
         raise NotImplementedError
 
     def _load_generation_config(self, path: Any, **hub: Any) -> None:
@@ -236,8 +236,8 @@ class BackboneWrapper(HubModel):
         for name in ("hidden_size", "vocab_size"):
             if getattr(found, name) != getattr(expected, name):
                 raise ValueError(
-                    f"{path} holds the {cls.recursive_module} of a backbone with {name}={getattr(expected, name)}, but "
-                    f"{config.backbone_name_or_path} has {getattr(found, name)}: it is another model. Pass "
+                    f"{path} holds the {cls.recursive_module} of a backbone with {name}={getattr(expected, name)}, "
+                    f"but {config.backbone_name_or_path} has {getattr(found, name)}: it is another model. Pass "
                     f"backbone_name_or_path to name the right one."
                 )
         dtype, recursive_dtype = kwargs.get("dtype", "auto"), getattr(config, f"{cls.recursive_module}_dtype")

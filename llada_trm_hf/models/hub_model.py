@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-# The masked-diffusion families and the refiners, by `model_type`: `registered_models.py` and `register_refiner` fill them.
-# (Not by config class: remote code may load the same class twice, from two files.)
+# The masked-diffusion families and the refiners by `model_type`, filled by `registered_models.py` and
+# `register_refiner`. (Not by config class: remote code may load the same class twice, from two files.)
 BACKBONES: dict[str, type[PreTrainedModel]] = {}
 REFINERS: dict[str, type[PreTrainedModel]] = {}
 

@@ -1,6 +1,6 @@
 """
-The backbone families and the refiners of the package, by `model_type`. `save_pretrained` writes a file of this name that
-lists only what the checkpoint holds, so that no other code travels with it.
+The backbone families and refiners of the package. `save_pretrained` writes a file of this name that lists only what a
+checkpoint holds, so that no other code travels with it.
 """
 
 from .hub_model import BACKBONES, REFINERS
@@ -9,7 +9,7 @@ from .llada_moe.modeling_llada_moe import LLaDAMoEForMaskedDiffusion
 from .refiners.recursive_refinement_head import RecursiveRefinementHead
 from .refiners.slot_trm_refiner import SlotTRMRefiner
 
-BACKBONES.update(
-    {model.config_class.model_type: model for model in (LLaDAForMaskedDiffusion, LLaDAMoEForMaskedDiffusion)}
-)
-REFINERS.update({model.config_class.model_type: model for model in (RecursiveRefinementHead, SlotTRMRefiner)})
+for _model in (LLaDAForMaskedDiffusion, LLaDAMoEForMaskedDiffusion):
+    BACKBONES[_model.config_class.model_type] = _model
+for _model in (RecursiveRefinementHead, SlotTRMRefiner):
+    REFINERS[_model.config_class.model_type] = _model

@@ -36,8 +36,8 @@ def rotary_embedding(positions: torch.Tensor, head_dim: int, dtype: torch.dtype)
 
 class FullPrecisionRotaryEmbedding(LlamaRotaryEmbedding):
     """
-    The angles of a backbone, by its config's `rope_parameters`; cosine and sine stay in float32, since LLaDA rotates in
-    full precision (`rope_full_precision`).
+    The angles of a backbone, by its config's `rope_parameters`. Cosine and sine stay in float32: LLaDA rotates in full
+    precision (`rope_full_precision`).
     """
 
     inv_freq: torch.Tensor

@@ -1,4 +1,4 @@
-"""The training objective of the hybrid: the masked-diffusion loss of its result, and what trains the refiner besides."""
+"""The training objective of the hybrid: the masked-diffusion loss of its result, and what else trains the refiner."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Several refiners as one: in a cascade, or mixed by a learned gate; and from what a user calls a refiner to a model."""
+"""Several refiners as one, in a cascade or mixed by a learned gate; and what a user may pass as `refiner=`."""
 
 import os
 from collections.abc import Sequence
@@ -263,7 +263,7 @@ INTEGRATIONS: dict[str, type[RefinerIntegration]] = {
 REFINERS.update({model.config_class.model_type: model for model in INTEGRATIONS.values()})
 
 
-# --- From what a user calls a refiner ---
+# --- What a user may pass as `refiner=` ---
 
 
 def combine_refiner_configs(configs: Any, integration: str | None) -> PreTrainedConfig:
