@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 
 from ..backbone_wrapper import EncodedTokens
 from ..modeling_masked_diffusion import MaskedTargets, masked_diffusion_loss, score_tokens
@@ -29,7 +30,11 @@ class RefinementObjective:
     config: LLaDATRMConfig
     _refine: Callable[..., Refinement]
     _logits: Callable[[torch.Tensor], torch.Tensor]
-    _backbone_trains: bool
+    backbone: PreTrainedModel
+
+    @property
+    def _backbone_trains(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.backbone.parameters())
 
     def _refine_loss(
         self,
@@ -94,13 +99,14 @@ def weighted_loss(
     """
     weights = {
         "diffusion": 1.0,
-        "backbone": 1.0 if backbone_trains else None,
-        "router_aux": getattr(config.backbone_config, "router_aux_loss_coef", None),
+        "backbone": 1.0,
+        "router_aux": getattr(config.backbone_config, "router_aux_loss_coef", 0.0),
         "deep_supervision": config.deep_supervision_weight,
         "orthogonality": config.orthogonality_weight,
         "confidence": config.confidence_loss_weight,  # even if 0: DDP wants a gradient for every parameter
     }
-    weighted = [weights[name] * loss for name, loss in components.items() if weights[name] is not None]
+    counted = {name: loss for name, loss in components.items() if backbone_trains or name != "backbone"}
+    weighted = [weights[name] * loss for name, loss in counted.items()]
     return sum(weighted[1:], start=weighted[0]), {name: loss.detach() for name, loss in components.items()}
 
 

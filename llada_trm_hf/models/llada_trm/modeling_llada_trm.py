@@ -373,10 +373,6 @@ class LLaDATRMForMaskedDiffusion(
         return RefinementTrace(self.config.mask_token_id, input_ids.shape[1], [canvas, canvas], [recorded])
 
     @property
-    def _backbone_trains(self) -> bool:
-        return any(parameter.requires_grad for parameter in self.backbone.parameters())
-
-    @property
     def _transformer(self) -> Any:
         return (native_model(self.backbone) or self.backbone).base_model
 
