@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,16 +10,18 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "llada_trm_hf"
 FLOORS = {
     "models": 0,
-    "storage": 0,
-    "cards": 0,
-    "data": 1,
+    "generation": 0,
+    "hub": 1,
     "inspection": 1,
+    "data": 1,
+    "hidden_pairs": 2,
     "training": 2,
     "evaluation": 3,
-    "hub": 3,
-    "rl": 4,
+    "rl": 3,
+    "recipes": 4,
     "cli": 5,
 }
+GROUND_FLOOR = [name for name, floor in FLOORS.items() if floor == 0]
 
 
 def module_name(path, package):
@@ -83,26 +86,29 @@ def import_cycle(graph):
     return next((circle for module in sorted(graph) if (circle := visit(module, []))), None)
 
 
-def export_violations(folder, package):
-    """What would keep the model files from travelling to the Hub as one flat folder."""
+def export_violations(package):
+    """What would keep the files of the ground floor from travelling to the Hub as one flat folder."""
     allowed = {"torch", "transformers", *sys.stdlib_module_names}
-    violations = []
-    for path in folder.rglob("*.py"):
-        if path.parent != folder:
-            violations.append(f"{path.name} is in a sub-folder")
+    files = [
+        path for folder in GROUND_FLOOR for path in (package / folder).rglob("*.py") if path.name != "__init__.py"
+    ]
+    names = Counter(path.name for path in files)
+    violations = [f"{name} is the name of {number} files" for name, number in names.items() if number > 1]
+    for path in files:
         for target, node in imports(path, package):
             if isinstance(node, ast.Import) or not node.level:
                 ok = target.split(".")[0] in allowed
             else:
-                ok = node.level == 1 and node.module is not None and "." not in node.module
-                ok = ok and (folder / f"{node.module}.py").exists()
+                parts = target.split(".")
+                ok = node.module is not None and parts[1] in GROUND_FLOOR
+                ok = ok and package.parent.joinpath(*parts).with_suffix(".py") in files
             if not ok:
                 violations.append(f"{path.name}: {ast.unparse(node)}")
     return violations
 
 
 def test_floors():
-    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} <= set(FLOORS)
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(FLOORS)
     assert floor_violations(PACKAGE) == []
 
 
@@ -112,37 +118,44 @@ def test_no_import_cycle():
     assert import_cycle(graph) is None
 
 
-def test_models_are_exportable():
-    assert export_violations(PACKAGE / "models", PACKAGE) == []
+def test_ground_floor_is_exportable():
+    assert export_violations(PACKAGE) == []
 
 
-def test_model_files_are_short():
-    lengths = {path.name: len(path.read_text().splitlines()) for path in (PACKAGE / "models").glob("*.py")}
-    assert {name: length for name, length in lengths.items() if length > 450} == {}
+def test_files_hold_a_concept_each():
+    lengths = {
+        path.relative_to(PACKAGE).as_posix(): len(path.read_text().splitlines())
+        for path in PACKAGE.rglob("*.py")
+        if path.name not in ("__init__.py", "__main__.py")
+    }
+    assert {name: length for name, length in lengths.items() if not 40 <= length <= 450} == {}
+    assert len(lengths) <= 100 and sum(lengths.values()) <= 16_000
 
 
 @pytest.fixture
 def house(tmp_path):
     """A package that keeps the rules, to be broken."""
     package = tmp_path / "llada_trm_hf"
-    for name in ("models", "data", "training"):
+    for name in ("models/family", "generation", "data", "training"):
         (package / name).mkdir(parents=True)
     (package / "__init__.py").write_text("from .models import Model\n")
-    (package / "models/__init__.py").write_text("from .modeling import Model\n")
-    (package / "models/modeling.py").write_text(
-        "import json\nimport torch.nn as nn\nfrom .configuration import Config\n"
+    (package / "models/__init__.py").write_text("from .family.modeling import Model\n")
+    (package / "models/family/modeling.py").write_text(
+        "import json\nimport torch.nn as nn\n"
+        "from ...generation.sampler import Sampler\nfrom ..configuration import Config\n"
     )
+    (package / "generation/sampler.py").write_text("import torch\n")
     (package / "models/configuration.py").write_text("from transformers import PreTrainedConfig\n")
     (package / "data/__init__.py").write_text("from ..models import Model\n")
     (package / "training/__init__.py").write_text(
-        "from ..data import x\nfrom llada_trm_hf.models.modeling import Model\n"
+        "from ..data import x\nfrom llada_trm_hf.models.family.modeling import Model\n"
     )
     return package
 
 
 def test_the_rules_hold_where_they_are_kept(house):
     assert floor_violations(house) == [] and import_cycle(import_graph(house)) is None
-    assert export_violations(house / "models", house) == []
+    assert export_violations(house) == []
 
 
 @pytest.mark.parametrize(
@@ -151,23 +164,32 @@ def test_the_rules_hold_where_they_are_kept(house):
         "import numpy",
         "from tqdm import tqdm",
         "def f():\n    import datasets",
-        "from ..data import x",
+        "from ...data import x",
         "from llada_trm_hf.models.configuration import Config",
         "import llada_trm_hf",
-        "from . import configuration",
-        "from .layers.norm import Norm",
+        "from .. import configuration",
+        "from ..layers.norm import Norm",
         "from .missing import x",
     ],
 )
 def test_broken_export_rule_is_found(house, line):
-    (house / "models/modeling.py").write_text(line)
-    assert len(export_violations(house / "models", house)) == 1
+    (house / "models/family/modeling.py").write_text(line)
+    assert len(export_violations(house)) == 1
+
+
+def test_two_files_of_one_name_are_found(house):
+    (house / "generation/modeling.py").write_text("import torch\n")
+    assert export_violations(house) == ["modeling.py is the name of 2 files"]
 
 
 @pytest.mark.parametrize(
     "file, line, found",
     [
-        ("models/modeling.py", "from ..data import x", "llada_trm_hf.models.modeling imports llada_trm_hf.data"),
+        (
+            "models/configuration.py",
+            "from ..data import x",
+            "llada_trm_hf.models.configuration imports llada_trm_hf.data",
+        ),
         ("data/__init__.py", "from .. import training", "llada_trm_hf.data imports llada_trm_hf.training"),
         ("data/__init__.py", "import llada_trm_hf.training", "llada_trm_hf.data imports llada_trm_hf.training"),
         ("data/__init__.py", "def f():\n    import llada_trm_hf", "llada_trm_hf.data imports llada_trm_hf"),
@@ -179,7 +201,7 @@ def test_broken_floor_is_found(house, file, line, found):
 
 
 def test_import_cycle_is_found(house):
-    (house / "models/configuration.py").write_text("def f():\n    from .modeling import Model\n")
+    (house / "models/configuration.py").write_text("def f():\n    from .family.modeling import Model\n")
     assert set(import_cycle(import_graph(house))) == {
-        f"llada_trm_hf.models.{n}" for n in ("configuration", "modeling")
+        f"llada_trm_hf.models.{name}" for name in ("configuration", "family.modeling")
     }

@@ -14,7 +14,7 @@ from .masked_diffusion_mixin import DenoisingOutput, MaskedDiffusionGenerationMi
 
 
 class _AnyModel(MaskedDiffusionGenerationMixin):
-    """A model that predicts masked tokens in their own places, from outside: without a cache of ours or a refiner."""
+    """Any model that predicts masked tokens in place, without the block cache or a refiner."""
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.base_model, self.config = model, model.base_model, model.config

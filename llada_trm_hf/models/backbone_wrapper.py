@@ -89,7 +89,7 @@ def load_backbone(name_or_path: Any, **kwargs: Any) -> PreTrainedModel:
 
 class EncodedTokens(NamedTuple):
     """
-    What a backbone hands to the refiner.
+    The output of a backbone without its logits.
 
     Attributes:
         last_hidden_state: `[B, L, D]`, what the LM head reads.

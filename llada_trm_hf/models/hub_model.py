@@ -94,8 +94,8 @@ class HubModel:
         if not self.auto_classes or not write_code(folder, type(config), model_class, held=held):
             return
         # The config through the model's file, where that has it. Of a folder, transformers tells versions of the code
-        # apart by what an entry file imports: behind one of its own, a config would keep the model class it was first
-        # loaded with, whatever the model's file says later.
+        # apart by what an entry file imports: a config with an entry file of its own would keep the model class it
+        # was first loaded with, whatever the model's file says later.
         entry = module_name(model_class)
         if not hasattr(sys.modules[model_class.__module__], type(config).__name__):
             entry = module_name(type(config))
@@ -109,7 +109,7 @@ class HubModel:
 
 
 def module_name(cls: Any) -> str | None:
-    """The name of the file `cls` stands in, also for a script that is being run; None for a class of a notebook."""
+    """The name of the file that defines `cls`, also for a script that is being run; None in a notebook."""
     try:
         return Path(inspect.getfile(cls)).stem
     except (OSError, TypeError):
@@ -125,8 +125,8 @@ def write_code(folder: str | os.PathLike, *classes: Any, held: Iterable[str | No
     for cls in (*classes, *registered):
         if module_name(cls) is None:
             warnings.warn(
-                f"{cls.__name__} stands in no file, so its code is not saved with the model: whoever loads it needs "
-                f"the class.",
+                f"{cls.__name__} is not defined in a file, so its code is not saved with the model: it has to be "
+                f"defined again where the model is loaded.",
                 stacklevel=2,
             )
             if cls in classes:

@@ -94,7 +94,7 @@ class BidirectionalDecoderLayer(GradientCheckpointingLayer):
     Pre-norm attention and MLP, each added to its input.
 
     Attributes:
-        attention_class: what a family puts in place of it.
+        attention_class: a family may have its own.
     """
 
     attention_class: ClassVar[type[BidirectionalAttention]] = BidirectionalAttention
@@ -158,7 +158,7 @@ class MaskedDiffusionTransformer(MaskedDiffusionPreTrainedModel):
     A bidirectional transformer without LM head.
 
     Attributes:
-        layer_class, rotary_class, output_class: what a family puts in place of them.
+        layer_class, rotary_class, output_class: a family may have its own.
     """
 
     auto_classes = ("AutoModel",)
@@ -401,7 +401,7 @@ def masked_diffusion_loss(losses: torch.Tensor, targets: MaskedTargets) -> torch
 
 class TokenScores(NamedTuple):
     """
-    What a language model says of `M` tokens.
+    How a language model scores `M` tokens.
 
     Attributes:
         losses: FloatTensor `[M]`, the cross-entropies of the right tokens in float32; 0 where there is none.

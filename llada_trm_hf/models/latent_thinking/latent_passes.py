@@ -199,7 +199,7 @@ class LatentPasses:
     ) -> None:
         """Thinks thoughts number `numbers` `[R]` of `rows`, whose first latents stand in `starts`; fills them in."""
         width = len(self.config.think_start_token_ids)
-        states = states[:, :-width]  # they end where the last of the thoughts starts; nobody reads its marker
+        states = states[:, :-width]  # they end where the last of the thoughts starts; its marker is not read
         columns = torch.arange(states.shape[1], device=states.device)
         readable = (columns < starts[:, None] - width) & batch.layout.is_real[rows, : states.shape[1]]
         thought = self.thinker(states[rows], readable, max_steps=max_steps)

@@ -1,6 +1,6 @@
 """
-What a SequenceTRM recurs with: transformer blocks in two styles, over sequences of different lengths that stand one
-after the other, without padding.
+The network of a SequenceTRM: transformer blocks in two styles, over sequences of different lengths, packed one after
+the other without padding.
 """
 
 from typing import Any, NamedTuple

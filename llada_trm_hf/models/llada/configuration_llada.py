@@ -122,7 +122,7 @@ class LLaDAConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def _read_official_fields(self, kwargs: dict[str, Any]) -> None:
-        """Moves what an official `config.json` says into the fields above; `kwargs` keeps the rest."""
+        """Moves the fields of an official `config.json` into those above; `kwargs` keeps the rest."""
         if "num_experts" in kwargs:
             raise ValueError(
                 "This config has expert fields (num_experts): it describes LLaDA-MoE, for LLaDAMoEConfig, "

@@ -140,7 +140,7 @@ class LLaDAMoEConfig(PreTrainedConfig):
         return loaded
 
     def _read_official_fields(self, kwargs: dict[str, Any]) -> None:
-        """Takes out of `kwargs` what an official `config.json` says beyond the fields above."""
+        """Takes the fields of an official `config.json` that are not among those above out of `kwargs`."""
         if self.attention_bias:
             raise ValueError("attention_bias=True is not supported: LLaDA-MoE checkpoints use False.")
         for official, allowed in _OFFICIAL_FIXED.items():

@@ -22,7 +22,7 @@ class LLaDATRMConfig(PreTrainedConfig):
             [`RecursiveRefinementHead`] as wide as the backbone. Several become one, the config of a
             [`RefinerCascade`] or [`RefinerMix`].
         integration (`str`, *optional*): How several refiners work together: `"cascade"` (one after the other) or
-            `"mix"` (side by side, with a learned gate). `"replace"`, one refiner, is what a single one means.
+            `"mix"` (side by side, with a learned gate). A single refiner means `"replace"`.
         chunk_size (`int`, defaults to 16): Tokens in a chunk; the refiner's.
         refine_low_confidence_only (`bool`, defaults to `True`): Refine only chunks whose confidence is below
             `min_confidence`, instead of every chunk with something to decide.

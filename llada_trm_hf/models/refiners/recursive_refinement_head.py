@@ -70,7 +70,7 @@ class RefinementSwiGLU(nn.Module):
 
 
 class _Recursion(NamedTuple):
-    """What a recursion over `A` chunks leaves behind."""
+    """The result of a recursion over `A` chunks."""
 
     chunks: torch.Tensor  # [A, C * D], the final states
     codes: torch.Tensor  # [A, head_hidden_size], the codes of the final states
