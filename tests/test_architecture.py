@@ -13,6 +13,7 @@ FLOORS = {
     "cards": 0,
     "data": 1,
     "inspection": 1,
+    "hidden_pairs": 2,
     "training": 2,
     "evaluation": 3,
     "hub": 3,

@@ -1,4 +1,4 @@
-"""Generated arithmetic: reasoning problems of any difficulty, made on the spot."""
+"""Generated arithmetic: reasoning problems of any difficulty."""
 
 import random
 from collections.abc import Iterator

@@ -9,8 +9,8 @@ import torch
 
 def stateless_uniform(seed: int, epoch: int, index: np.ndarray, size: int) -> np.ndarray:
     """
-    Uniform random numbers in [0, 1) that depend on nothing but `(seed, epoch, index, column)`, by the splitmix64
-    hash. So masks are the same however samples are batched, sharded over processes, or resumed.
+    Uniform random numbers in [0, 1) that depend only on `(seed, epoch, index, column)`, by the splitmix64 hash: masks
+    are the same however samples are batched, sharded over processes, or resumed.
 
     Args:
         seed, epoch: integers.

@@ -1,5 +1,6 @@
 """Rows as they are published: of local files and of the Hub, a slice of them, all at once or as a stream."""
 
+import hashlib
 import json
 import os
 import re
@@ -21,7 +22,7 @@ _SPLIT = re.compile(r"(?P<name>[\w.-]+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?
 @dataclass(frozen=True)
 class SplitSlice:
     """
-    A part of a split, as users write it: `train`, `train[:1000]`, `test[10%:20%]`, `train[-100:]`.
+    A slice of a split, as users write it: `train`, `train[:1000]`, `test[10%:20%]`, `train[-100:]`.
 
     Attributes:
         name: of the split.
@@ -45,11 +46,11 @@ class SplitSlice:
         """The same slice of another split, as `load_dataset` takes it."""
         return f"{name}[{self.start}:{self.stop}]" if self.start or self.stop else name
 
-    def numbers(self, what: str) -> tuple[int, int | None]:
-        """Number of the first row, and of the one after the last; ValueError where `what`'s end must be known."""
+    def numbers(self, source: str) -> tuple[int, int | None]:
+        """Numbers of the first row and the one after the last; ValueError if they depend on the length of `source`."""
         if any(bound.startswith("-") or bound.endswith("%") for bound in (self.start, self.stop)):
             raise ValueError(
-                f"{what} is sliced by numbers from its start, as in {self.name}[:1000]; got {self.of(self.name)}."
+                f"{source} is sliced by numbers from its start, as in {self.name}[:1000]; got {self.of(self.name)}."
             )
         return int(self.start or 0), int(self.stop) if self.stop else None
 
@@ -57,6 +58,26 @@ class SplitSlice:
 def is_data_file(name: str) -> bool:
     """Whether a name is that of a local file, by its ending."""
     return _file_format(name) is not None
+
+
+def column_names(rows: Rows) -> list[str]:
+    """The columns of the rows; a stream may not know them before its first row."""
+    return rows.column_names or list(next(iter(rows)))
+
+
+def fingerprint(rows: Dataset) -> str:
+    """A hash of everything in the rows."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
+    return digest.hexdigest()
+
+
+def check_prompts(rows: Any, source: str) -> None:
+    """Raises ValueError for a prompt that is not a text."""
+    for number, prompt in enumerate(rows["prompt"]):
+        if prompt is not None and not isinstance(prompt, str):
+            raise ValueError(f"{source}: the prompt of row {number} is a {type(prompt).__name__}, not a text.")
 
 
 def read_rows(path: str | list[str], split: str = "train", streaming: bool = False) -> Rows:
@@ -90,7 +111,7 @@ def read_rows(path: str | list[str], split: str = "train", streaming: bool = Fal
 
 
 def read_hub(
-    name: str | None,
+    name: str,
     config: str | None,
     split: str,
     streaming: bool = False,
@@ -103,30 +124,30 @@ def read_hub(
         name, config: of the dataset.
         split: the slice; of a stream by numbers.
         streaming: read it as it comes instead of downloading it first.
-        data_files: the jsonl file of each split, for a repository that still has a loading script, which `datasets`
-            refuses to run since its release 4.
+        data_files: the jsonl file of each split, for a repository that has a loading script, which `datasets` does
+            not run since its release 4.
 
     Raises:
         ValueError: if it cannot be fetched, or there is no such split.
     """
     piece = SplitSlice.parse(split)
-    what: dict[str, Any] = {"path": name, "name": config}
+    arguments: dict[str, Any] = {"path": name, "name": config}
     if data_files:
-        what = {"path": "json", "data_files": {piece.name: data_files[piece.name]}}
+        arguments = {"path": "json", "data_files": {piece.name: data_files[piece.name]}}
     try:
-        return _load(piece, streaming, **what)
+        return _load(piece, streaming, **arguments)
     except (ConnectionError, httpx.RequestError, DatasetNotFoundError) as error:
         raise ValueError(
-            f"{name} cannot be fetched from the Hub ({type(error).__name__}). Offline, name a local "
-            f"copy with data_files."
+            f"{name} cannot be fetched from the Hub ({type(error).__name__}). Offline, name a local copy with "
+            f"data_files."
         ) from error
 
 
-def _load(piece: SplitSlice, streaming: bool, **what: Any) -> Rows:
+def _load(piece: SplitSlice, streaming: bool, **arguments: Any) -> Rows:
     if not streaming:
-        return load_dataset(split=piece.of(piece.name), **what)
+        return load_dataset(split=piece.of(piece.name), **arguments)
     start, stop = piece.numbers("A stream")
-    rows = load_dataset(split=piece.name, streaming=True, **what)
+    rows = load_dataset(split=piece.name, streaming=True, **arguments)
     rows = rows.skip(start) if start else rows
     return rows if stop is None else rows.take(max(stop - start, 0))
 

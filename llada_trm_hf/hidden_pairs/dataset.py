@@ -1,4 +1,4 @@
-"""Hidden pairs on the disk: numbered shards, an index, and the dataset and collator that read them."""
+"""Hidden pairs on disk: numbered shards, their index, and the dataset and collator that read them."""
 
 import errno
 import json
@@ -12,17 +12,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
+from ..data.thoughts import COMPLETE
 from ..models import DimensionCompressor
 from ..storage import read_legacy_hidden_pairs, write_atomically
-from .thoughts import COMPLETE
 
 METADATA_FILE = "metadata.jsonl"
 CONFIG_FILE = "datagen_config.json"
-_OPEN_SHARDS = 16
+_MAX_OPEN_SHARDS = 16
 
 
 def shard_name(number: int) -> str:
-    """`pairs-00000.safetensors`, ..."""
     return f"pairs-{number:05d}.safetensors"
 
 
@@ -30,13 +29,13 @@ def write_shard(
     path: str, hidden_pre: torch.Tensor, hidden_post: torch.Tensor, problems: list[dict[str, Any]]
 ) -> None:
     """
-    Writes a shard: `hidden_pre` `[sum of lengths, D]`, `hidden_post` `[pairs, D]` and, in the header, a line of
-    `metadata.jsonl` for each problem. The same content gives the same bytes.
+    Writes a shard: `hidden_pre` `[sum of lengths, D]`, `hidden_post` `[pairs, D]` and, in the header, the metadata
+    of each problem. The same content gives the same bytes.
 
     Raises:
         OSError: such as a full disk; nothing is left behind.
     """
-    # One entry only: safetensors writes several in any order.
+    # A single entry: safetensors writes several in any order.
     header = {"problems": json.dumps(problems, ensure_ascii=False)}
 
     def write(temporary: str) -> None:
@@ -64,8 +63,8 @@ class HiddenPairsDataset(Dataset):
     The pairs of `llada-trm datagen`, or of the older single `.pt` file. An item is `{"context": [L, D], "target":
     [D], "id": str}`, float32: the states before `<think>` and the state at `</think>`.
 
-    Only an item's own rows are read from its shard, when it is asked for. `lengths` is known without reading any, so
-    batches can be made of contexts of similar length:
+    Indexing reads only the item's own rows from its shard. `lengths` is known without reading any, so batches can
+    hold contexts of similar length:
 
     ```python
     pairs = HiddenPairsDataset("pairs")
@@ -74,9 +73,9 @@ class HiddenPairsDataset(Dataset):
     ```
 
     Args:
-        folder_or_file: the output folder of a finished run, or an older `.pt` file (held in memory, and read without
-            executing anything in it).
-        compressor: takes the states to `[L, D']` and `[D']`, where they are not stored compressed.
+        folder_or_file: the output folder of a finished run, or an older `.pt` file (held in memory; nothing in it is
+            executed).
+        compressor: maps the states to `[L, D']` and `[D']`, where they are not stored compressed.
 
     Attributes:
         lengths: the number of context positions of each pair.
@@ -95,13 +94,16 @@ class HiddenPairsDataset(Dataset):
     def __init__(self, folder_or_file: str | os.PathLike, compressor: DimensionCompressor | None = None):
         self.path = os.fspath(folder_or_file)
         self.compressor = compressor
+        self.model_name: str | None = None
         self._legacy: dict[str, Any] | None = None
-        self._shards: OrderedDict[str, Any] = OrderedDict()
-        self.model_name = _language_model(self.path)
+        self._shards: OrderedDict[int, Any] = OrderedDict()
         if os.path.isdir(self.path):
             problems = self._read_metadata()
             self.problems = [problem for problem in problems if problem["status"] == COMPLETE]
             stored_size = self._check_shards()
+            if os.path.isfile(config := os.path.join(self.path, CONFIG_FILE)):
+                with open(config, encoding="utf-8") as file:
+                    self.model_name = json.load(file).get("states", {}).get("model")
         else:
             problems = self.problems = self._read_legacy()
             stored_size = self._legacy["hidden_size"] if self._legacy else 0
@@ -129,27 +131,26 @@ class HiddenPairsDataset(Dataset):
         return {"context": context.float(), "target": target.float(), "id": self.ids[index]}
 
     def stored(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Context and target of a pair as they are stored, in the dtype of the model that made them."""
+        """Context and target of a pair as stored, in the dtype of the model that made them."""
         if self._legacy is not None:
             return self._legacy["hidden_pre"][index].clone(), self._legacy["hidden_post"][index].clone()
         problem = self.problems[index]
         shard = self._shard(problem["shard"])
         start = problem["offset"]
         context = shard.get_slice("hidden_pre")[start : start + problem["length"]]
-        # Clones: a slice would keep, and hand to other processes, what it is a view of.
+        # Clones: a slice keeps alive, and sends to other processes, everything it is a view of.
         return context.clone(), shard.get_slice("hidden_post")[problem["row"]].clone()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shards": OrderedDict()}  # open files do not travel to data loader workers
 
     def _shard(self, number: int) -> Any:
-        path = os.path.join(self.path, shard_name(number))
-        if path not in self._shards:
-            if len(self._shards) >= _OPEN_SHARDS:
+        if number not in self._shards:
+            if len(self._shards) >= _MAX_OPEN_SHARDS:
                 self._shards.popitem(last=False)
-            self._shards[path] = _open_shard(path)
-        self._shards.move_to_end(path)
-        return self._shards[path]
+            self._shards[number] = _open_shard(os.path.join(self.path, shard_name(number)))
+        self._shards.move_to_end(number)
+        return self._shards[number]
 
     def _read_metadata(self) -> list[dict[str, Any]]:
         path = os.path.join(self.path, METADATA_FILE)
@@ -166,12 +167,11 @@ class HiddenPairsDataset(Dataset):
             raise ValueError(f"{path} is damaged ({error}): delete it and run datagen on the folder again.") from error
 
     def _check_shards(self) -> int:
-        """That every shard is whole and holds what the metadata say; returns the width of the states."""
-        totals: dict[int, list[int]] = {}
+        """Checks that every shard is whole and fits the metadata; returns the width of the states."""
+        totals: dict[int, tuple[int, int]] = {}
         for problem in self.problems:
-            total = totals.setdefault(problem["shard"], [0, 0])
-            total[0] += problem["length"]
-            total[1] += 1
+            positions, pairs = totals.get(problem["shard"], (0, 0))
+            totals[problem["shard"]] = (positions + problem["length"], pairs + 1)
         sizes = set()
         for number, (positions, pairs) in totals.items():
             with _open_shard(os.path.join(self.path, shard_name(number))) as shard:
@@ -179,7 +179,7 @@ class HiddenPairsDataset(Dataset):
             if (pre[0], post[0]) != (positions, pairs):
                 raise ValueError(
                     f"{shard_name(number)} of {self.path} holds {post[0]} pairs of {pre[0]} positions, but "
-                    f"{METADATA_FILE} says {pairs} of {positions}: they are of different runs."
+                    f"{METADATA_FILE} says {pairs} of {positions}: they are from different runs."
                 )
             sizes |= {pre[1], post[1]}
         if len(sizes) > 1:
@@ -190,16 +190,10 @@ class HiddenPairsDataset(Dataset):
         if not os.path.isfile(self.path):
             raise FileNotFoundError(f"There is no file or folder {self.path}.")
         self._legacy = pairs = read_legacy_hidden_pairs(self.path)
-        columns = zip(pairs["problems"], pairs["seq_lengths"], pairs["num_thinking_tokens"])
+        columns = {"length": "seq_lengths", "num_thought_tokens": "num_thinking_tokens", "problem": "problems"}
         return [
-            {
-                "id": str(number),
-                "status": COMPLETE,
-                "length": length,
-                "num_thought_tokens": thought,
-                "problem": problem,
-            }
-            for number, (problem, length, thought) in enumerate(columns)
+            {"id": str(number), "status": COMPLETE} | {name: pairs[key][number] for name, key in columns.items()}
+            for number in range(len(pairs["problems"]))
         ]
 
 
@@ -221,7 +215,7 @@ class HiddenPairsCollator:
 
 def export_legacy_hidden_pairs(folder: str | os.PathLike, path: str | os.PathLike) -> int:
     """
-    Writes the pairs of a finished run as the older single `.pt` dictionary, which is held in memory meanwhile.
+    Writes the pairs of a finished run as the older single `.pt` dictionary, made in memory.
 
     Returns:
         The number of pairs.
@@ -251,21 +245,10 @@ def export_legacy_hidden_pairs(folder: str | os.PathLike, path: str | os.PathLik
     return len(pairs)
 
 
-def _language_model(folder: str) -> str | None:
-    """Whose states a run of datagen recorded."""
-    path = os.path.join(folder, CONFIG_FILE)
-    if not os.path.isfile(path):
-        return None
-    with open(path, encoding="utf-8") as file:
-        return json.load(file).get("states", {}).get("model")
-
-
 def _open_shard(path: str) -> Any:
     if not os.path.isfile(path):
-        raise ValueError(f"{path} is missing: run datagen on the folder again to make it.")
+        raise ValueError(f"{path} is missing: run datagen on the folder again.")
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} is damaged or cut short ({error}): run datagen on the folder again to make it."
-        ) from error
+        raise ValueError(f"{path} is damaged or cut short ({error}): run datagen on the folder again.") from error
