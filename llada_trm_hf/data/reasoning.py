@@ -9,7 +9,7 @@ from datasets import Dataset, Features, IterableDataset, Value
 
 from .arithmetic import difference_chains
 from .reasoning_sources import CODE_COLUMNS, LOCAL_CODE, LOCAL_FILE, SCHEMA, SOURCES, ReasoningSource
-from .rows import Rows, SplitSlice, column_names, is_data_file, read_hub, read_rows
+from .rows import Rows, column_names, is_data_file, parse_split, read_hub, read_rows, row_range
 
 _GENERATED_PROBLEMS = {"train": 50_000, "test": 1_000}
 # Some problems of APPS come with megabytes of tests: few rows are held at a time.
@@ -55,8 +55,8 @@ def load_reasoning_dataset(
         source = SOURCES.get(name) or _recognise(column_names(rows), columns)
     elif name in SOURCES:
         source = SOURCES[name]
-        if (split_name := SplitSlice.parse(split).name) not in source.splits:
-            raise ValueError(f"{name} has no split {split_name!r}, it has {', '.join(source.splits)}.")
+        if parse_split(split)[0] not in source.splits:
+            raise ValueError(f"{name} has no split {parse_split(split)[0]!r}, it has {', '.join(source.splits)}.")
         if source.hub_name is None:
             rows = _generate_arithmetic(split, num_terms, seed, streaming)
         else:
@@ -84,12 +84,12 @@ def column_mapping(columns: list[str] | None) -> dict[str, str] | None:
 
 
 def _generate_arithmetic(split: str, num_terms: int, seed: int, streaming: bool) -> Rows:
-    piece = SplitSlice.parse(split)
-    start, stop = piece.numbers("arithmetic")
-    stop = _GENERATED_PROBLEMS[piece.name] if stop is None else stop
+    split_name, _ = parse_split(split)
+    start, stop = row_range(split, "arithmetic")
+    stop = _GENERATED_PROBLEMS[split_name] if stop is None else stop
 
     def problems() -> Iterator[dict[str, str]]:
-        return islice(difference_chains(stop, num_terms, piece.name, seed), start, None)
+        return islice(difference_chains(stop, num_terms, split_name, seed), start, None)
 
     if streaming:
         return IterableDataset.from_generator(problems, features=_features(SCHEMA))

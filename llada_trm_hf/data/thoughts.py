@@ -27,18 +27,12 @@ class ThoughtTokens:
     """
     The token ids of `context opening thought closing`. `hidden_pre` are the states at the positions of `context`,
     `hidden_post` is the state at the last position of `closing`.
-
-    Attributes:
-        context: everything before `<think>`: the prompt in the chat template, if there is one.
-        opening: `<think>`, and the white space a chat template puts after it.
-        thought: what is between the markers.
-        closing: `</think>`, one token or several.
     """
 
-    context: list[int]
-    opening: list[int]
+    context: list[int]  # everything before `<think>`: the prompt in the chat template, if there is one
+    opening: list[int]  # `<think>`, and the white space a chat template puts after it
     thought: list[int]
-    closing: list[int]
+    closing: list[int]  # `</think>`, one token or several
 
     @property
     def input_ids(self) -> list[int]:
@@ -73,12 +67,7 @@ class ThoughtFormat:
                 raise ValueError(f"think_{name}={marker!r} has no tokens in the vocabulary of the tokenizer.")
 
     def prompt(self, problem: str | list[dict[str, Any]]) -> tuple[list[int], list[int]]:
-        """
-        The tokens of the context, and those of the opening marker that follows it.
-
-        Args:
-            problem: a text, or the messages of a chat so far.
-        """
+        """The tokens of the context of a problem (a text, or the messages of a chat), and of the opening marker."""
         text, space = self.context_text(problem)
         # A chat template writes the special tokens itself.
         context = self.tokenizer(text, add_special_tokens=not self.tokenizer.chat_template)["input_ids"]
@@ -161,14 +150,8 @@ def latent_thinking_prompt(
     writes its answer.
 
     The tokenizer's chat template, if it has one, writes the messages with thinking enabled; an opening marker at its
-    end is replaced by that of `config`. Without one the prompt is the text itself.
-
-    ```python
-    messages = [{"role": "user", "content": "What is 12 * 7?"}]
-    rows = [latent_thinking_prompt(messages, tokenizer, model.config)]
-    batch = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
-    model.generate(**batch)
-    ```
+    end is replaced by that of `config`. Without one the prompt is the text itself. Prompts of a batch are padded on
+    the left.
 
     Args:
         prompt: a text (a user's message, with a chat template), or the messages of a chat so far.

@@ -116,12 +116,7 @@ def tokenize_reasoning(
 
 
 class _StepLayout:
-    """
-    Tokens of a response with line breaks between its steps, so that each step starts at a chunk's first token.
-
-    Raises:
-        ValueError: for a chunk size below 1, or a tokenizer that cannot do it.
-    """
+    """Tokens of a response with line breaks between its steps, so that each step starts at a chunk's first token."""
 
     def __init__(self, chunk_size: int, tokenizer: PreTrainedTokenizerBase):
         if chunk_size < 1:
@@ -139,10 +134,7 @@ class _StepLayout:
         return -position % self.chunk_size
 
     def tokenize(self, text: str, starts: list[int], position: int) -> list[int]:
-        """
-        The tokens of `text`, whose steps start at its first character and at `starts`, to stand at `position` in the
-        sample. They are the tokens of the text as it is: only line breaks are added.
-        """
+        """The tokens of `text`, which is at `position` in the sample, with line breaks before the steps at `starts`."""
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ends = np.array([end for _, end in encoded["offset_mapping"]])
         # A step's first token is the first that ends after the step starts: it may begin with a space before it.
@@ -176,11 +168,7 @@ def _steps(reasoning: str) -> list[int]:
 
 
 def load_text_dataset(
-    name: str,
-    split: str = "train",
-    data_files: str | None = None,
-    text_column: str = "text",
-    streaming: bool = False,
+    name: str, split: str = "train", data_files: str | None = None, text_column: str = "text", streaming: bool = False
 ) -> Rows:
     """
     Loads texts as the column `text`.

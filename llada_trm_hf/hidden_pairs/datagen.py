@@ -243,21 +243,12 @@ def load_language_model(name: str, dtype: str, device: str) -> tuple[PreTrainedM
 
 @torch.no_grad()
 def extract_states(
-    model: PreTrainedModel,
-    traces: list[ThoughtTokens],
-    pad_id: int = 0,
-    tokens_per_forward: int = TOKENS_PER_FORWARD,
+    model: PreTrainedModel, traces: list[ThoughtTokens], pad_id: int = 0, tokens_per_forward: int = TOKENS_PER_FORWARD
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The last layer's states of traces, as the LM head would read them. The head itself is not evaluated; neither the
-    states of other layers nor keys and values are kept.
-
-    Args:
-        model: a causal language model.
-        traces: best of similar length.
-        pad_id: for padding, never seen.
-        tokens_per_forward: traces that go through the model together have at most this many tokens, padding
-            included, unless a single one is longer.
+    Stage 2: the last layer's states of finished traces, as the LM head would read them. The head itself is not
+    evaluated; neither the states of other layers nor keys and values are kept. Traces that go through the model
+    together, best of similar length, have at most `tokens_per_forward` tokens with padding, unless one is longer.
 
     Returns:
         `hidden_pre` `[sum of the contexts, D]`, row after row, and `hidden_post` `[B, D]`, on the CPU.

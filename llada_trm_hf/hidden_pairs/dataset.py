@@ -3,13 +3,14 @@
 import errno
 import json
 import os
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from ..data.thoughts import COMPLETE
@@ -37,23 +38,12 @@ def write_shard(
     """
     # A single entry: safetensors writes several in any order.
     header = {"problems": json.dumps(problems, ensure_ascii=False)}
-
-    def write(temporary: str) -> None:
-        try:
-            save_file({"hidden_pre": hidden_pre, "hidden_post": hidden_post}, temporary, metadata=header)
-        except SafetensorError as error:
-            raise OSError(errno.EIO, f"cannot write {path}: {error}") from error
-
-    write_atomically(path, write)
+    tensors = {"hidden_pre": hidden_pre, "hidden_post": hidden_post}
+    _save_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
 
 
 def read_shard_problems(path: str) -> list[dict[str, Any]]:
-    """
-    The metadata of a shard's problems.
-
-    Raises:
-        ValueError: if the file is damaged, cut short, or something else.
-    """
+    """The metadata of a shard's problems; raises ValueError if the file is missing or damaged."""
     with _open_shard(path) as shard:
         return json.loads((shard.metadata() or {}).get("problems", "null")) or []
 
@@ -63,14 +53,8 @@ class HiddenPairsDataset(Dataset):
     The pairs of `llada-trm datagen`, or of the older single `.pt` file. An item is `{"context": [L, D], "target":
     [D], "id": str}`, float32: the states before `<think>` and the state at `</think>`.
 
-    Indexing reads only the item's own rows from its shard. `lengths` is known without reading any, so batches can
-    hold contexts of similar length:
-
-    ```python
-    pairs = HiddenPairsDataset("pairs")
-    sampler = transformers.trainer_pt_utils.LengthGroupedSampler(16, lengths=pairs.lengths)
-    loader = DataLoader(pairs, batch_size=16, sampler=sampler, collate_fn=HiddenPairsCollator())
-    ```
+    Indexing reads only the item's own rows from its shard. `lengths` is known without reading any, so that a
+    `LengthGroupedSampler` of transformers can batch contexts of similar length.
 
     Args:
         folder_or_file: the output folder of a finished run, or an older `.pt` file (held in memory; nothing in it is
@@ -168,18 +152,17 @@ class HiddenPairsDataset(Dataset):
 
     def _check_shards(self) -> int:
         """Checks that every shard is whole and fits the metadata; returns the width of the states."""
-        totals: dict[int, tuple[int, int]] = {}
+        positions: Counter[int] = Counter()
         for problem in self.problems:
-            positions, pairs = totals.get(problem["shard"], (0, 0))
-            totals[problem["shard"]] = (positions + problem["length"], pairs + 1)
+            positions[problem["shard"]] += problem["length"]
         sizes = set()
-        for number, (positions, pairs) in totals.items():
+        for number, pairs in Counter(problem["shard"] for problem in self.problems).items():
             with _open_shard(os.path.join(self.path, shard_name(number))) as shard:
                 pre, post = (shard.get_slice(name).get_shape() for name in ("hidden_pre", "hidden_post"))
-            if (pre[0], post[0]) != (positions, pairs):
+            if (pre[0], post[0]) != (positions[number], pairs):
                 raise ValueError(
                     f"{shard_name(number)} of {self.path} holds {post[0]} pairs of {pre[0]} positions, but "
-                    f"{METADATA_FILE} says {pairs} of {positions}: they are from different runs."
+                    f"{METADATA_FILE} says {pairs} of {positions[number]}: they are from different runs."
                 )
             sizes |= {pre[1], post[1]}
         if len(sizes) > 1:
@@ -206,7 +189,7 @@ class HiddenPairsCollator:
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         lengths = torch.tensor([len(item["context"]) for item in items])
         return {
-            "context": torch.nn.utils.rnn.pad_sequence([item["context"] for item in items], batch_first=True),
+            "context": pad_sequence([item["context"] for item in items], batch_first=True),
             "mask": torch.arange(int(lengths.max())) < lengths[:, None],
             "target": torch.stack([item["target"] for item in items]),
             "ids": [item["id"] for item in items],
@@ -235,14 +218,18 @@ def export_legacy_hidden_pairs(folder: str | os.PathLike, path: str | os.PathLik
         "hidden_size": pairs.hidden_size,
     }
 
+    _save_atomically(os.fspath(path), lambda temporary: torch.save(content, temporary))
+    return len(pairs)
+
+
+def _save_atomically(path: str, save: Callable[[str], object]) -> None:
     def write(temporary: str) -> None:
         try:
-            torch.save(content, temporary)
-        except RuntimeError as error:  # what torch makes of a full disk
+            save(temporary)
+        except (SafetensorError, RuntimeError) as error:  # what safetensors and torch make of a full disk
             raise OSError(errno.EIO, f"cannot write {path}: {error}") from error
 
-    write_atomically(os.fspath(path), write)
-    return len(pairs)
+    write_atomically(path, write)
 
 
 def _open_shard(path: str) -> Any:

@@ -151,15 +151,8 @@ def load_problems(
     num_terms: int = 8,
 ) -> Dataset:
     """
-    The problems of several reasoning datasets, one after the other, with the columns `id` (`name:split:number`) and
-    `prompt`.
-
-    Args:
-        datasets: names or files, as `load_reasoning_dataset` takes them.
-        split: a split or a slice, the same for all.
-        num_samples: at most this many of each dataset; None for all.
-        columns: for local files, which of their columns are `prompt` and `answer`.
-        num_terms: difficulty of generated arithmetic.
+    The problems of several datasets, which `load_reasoning_dataset` reads, one after the other: the first
+    `num_samples` of each, with the columns `id` (`name:split:number`) and `prompt`. `columns` is for local files.
 
     Raises:
         ValueError, FileNotFoundError: as `load_reasoning_dataset` does, or for a dataset that is named twice.
@@ -184,18 +177,11 @@ def load_traces(
     Finished traces: a json, jsonl, csv or parquet file, or a folder of the `traces-*.jsonl` of datagen.
 
     Each row has a `prompt` and one of `completion_ids`, `completion` and `reasoning` (see `ThoughtFormat.trace`), and
-    may have an `id`, by default its number. A file in the format of a known dataset, such as GSM8K's `question` and
-    `answer`, gives that dataset's own reasoning.
-
-    Args:
-        path: the file or folder.
-        split: `train`, or a slice of it.
-        num_samples: at most this many.
-        columns: which of its columns are which, e.g. `{"prompt": "question", "completion": "output"}`.
+    may have an `id`, by default its number; `columns` says what the file calls them. A file in the format of a known
+    dataset, such as GSM8K's `question` and `answer`, gives that dataset's own reasoning.
 
     Raises:
-        FileNotFoundError, ValueError: for a missing, malformed or empty file, missing columns, or ids that are not
-            unique.
+        FileNotFoundError, ValueError: for a missing, malformed or empty file, missing columns, or repeated ids.
     """
     files: list[str] | str = path
     if os.path.isdir(path):

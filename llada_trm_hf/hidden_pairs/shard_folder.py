@@ -28,15 +28,7 @@ class ShardProblem:
 
 @dataclass
 class DatagenSummary:
-    """
-    What a run made.
-
-    Attributes:
-        output_dir: the folder.
-        kind: what the run made, hidden pairs or traces.
-        num_shards: number of shards.
-        statuses: how many problems are `complete`, and how many lack a pair for which reason.
-    """
+    """What a run made (hidden pairs or traces), and how many problems are `complete` or not for which reason."""
 
     output_dir: str
     kind: str

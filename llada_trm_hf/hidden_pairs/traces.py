@@ -63,20 +63,14 @@ class TraceSettings:
 @dataclass
 class WrittenBatch:
     """
-    What the model wrote.
-
-    Attributes:
-        completions: per row the tokens after the prompt, up to and with the closing marker; without a complete
-            thought, all of them but the end-of-sequence token.
-        statuses: per row `complete`, `no_end_of_thought` or `ended_early`.
-        hidden_pre: `[sum of the contexts, D]`, row after row, on the CPU; None without `keep_states`.
-        hidden_post: `[B, D]`, on the CPU, zeros where there is no complete thought.
+    What the model wrote for a batch of prompts: per row the tokens up to and with the closing marker, or, without a
+    complete thought, all but the end-of-sequence token.
     """
 
     completions: list[list[int]]
-    statuses: list[str]
-    hidden_pre: torch.Tensor | None
-    hidden_post: torch.Tensor | None
+    statuses: list[str]  # `complete`, `no_end_of_thought` or `ended_early`
+    hidden_pre: torch.Tensor | None  # [sum of the contexts, D], row after row, on the CPU; None without `keep_states`
+    hidden_post: torch.Tensor | None  # [B, D], on the CPU, zeros where there is no complete thought
 
 
 @torch.no_grad()
@@ -98,10 +92,7 @@ def write_traces(
         model: a causal language model, with a bare `generation_config`.
         prompts: context and opening marker of each problem.
         numbers: the number of each problem, for sampling.
-        end_ids: the closing marker.
-        eos_ids: tokens that end the text.
-        pad_id: for padding, never seen.
-        settings: how to generate.
+        end_ids, eos_ids: the closing marker, and the tokens that end the text.
         keep_states: return `hidden_pre` and `hidden_post`.
     """
     device, longest = model.device, max(len(context) + len(opening) for context, opening in prompts)
@@ -150,11 +141,6 @@ class _ThoughtEnds(StoppingCriteria):
     """
     Finds the closing marker, a sequence of tokens, in what each row writes. The model still has to read the marker's
     last token, so its row is done one step later; a row that ends its text without it is done at once.
-
-    Attributes:
-        closed_at: `[B]`, tokens written when the marker was complete; 0 where it is not.
-        closes_now: BoolTensor `[B]`, rows whose marker the newest token completes.
-        ended_at: `[B]`, tokens written when the text ended without the marker.
     """
 
     def __init__(
@@ -164,8 +150,9 @@ class _ThoughtEnds(StoppingCriteria):
         # A criterion with an attribute of this name makes `generate` pad finished rows.
         self.eos_token_id = torch.tensor(eos_ids, dtype=torch.long, device=device)
         self.prompt_length, self.limit = prompt_length, limit
+        # The number of tokens written when the marker was complete, or the text ended without it; 0 until then.
         self.closed_at, self.ended_at = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(2))
-        self.closes_now = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.closes_now = torch.zeros(rows, dtype=torch.bool, device=device)  # by the newest token
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         written, width = input_ids.shape[1] - self.prompt_length, len(self.marker)

@@ -3,6 +3,8 @@
 import inspect
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ def debug_forward(forward: Callable[..., Any], model: Any, *args: Any, **kwargs:
     given = {**arguments, **arguments.get("kwargs", {})}
     inputs = {name: value for name, value in given.items() if name not in ("self", "kwargs") and value is not None}
     print("\n".join(_input_lines(model, inputs)), flush=True)
-    with _Captured(model) as captured, NonFiniteWatch(model) as watch:
+    with _capture(model) as captured, NonFiniteWatch(model) as watch:
         watch.check_inputs(inputs)
         output = forward(model, *args, **kwargs)
         watch.check_output(output)
@@ -79,46 +81,41 @@ class _Statistics:
         return [name, shape, *numbers, str(self.num_non_finite)]
 
 
+@dataclass
 class _Captured:
-    """
-    A context in which inputs and outputs of the refiner and the LM head of `model` are captured.
+    """Inputs and outputs of a model's refiner and LM head."""
 
-    Attributes:
-        base_logits: those computed before the refiner ran.
-        refiner_inputs: the refiner's arguments by name, `hidden_states` among them; empty if it did not run.
-        refined: what it returned, if it ran.
-    """
+    base_logits: _Statistics = field(default_factory=_Statistics)  # those computed before the refiner ran
+    refiner_inputs: dict[str, Any] = field(default_factory=dict)  # by name; empty if the refiner did not run
+    refined: RefinerOutput | None = None
 
-    def __init__(self, model: Any):
-        self.model = model
-        self.base_logits = _Statistics()
-        self.refiner_inputs: dict[str, Any] = {}
-        self.refined: RefinerOutput | None = None
 
-    def __enter__(self) -> "_Captured":
-        refiner, head = self.model.refiner, self.model.get_output_embeddings()
-        self.hooks = [
-            refiner.register_forward_pre_hook(self._request_statistics, with_kwargs=True),
-            refiner.register_forward_hook(self._capture_refiner, with_kwargs=True),
-            head.register_forward_hook(self._capture_logits),
-        ]
-        return self
+@contextmanager
+def _capture(model: Any) -> Iterator[_Captured]:
+    captured = _Captured()
 
-    def __exit__(self, *_: Any) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-    def _request_statistics(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def request_statistics(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         return args, {**kwargs, "output_statistics": True}
 
-    def _capture_refiner(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: RefinerOutput) -> None:
+    def capture_refiner(module: nn.Module, args: Any, kwargs: dict[str, Any], output: RefinerOutput) -> None:
         names = ("hidden_states", "active_chunks", "attention_mask", "max_steps")
-        self.refiner_inputs, self.refined = {**dict(zip(names, args)), **kwargs}, output
+        captured.refiner_inputs, captured.refined = {**dict(zip(names, args)), **kwargs}, output
 
-    def _capture_logits(self, module: nn.Module, args: Any, logits: torch.Tensor) -> None:
+    def capture_logits(module: nn.Module, args: Any, logits: torch.Tensor) -> None:
         # Empty where the LM head of a backbone that is not ours is skipped.
-        if self.refined is None and logits.numel():
-            self.base_logits.add(logits)
+        if captured.refined is None and logits.numel():
+            captured.base_logits.add(logits)
+
+    hooks = [
+        model.refiner.register_forward_pre_hook(request_statistics, with_kwargs=True),
+        model.refiner.register_forward_hook(capture_refiner, with_kwargs=True),
+        model.get_output_embeddings().register_forward_hook(capture_logits),
+    ]
+    try:
+        yield captured
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _input_lines(model: Any, inputs: dict[str, Any]) -> Iterator[str]:
@@ -156,51 +153,45 @@ def _state_lines(captured: _Captured, output: Any) -> Iterator[str]:
 def _refinement_lines(model: Any, captured: _Captured, output: Any) -> Iterator[str]:
     if captured.refined is None:
         return
-    steps, confidence = output.refinement_steps.cpu(), output.chunk_confidence.float().cpu()
     active = captured.refiner_inputs.get("active_chunks")
-    active = (steps > 0 if active is None else active.cpu()).bool()
-    decided = ~active & (confidence == 1)
+    active = (output.refinement_steps > 0 if active is None else active).bool().cpu()
+    nothing_to_decide = ~active & (output.chunk_confidence.cpu() == 1)
+    left_alone = ~active & ~nothing_to_decide
     why = f" (confidence below {model.config.min_confidence})" if model.config.refine_low_confidence_only else ""
     yield (
-        f"{active.numel()} chunks: {int(active.sum())} active{why}, {int((~active & ~decided).sum())} left alone, "
-        f"{int(decided.sum())} with nothing to decide"
+        f"{active.numel()} chunks: {int(active.sum())} active{why}, {int(left_alone.sum())} left alone, "
+        f"{int(nothing_to_decide.sum())} with nothing to decide"
     )
-    statistics = {name: tensor.detach().cpu() for name, tensor in named_tensors(captured.refined.statistics or {})}
+    statistics = dict(named_tensors(captured.refined.statistics or {}))
     similarity = statistics.pop("similarity", None)
     # A combination of refiners has no limit of its own: it does not say whether it converged.
     limit = getattr(model.refiner.config, "max_recursive_steps", None)
     if limit is not None and captured.refiner_inputs.get("max_steps") is not None:
         limit = captured.refiner_inputs["max_steps"]
-    yield from _chunk_lines(active, confidence, steps, output.refiner_confidence.float().cpu(), similarity, limit)
+    yield from _chunk_lines(output, active.nonzero().tolist(), similarity, limit)
     if statistics:
         header = ["refiner's statistics", "shape", "mean", "std", "min", "max", "not run"]
         yield from _table([header, *(_Statistics(values).row(name) for name, values in statistics.items())])
 
 
 def _chunk_lines(
-    active: torch.Tensor,
-    confidence: torch.Tensor,
-    steps: torch.Tensor,
-    refiner_confidence: torch.Tensor,
-    similarity: torch.Tensor | None,
-    limit: int | None,
+    output: Any, chunks: list[list[int]], similarity: torch.Tensor | None, limit: int | None
 ) -> Iterator[str]:
-    """A line for each of the first active chunks; tensors `[B, N]`, similarity `[B, N, K]`."""
-    chosen = active.nonzero().tolist()
-    if not chosen:
-        return
+    """A line for each of the first `chunks`, the rows and numbers of the active ones; similarity `[B, N, K]`."""
     rows = [["row", "chunk", "confidence", "refiner's", "updates", "", "similarity with the step before, by step"]]
-    for row, chunk in chosen[:MAX_CHUNK_LINES]:
-        number = int(steps[row, chunk])
+    for row, chunk in chunks[:MAX_CHUNK_LINES]:
+        updates = int(output.refinement_steps[row, chunk])
         curve = [] if similarity is None else similarity[row, chunk].tolist()
-        last_step = max((step for step, value in enumerate(curve, start=1) if value == value), default=number)
-        end = "" if limit is None else f"converged at step {last_step}" if number < limit else "all steps"
-        confidences = [f"{values[row, chunk].item():.4f}" for values in (confidence, refiner_confidence)]
+        last_step = max((step for step, value in enumerate(curve, start=1) if value == value), default=updates)
+        end = "" if limit is None else f"converged at step {last_step}" if updates < limit else "all steps"
+        both = (output.chunk_confidence, output.refiner_confidence)
+        confidences = [f"{confidence[row, chunk].item():.4f}" for confidence in both]
         values = ["-" if value != value else f"{value:.4f}" for value in curve[:last_step]]
-        rows.append([str(row), str(chunk), *confidences, str(number), end, " ".join(values)])
-    yield from _table(rows)
-    if len(chosen) > MAX_CHUNK_LINES:
-        yield f"  ... and {len(chosen) - MAX_CHUNK_LINES} more active chunks"
+        rows.append([str(row), str(chunk), *confidences, str(updates), end, " ".join(values)])
+    if chunks:
+        yield from _table(rows)
+    if len(chunks) > MAX_CHUNK_LINES:
+        yield f"  ... and {len(chunks) - MAX_CHUNK_LINES} more active chunks"
 
 
 def _loss_lines(output: Any) -> Iterator[str]:

@@ -12,22 +12,13 @@ from transformers import PreTrainedModel
 
 @dataclass
 class NonFinite:
-    """
-    The first appearance of NaN or Inf.
+    """The first appearance of NaN or Inf."""
 
-    Attributes:
-        module: the module's name; empty for the model itself.
-        kind: its class.
-        where: the tensor and its counts, such as `output: 16 NaN, 0 Inf of 512 values`.
-        parameters: the same for each of its parameters and buffers that holds any.
-        in_inputs: whether the inputs of the model held the values.
-    """
-
-    module: str
-    kind: str
-    where: str
-    parameters: list[str]
-    in_inputs: bool = False
+    module: str  # its name; empty for the model itself
+    kind: str  # its class
+    where: str  # the tensor and its counts, such as `output: 16 NaN, 0 Inf of 512 values`
+    parameters: list[str]  # the same for each of its parameters and buffers that holds any
+    in_inputs: bool = False  # whether the inputs of the model held the values
 
     def __str__(self) -> str:
         name = f"{self.module} ({self.kind})" if self.module else self.kind

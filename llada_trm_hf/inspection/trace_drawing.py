@@ -50,7 +50,10 @@ def plot_trace(trace: RefinementTrace, path: str | os.PathLike) -> None:
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise ImportError("Plotting a trace needs matplotlib: pip install llada-trm-hf[demo]") from error
-    similarity, num_steps, confidence = _first_row(trace)
+    if not trace.passes:
+        raise ValueError("The trace has no refinement passes: there is nothing to plot for a model without refiner.")
+    names = ("similarity", "num_steps", "chunk_confidence")
+    similarity, num_steps, confidence = (_first_row(trace, name) for name in names)
     num_passes, num_chunks, max_steps = similarity.shape
     most_updates = max(max_steps, int(num_steps.max()))  # a refiner without similarities has updates all the same
 
@@ -84,20 +87,6 @@ def plot_trace(trace: RefinementTrace, path: str | os.PathLike) -> None:
     figure.savefig(path, format="png", dpi=150)
 
 
-def _first_row(trace: RefinementTrace) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Similarity `[S, N, K]`, updates `[S, N]` and confidence `[S, N]` of row 0 in its `S` passes."""
-    # Rows only ever leave the batch, in order: as long as row 0 is in it, it comes first.
-    passes = [done for done in trace.passes if 0 in done.rows]
-    if not passes:
-        raise ValueError("The trace has no refinement passes: there is nothing to plot for a model without refiner.")
-    num_chunks = int(passes[0].chunk_of_token[0].max()) + 1  # a padded row has fewer than the batch
-    names = ("similarity", "num_steps", "chunk_confidence")
-    similarity, num_steps, confidence = (
-        torch.stack([getattr(done, name)[0, :num_chunks].float() for done in passes]) for name in names
-    )
-    return similarity, num_steps, confidence
-
-
 def trace_summary(trace: RefinementTrace) -> str:
     """What happened to the first row of the batch, as lines of text."""
     canvases = torch.stack([canvas[0] for canvas in trace.canvases])  # [steps + 1, L]
@@ -105,28 +94,29 @@ def trace_summary(trace: RefinementTrace) -> str:
     lines = [f"{int(decided)} tokens decided in {len(canvases) - 1} diffusion steps"]
     if not trace.passes:
         return "\n".join([*lines, "no refiner ran"])
-    refined = updates = changed = with_refined = 0
-    before, after, settled = [], [], []
-    for done in trace.passes:
-        for index in (done.rows == 0).nonzero().flatten().tolist():
-            chosen = done.num_steps[index] > 0  # [N]
-            refined += int(chosen.sum())
-            with_refined += bool(chosen.any())
-            updates += int(done.num_steps[index].sum())
-            changed += int(done.changed_tokens[index].sum())
-            before.append(done.chunk_confidence[index][chosen])
-            after.append(done.refiner_confidence[index][chosen])
-            settled += [curve[curve.isfinite()][-1:] for curve in done.similarity[index]]
+    names = ("num_steps", "chunk_confidence", "refiner_confidence", "similarity")
+    num_steps, before, after, similarity = (_first_row(trace, name) for name in names)
+    refined = num_steps > 0  # [S, N]
+    changed = sum(int(done.changed_tokens[0].sum()) for done in trace.passes if 0 in done.rows)
     lines.append(
-        f"{refined} chunks refined, in {with_refined} of the steps: {updates} updates, {changed} best guesses changed"
+        f"{int(refined.sum())} chunks refined, in {int(refined.any(1).sum())} of the steps: {int(num_steps.sum())} "
+        f"updates, {changed} best guesses changed"
     )
-    if refined:
-        means = [torch.cat(values).float().mean().item() for values in (before, after)]
+    if refined.any():
+        means = [confidence[refined].mean().item() for confidence in (before, after)]
         lines.append(f"mean confidence in them {means[0]:.3f} of the backbone, {means[1]:.3f} of the refiner")
-    last = torch.cat(settled)
-    if len(last):
-        lines.append(f"similarity at the end {last.mean():.4f} on average, {last.min():.4f} at worst")
+    last = [curve[curve.isfinite()][-1].item() for curve in similarity.flatten(0, 1) if curve.isfinite().any()]
+    if last:
+        lines.append(f"similarity at the end {sum(last) / len(last):.4f} on average, {min(last):.4f} at worst")
     return "\n".join(lines)
+
+
+def _first_row(trace: RefinementTrace, name: str) -> torch.Tensor:
+    """A field of the passes of row 0, `[S, N]` or `[S, N, K]`; a padded row has fewer chunks than the batch."""
+    # Rows only ever leave the batch, in order: as long as row 0 is in it, it comes first.
+    passes = [done for done in trace.passes if 0 in done.rows]
+    num_chunks = int(passes[0].chunk_of_token[0].max()) + 1
+    return torch.stack([getattr(done, name)[0, :num_chunks].float() for done in passes])
 
 
 TRACE_RENDERERS["html"] = write_html
