@@ -134,7 +134,7 @@ class _StepLayout:
         return -position % self.chunk_size
 
     def tokenize(self, text: str, starts: list[int], position: int) -> list[int]:
-        """The tokens of `text`, which is at `position` in the sample, with line breaks before the steps at `starts`."""
+        """The tokens of `text`, which is at `position` in the sample: line breaks precede its steps at `starts`."""
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ends = np.array([end for _, end in encoded["offset_mapping"]])
         # A step's first token is the first that ends after the step starts: it may begin with a space before it.
