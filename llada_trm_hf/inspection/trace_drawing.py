@@ -65,8 +65,8 @@ def plot_trace(trace: RefinementTrace, path: str | os.PathLike) -> None:
     for chunk in range(num_chunks):
         # Points as well as lines: a chunk that stops after one update has a single value.
         color = colors.cmap(chunk / max(num_chunks - 1, 1))
-        values = similarity[:, chunk].T.numpy()
-        curve_axes.plot(range(1, max_steps + 1), values, ".-", color=color, alpha=0.6, linewidth=1)
+        steps, curves = range(1, max_steps + 1), similarity[:, chunk].T.numpy()
+        curve_axes.plot(steps, curves, ".-", color=color, alpha=0.6, linewidth=1)
     figure.colorbar(colors, ax=curve_axes, label="chunk", ticks=MaxNLocator(integer=True))
     curve_axes.set(title="When a chunk settles", xlabel="recursion step", ylabel="similarity with the step before")
     curve_axes.set_xlim(0.5, max_steps + 0.5)
