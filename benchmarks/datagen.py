@@ -31,9 +31,9 @@ import torch
 from record import circumstances, write_result
 from transformers import GenerationConfig, PreTrainedModel, SmolLM3Config, SmolLM3ForCausalLM
 
-from llada_trm_hf.data.state_extraction import extract_states
 from llada_trm_hf.data.thoughts import ThoughtTokens
-from llada_trm_hf.data.trace_generation import TraceSettings, write_traces
+from llada_trm_hf.hidden_pairs.datagen import extract_states
+from llada_trm_hf.hidden_pairs.traces import TraceSettings, write_traces
 
 OPENING, CLOSING = 1, 2
 SIDES = ("generate, all states", "generate, no states", "all", "traces", "states")

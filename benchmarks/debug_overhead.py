@@ -27,10 +27,10 @@ from llada_trm_hf import (
     LLaDATRMForMaskedDiffusion,
     RecursiveRefinementHeadConfig,
 )
-from llada_trm_hf.models.debug_report import debuggable
+from llada_trm_hf.models.modeling_llada_trm import reported
 
 CASES = {"hidden 64, 1 layer, 16 tokens": (64, 1, 16), "hidden 512, 8 layers, 128 tokens": (512, 8, 128)}
-# The function that `@can_return_tuple` and `@debuggable` decorate.
+# The function that `@can_return_tuple` and `@reported` decorate.
 BARE_FORWARD = LLaDATRMForMaskedDiffusion.forward.__wrapped__.__wrapped__
 
 
@@ -77,7 +77,7 @@ def main() -> None:
         pairs = [(seconds(hybrid.forward, input_ids), seconds(without, input_ids)) for _ in range(options.repeats)]
         ours, bare = (statistics.median(side) for side in zip(*pairs))
         rows.append({"case": name, "with_s": ours, "without_s": bare, "ratio": ours / bare})
-    decorated, calls = debuggable(lambda self: None), 100_000
+    decorated, calls = reported(lambda self: None), 100_000
     look = min(timeit(lambda: decorated(None), number=calls) for _ in range(5)) / calls
 
     print(f"{'case':<36}{'with':>12}{'without':>12}{'ratio':>9}")

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from llada_trm_hf import DimensionCompressor, DimensionCompressorConfig, SequenceTRM, SequenceTRMConfig
-from llada_trm_hf.data import HiddenPairsCollator, HiddenPairsDataset
+from llada_trm_hf.hidden_pairs import HiddenPairsCollator, HiddenPairsDataset
 from llada_trm_hf.models import reconstruction_metrics
 from llada_trm_hf.training import TRMTrainer, TRMTrainingArguments
 from llada_trm_hf.training.language_model import top_tokens

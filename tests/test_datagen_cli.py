@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 from llada_trm_hf import DimensionCompressor, DimensionCompressorConfig, LLaDAConfig, LLaDAForMaskedDiffusion
 from llada_trm_hf.cli.main import main
-from llada_trm_hf.data import HiddenPairsDataset
-from llada_trm_hf.data.shard_making import ShardMaker
+from llada_trm_hf.hidden_pairs import HiddenPairsDataset
+from llada_trm_hf.hidden_pairs.datagen import ShardMaker
 
 NUM_PROBLEMS, SHARD, LIMIT = 14, 4, 24
 PROMPTS = [f"problem {i * i * 37 % 101} " + "x" * (i % 7) + "?" for i in range(NUM_PROBLEMS)]

@@ -10,15 +10,15 @@ from conftest import MASK, HostCopies, randomise
 from torch.nn.functional import cosine_similarity
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llada_trm_hf.inspection.debug_report import MAX_CHUNK_LINES
 from llada_trm_hf.models import (
     LLaDATRMForMaskedDiffusion,
     RecursiveRefinementHead,
     RecursiveRefinementHeadConfig,
     SlotTRMRefinerConfig,
 )
-from llada_trm_hf.models.debug_report import MOST_CHUNKS
 
-# What `@debuggable` decorates.
+# What `@reported` decorates.
 BARE_FORWARD = LLaDATRMForMaskedDiffusion.forward.__wrapped__.__wrapped__
 ON = {"DEBUG": "True"}
 PROMPT = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 10, 11, 12]])
@@ -164,8 +164,8 @@ def test_many_chunks_are_counted_not_listed(make_hybrid, switch, capsys):
     switch(**ON)
     hybrid(torch.full((2, 60), MASK))
     report = capsys.readouterr().out
-    assert len(chunk_lines(report)) == MOST_CHUNKS
-    assert f"and {30 - MOST_CHUNKS} more active chunks" in report
+    assert len(chunk_lines(report)) == MAX_CHUNK_LINES
+    assert f"and {30 - MAX_CHUNK_LINES} more active chunks" in report
     assert "30 chunks: 30 active (confidence below 1.0), 0 left alone, 0 with nothing to decide" in report
     hybrid(torch.full((2, 60), MASK), enable_refinement=False)
     assert "summary: the backbone alone" in capsys.readouterr().out
@@ -301,13 +301,15 @@ def test_compiled_models_still_run(tiny_hybrid, batch, switch, capsys):
     assert "all values finite" in capsys.readouterr().out
 
 
-def test_remote_code_has_debug_mode_too(tiny_hybrid, tmp_path):
+def test_remote_code_runs_without_a_report(tiny_hybrid, tmp_path):
+    """A checkpoint's own code has the hook, and nothing that fills it: debug mode is the package's."""
     tiny_hybrid.save_pretrained(tmp_path / "hybrid")
+    assert not [path.name for path in tmp_path.rglob("*.py") if path.stem in ("debug_report", "non_finite")]
     script = (
         "import sys; sys.modules['llada_trm_hf'] = None\n"
         "import torch; from transformers import AutoModelForMaskedLM\n"
         "model = AutoModelForMaskedLM.from_pretrained('hybrid', trust_remote_code=True)\n"
-        "model(torch.tensor([[3, 4, 49, 49]]))"
+        "print(model(torch.tensor([[3, 4, 49, 49]])).logits.shape)"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", **ON}
@@ -315,4 +317,4 @@ def test_remote_code_has_debug_mode_too(tiny_hybrid, tmp_path):
         [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "LLaDATRMForMaskedDiffusion.forward" in done.stdout and "all values finite" in done.stdout
+    assert done.stdout.split() == ["torch.Size([1,", "4,", "50])"]

@@ -20,12 +20,16 @@ from transformers import GenerationConfig
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from llada_trm_hf import DimensionCompressor, DimensionCompressorConfig, SequenceTRM, SequenceTRMConfig
-from llada_trm_hf.data import HiddenPairsCollator, HiddenPairsDataset, ThoughtFormat, export_legacy_hidden_pairs
-from llada_trm_hf.data.hidden_pairs import write_shard
-from llada_trm_hf.data.shard_making import load_language_model
-from llada_trm_hf.data.state_extraction import extract_states
-from llada_trm_hf.data.thoughts import ThoughtTokens
-from llada_trm_hf.data.trace_generation import TraceSettings, write_traces
+from llada_trm_hf.data.thoughts import ThoughtFormat, ThoughtTokens
+from llada_trm_hf.hidden_pairs import (
+    HiddenPairsCollator,
+    HiddenPairsDataset,
+    TraceSettings,
+    export_legacy_hidden_pairs,
+)
+from llada_trm_hf.hidden_pairs.datagen import extract_states, load_language_model
+from llada_trm_hf.hidden_pairs.dataset import write_shard
+from llada_trm_hf.hidden_pairs.traces import write_traces
 from llada_trm_hf.hub import read_legacy_hidden_pairs
 
 
@@ -421,7 +425,7 @@ def test_folders_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match=r"pairs-00000\.safetensors is missing"):
         HiddenPairsDataset(tmp_path)
     shard.write_bytes((tmp_path / "pairs-00002.safetensors").read_bytes())
-    with pytest.raises(ValueError, match=r"metadata\.jsonl says 3 of 11: they are of different runs"):
+    with pytest.raises(ValueError, match=r"metadata\.jsonl says 3 of 11"):
         HiddenPairsDataset(tmp_path)
     shard.write_bytes(whole)
     metadata.write_text(lines[:-20])

@@ -10,9 +10,8 @@ from transformers import TrainerCallback
 
 from llada_trm_hf.cli.main import main
 from llada_trm_hf.data import byte_tokenizer, load_reasoning_dataset, tokenize_reasoning
-from llada_trm_hf.inspection import generate_finite
+from llada_trm_hf.inspection import NonFiniteWatch, generate_finite
 from llada_trm_hf.models import SequenceTRM, SequenceTRMConfig
-from llada_trm_hf.models.non_finite import NonFiniteWatch
 from llada_trm_hf.training import (
     MaskedDiffusionTrainer,
     MaskedDiffusionTrainingArguments,
@@ -79,7 +78,7 @@ def test_what_came_in_is_told_from_what_came_up(hybrid):
     embeddings[0, 3, 7] = torch.inf
     with NonFiniteWatch(hybrid) as watch:
         hybrid(inputs_embeds=embeddings)
-    assert watch.finding.came_in and "inputs_embeds: 0 NaN, 1 Inf of 768 values" in str(watch.finding)
+    assert watch.finding.in_inputs and "inputs_embeds: 0 NaN, 1 Inf of 768 values" in str(watch.finding)
 
 
 def test_loss_alone_is_the_models_own(hybrid):

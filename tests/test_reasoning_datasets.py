@@ -12,8 +12,8 @@ from datasets import Dataset, IterableDataset
 from hub_server import dataset_hub
 
 from llada_trm_hf.data import checking_program, difference_chains, load_reasoning_dataset
-from llada_trm_hf.data.problem_rows import load_problems
 from llada_trm_hf.data.reasoning_sources import SOURCES, last_boxed
+from llada_trm_hf.hidden_pairs.settings import load_problems
 
 DATA = Path(os.environ.get("LLADA_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -409,7 +409,7 @@ BAD_ROWS = [
     ("humaneval", {"test": None}, "test must be text"),
     ("mbpp", {"test_list": []}, "test_list must be a list of asserts"),
     ("mbpp", {"test_list": ["assert other(1)"]}, "call no function of its code"),
-    ("mbpp", {"code": "def twice(x)"}, "no Python"),
+    ("mbpp", {"code": "def twice(x)"}, "not Python"),
     ("apps", {"solutions": "[1"}, "solutions is not valid JSON"),
     ("apps", {"solutions": "{}"}, "JSON list of programs"),
     ("apps", {"input_output": "{"}, "input_output is not valid JSON"),

@@ -4,11 +4,9 @@ import os
 
 import torch
 
-from ..data.datagen import run_datagen
-from ..data.datagen_settings import DTYPES, STAGES, DatagenSettings
-from ..data.hidden_pairs import export_legacy_hidden_pairs
 from ..data.reasoning import column_mapping
-from ..data.trace_generation import TraceSettings
+from ..hidden_pairs import DatagenSettings, TraceSettings, export_legacy_hidden_pairs, run_datagen
+from ..hidden_pairs.settings import DTYPES, STAGES
 from .parser import CommandParser
 
 

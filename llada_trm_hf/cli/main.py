@@ -6,7 +6,7 @@ import traceback
 
 from safetensors import SafetensorError
 
-from ..models.debug_report import debug_enabled
+from ..inspection.debug_report import debug_enabled
 
 COMMANDS = {
     "demo": "train a small model from scratch and watch the refiner help (no download, no GPU)",

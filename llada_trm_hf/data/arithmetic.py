@@ -1,4 +1,4 @@
-"""Generated arithmetic: reasoning problems of any difficulty, made on the spot."""
+"""Generated arithmetic: reasoning problems of any difficulty."""
 
 import random
 from collections.abc import Iterator
@@ -36,7 +36,9 @@ def difference_chains(
     seen: set[int] = set()
     while len(seen) < num_problems:
         number = generator.randrange(10**num_terms)
-        if number in seen or _is_held_out(number) != (split == "test"):
+        # A multiplicative hash spreads the tenth of all problems that is the test split.
+        is_test = (number * 2654435761 % 2**32) / 2**32 < 0.1
+        if number in seen or is_test != (split == "test"):
             misses += 1
             if misses > 1000 * (num_problems + 1):
                 raise ValueError(
@@ -54,8 +56,3 @@ def difference_chains(
         else:
             reasoning = "".join(map(str, values[:-1]))
         yield {"prompt": f"{digits}=", "reasoning": reasoning, "answer": str(values[-1])}
-
-
-def _is_held_out(number: int) -> bool:
-    """Whether a problem belongs to the test split: a tenth of all, spread evenly by a multiplicative hash."""
-    return (number * 2654435761 % 2**32) / 2**32 < 0.1

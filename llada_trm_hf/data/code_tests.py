@@ -1,16 +1,16 @@
 """
 Tests of programs, as source text: what the code datasets publish, in one form.
 
-`tests` is Python that raises when a solution is wrong. It follows the solution in one program, as asserts do; where it
-names `SOLUTION`, it finds the solution's source text there and runs it itself. `checking_program` puts both together.
-Nothing here runs anything: a program a model wrote belongs in a limited process of its own.
+`tests` is Python that raises when a solution is wrong. It follows the solution in one program, as asserts do, or, if
+it names `SOLUTION`, finds the solution's source text there and runs it. `checking_program` puts both together.
+Nothing here runs anything: a program written by a model belongs in a limited process.
 """
 
 import ast
 import json
 from typing import Any
 
-# What the harness of APPS (arXiv 2105.09938) lets every solution use without importing it, the common part of it.
+# What the harness of APPS (arXiv 2105.09938) imports for every solution, the common part of it.
 _APPS_IMPORTS = """
 import bisect, collections, functools, heapq, itertools, json, math, operator, random, re, string, sys
 from collections import *
@@ -79,13 +79,13 @@ def called_function(code: str, tests: list[str]) -> str:
     Name of the function of `code` that `tests` call first.
 
     Raises:
-        ValueError: if they call none, or one of both is no Python.
+        ValueError: if they call none, or code or tests are not Python.
     """
     try:
         defined = {node.name for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)}
         calls = [node.func for test in tests for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Call)]
     except SyntaxError as error:
-        raise ValueError(f"its code or tests are no Python: {error}") from error
+        raise ValueError(f"its code or tests are not Python: {error}") from error
     for function in calls:
         if isinstance(function, ast.Name) and function.id in defined:
             return function.id
@@ -99,11 +99,11 @@ def apps_tests(input_output: str) -> tuple[str, str]:
     problem has no tests.
 
     Raises:
-        ValueError: for what is no such JSON.
+        ValueError: for any other text.
     """
     if not input_output.strip():
         return "", ""
-    # Numbers stay text here: some have more digits than Python likes to convert.
+    # Numbers stay text here: some have more digits than Python converts by default.
     try:
         cases: Any = json.loads(input_output, parse_int=str)
     except json.JSONDecodeError as error:

@@ -1,6 +1,7 @@
 """The forward process of masked diffusion as a data collator."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,8 @@ import torch
 
 def stateless_uniform(seed: int, epoch: int, index: np.ndarray, size: int) -> np.ndarray:
     """
-    Uniform random numbers in [0, 1) that depend on nothing but `(seed, epoch, index, column)`, by the splitmix64
-    hash. So masks are the same however samples are batched, sharded over processes, or resumed.
+    Uniform random numbers in [0, 1) that depend only on `(seed, epoch, index, column)`, by the splitmix64 hash: masks
+    are the same however samples are batched, sharded over processes, or resumed.
 
     Args:
         seed, epoch: integers.
@@ -35,6 +36,7 @@ def stateless_uniform(seed: int, epoch: int, index: np.ndarray, size: int) -> np
     return (bits >> np.uint64(11)) * 2.0**-53
 
 
+@dataclass(eq=False)
 class MaskedDiffusionCollator:
     """
     Pads samples and masks their response tokens (LLaDA, arXiv 2502.09992, algorithms 1 and 2): per row
@@ -54,29 +56,21 @@ class MaskedDiffusionCollator:
     where padding is hidden.
     """
 
-    def __init__(
-        self,
-        mask_token_id: int,
-        pad_token_id: int,
-        mask_epsilon: float = 1e-3,
-        learn_padding: bool = True,
-        random_length_probability: float = 0.0,
-        seed: int = 0,
-        fixed: bool = False,
-    ):
-        if not 0 < mask_epsilon <= 1:
-            raise ValueError(f"mask_epsilon must be above 0 and at most 1, got {mask_epsilon}.")
-        self.mask_token_id = mask_token_id
-        self.pad_token_id = pad_token_id
-        self.mask_epsilon = mask_epsilon
-        self.learn_padding = learn_padding
-        self.random_length_probability = random_length_probability
-        self.seed = seed
-        self.fixed = fixed
+    mask_token_id: int
+    pad_token_id: int
+    mask_epsilon: float = 1e-3
+    learn_padding: bool = True
+    random_length_probability: float = 0.0
+    seed: int = 0
+    fixed: bool = False
+
+    def __post_init__(self):
+        if not 0 < self.mask_epsilon <= 1:
+            raise ValueError(f"mask_epsilon must be above 0 and at most 1, got {self.mask_epsilon}.")
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # seen by data loader workers
 
     def set_epoch(self, epoch: int) -> None:
-        """Draws new masks from now on."""
+        """Draws the masks of this epoch from now on."""
         if not self.fixed:
             self._epoch.fill_(epoch)
 

@@ -1,19 +1,19 @@
 """Reasoning datasets with one schema: prompt, reasoning, answer; for code also tests and the entry point."""
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, Value
 
 from .arithmetic import difference_chains
-from .reasoning_sources import CODE_COLUMNS, OWN_CODE, OWN_SCHEMA, SCHEMA, SOURCES, ReasoningSource
-from .rows import Rows, SplitSlice, is_data_file, read_hub, read_rows
+from .reasoning_sources import CODE_COLUMNS, LOCAL_CODE, LOCAL_FILE, SCHEMA, SOURCES, ReasoningSource
+from .rows import Rows, column_names, is_data_file, parse_split, read_hub, read_rows, row_range
 
 _GENERATED_PROBLEMS = {"train": 50_000, "test": 1_000}
-# Some problems of APPS come with megabytes of tests: only so many rows are held at a time.
-_ROWS_AT_A_TIME = 100
+# Some problems of APPS come with megabytes of tests: few rows are held at a time.
+_CONVERT_BATCH_SIZE = 100
 
 
 def load_reasoning_dataset(
@@ -27,8 +27,8 @@ def load_reasoning_dataset(
 ) -> tuple[Rows, str]:
     """
     Loads problems as `prompt`, `reasoning`, `answer`, all texts. Problems whose answer is a program also have `tests`
-    and `entry_point` (see `code_tests`). A row with neither answer nor tests is left out, and counted where the number
-    of rows is known.
+    and `entry_point` (see `code_tests`). Rows with neither answer nor tests are left out, with a line that counts
+    them where the number of rows is known.
 
     Args:
         name: `"arithmetic"` (generated), a dataset of the Hub (`"gsm8k"`, `"natural_reasoning"`, `"math"`, `"aime"`,
@@ -52,10 +52,11 @@ def load_reasoning_dataset(
     path = data_files or (name if is_data_file(name) else None)
     if path is not None:
         rows = read_rows(path, split, streaming)
-        source = SOURCES.get(name) or _recognise(_column_names(rows), columns)
+        source = SOURCES.get(name) or _recognise(column_names(rows), columns)
     elif name in SOURCES:
         source = SOURCES[name]
-        _check_split(name, source, split)
+        if parse_split(split)[0] not in source.splits:
+            raise ValueError(f"{name} has no split {parse_split(split)[0]!r}, it has {', '.join(source.splits)}.")
         if source.hub_name is None:
             rows = _generate_arithmetic(split, num_terms, seed, streaming)
         else:
@@ -74,27 +75,21 @@ def column_mapping(columns: list[str] | None) -> dict[str, str] | None:
     `["prompt=question"]`, as on a command line, as a dictionary; None for no columns.
 
     Raises:
-        ValueError: for what is no pair.
+        ValueError: for an entry that is not a pair.
     """
-    pairs = [column.partition("=") for column in columns or []]
-    if any(not theirs for _, _, theirs in pairs):
+    pairs = [pair.partition("=") for pair in columns or []]
+    if any(not column for _, _, column in pairs):
         raise ValueError(f"columns are pairs such as prompt=question; got {' '.join(columns or [])}.")
-    return {ours: theirs for ours, _, theirs in pairs} or None
-
-
-def _check_split(name: str, source: ReasoningSource, split: str) -> None:
-    wanted = SplitSlice.parse(split).name
-    if wanted not in source.splits:
-        raise ValueError(f"{name} has no split {wanted!r}, it has {', '.join(source.splits)}.")
+    return {name: column for name, _, column in pairs} or None
 
 
 def _generate_arithmetic(split: str, num_terms: int, seed: int, streaming: bool) -> Rows:
-    piece = SplitSlice.parse(split)
-    start, stop = piece.numbers("arithmetic")
-    stop = _GENERATED_PROBLEMS[piece.name] if stop is None else stop
+    split_name, _ = parse_split(split)
+    start, stop = row_range(split, "arithmetic")
+    stop = _GENERATED_PROBLEMS[split_name] if stop is None else stop
 
     def problems() -> Iterator[dict[str, str]]:
-        return islice(difference_chains(stop, num_terms, piece.name, seed), start, None)
+        return islice(difference_chains(stop, num_terms, split_name, seed), start, None)
 
     if streaming:
         return IterableDataset.from_generator(problems, features=_features(SCHEMA))
@@ -103,25 +98,37 @@ def _generate_arithmetic(split: str, num_terms: int, seed: int, streaming: bool)
 
 def _recognise(found: list[str], columns: dict[str, str] | None) -> ReasoningSource:
     """The format of a local file: this package's schema, after renaming, or that of a known dataset."""
-    has = {*found, *(columns or {})}
-    if columns or has >= set(OWN_SCHEMA.columns):
-        return OWN_CODE if has >= set(OWN_CODE.columns) else OWN_SCHEMA
-    return next((source for source in SOURCES.values() if has >= set(source.columns)), OWN_SCHEMA)
+    names = {*found, *(columns or {})}
+    if columns or names >= set(LOCAL_FILE.columns):
+        return LOCAL_CODE if names >= set(LOCAL_CODE.columns) else LOCAL_FILE
+    return next((source for source in SOURCES.values() if names >= set(source.columns)), LOCAL_FILE)
 
 
 def _convert(rows: Rows, source: ReasoningSource, columns: dict[str, str], where: str, split: str) -> Rows:
     """The rows in the schema; `columns` says what the file calls the columns of `source`."""
-    found = _column_names(rows)
-    _check_columns(found, source, columns, where)
-    theirs = {ours: columns.get(ours, ours) for ours in (*source.columns, *SCHEMA, *CODE_COLUMNS)}
-    theirs = {ours: column for ours, column in theirs.items() if column in found}
-    rows = rows.select_columns(sorted(set(theirs.values())))
+    found = column_names(rows)
+    known = dict.fromkeys((*source.columns, *SCHEMA, *CODE_COLUMNS))
+    _check_columns(found, source, columns, known, where)
+    renamed = {name: column for name in known if (column := columns.get(name, name)) in found}
+
+    def convert(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[str]]:
+        problems = []
+        for i, number in enumerate(numbers):
+            try:
+                problem = source.convert({name: batch[column][i] for name, column in renamed.items()})
+            except ValueError as error:
+                raise ValueError(f"{where} [{split}], row {number}: {error}") from error
+            if problem["answer"].strip() or problem.get("tests", "").strip():
+                problems.append(problem)
+        return {column: [problem[column] for problem in problems] for column in source.result_columns}
+
+    rows = rows.select_columns(sorted(set(renamed.values())))
     converted = rows.map(
-        _converter(source, theirs, f"{where} [{split}]"),
+        convert,
         with_indices=True,
         batched=True,
-        batch_size=_ROWS_AT_A_TIME,
-        remove_columns=_column_names(rows),
+        batch_size=_CONVERT_BATCH_SIZE,
+        remove_columns=column_names(rows),
         features=_features(source.result_columns),
     )
     if isinstance(converted, Dataset) and not len(converted):
@@ -131,29 +138,13 @@ def _convert(rows: Rows, source: ReasoningSource, columns: dict[str, str], where
     return converted
 
 
-def _converter(
-    source: ReasoningSource, theirs: dict[str, str], where: str
-) -> Callable[[dict[str, list[Any]], list[int]], dict[str, list[str]]]:
-    def convert(rows: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[str]]:
-        problems = []
-        for i, number in enumerate(numbers):
-            try:
-                problem = source.convert({ours: rows[column][i] for ours, column in theirs.items()})
-            except ValueError as error:
-                raise ValueError(f"{where}, row {number}: {error}") from error
-            if problem["answer"].strip() or problem.get("tests", "").strip():
-                problems.append(problem)
-        return {column: [problem[column] for problem in problems] for column in source.result_columns}
-
-    return convert
-
-
-def _check_columns(found: list[str], source: ReasoningSource, columns: dict[str, str], where: str) -> None:
-    known = dict.fromkeys((*source.columns, *SCHEMA, *CODE_COLUMNS))
-    misnamed = [ours for ours in columns if ours not in known]
+def _check_columns(
+    found: list[str], source: ReasoningSource, columns: dict[str, str], known: dict[str, None], where: str
+) -> None:
+    misnamed = [name for name in columns if name not in known]
     if misnamed:
         raise ValueError(f"columns name {', '.join(known)}; got {', '.join(misnamed)}.")
-    unknown = [f"{ours}={theirs}" for ours, theirs in columns.items() if theirs not in found]
+    unknown = [f"{name}={column}" for name, column in columns.items() if column not in found]
     if unknown:
         raise ValueError(f"{where} has no such column: {', '.join(unknown)}. It has {', '.join(found)}.")
     missing = [column for column in source.columns if column not in found and column not in columns]
@@ -162,11 +153,6 @@ def _check_columns(found: list[str], source: ReasoningSource, columns: dict[str,
             f"{where} lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}; it has "
             f"{', '.join(found)}. Say which is which with columns, e.g. {missing[0]}={found[0]}."
         )
-
-
-def _column_names(rows: Rows) -> list[str]:
-    # A stream may not know its columns before the first row.
-    return rows.column_names or list(next(iter(rows)))
 
 
 def _features(columns: tuple[str, ...]) -> Features:

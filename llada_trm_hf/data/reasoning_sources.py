@@ -3,9 +3,9 @@ The reasoning datasets and how their rows become one schema: `prompt`, `reasonin
 `entry_point`.
 
 Repositories, columns and splits are those of the dataset cards on the Hub. `apps` is read from the files of its
-repository, which still has a loading script. `math` is the copy of MATH (arXiv 2103.03874) with the original split of
-7,500 and 5,000 problems in one configuration; other copies have the same columns `problem` and `solution`. `aime`
-holds the 90 problems of 2022 to 2024.
+repository, which has a loading script. `math` is the copy of MATH (arXiv 2103.03874) with the original split of 7,500
+and 5,000 problems in one configuration; other copies have the same columns `problem` and `solution`. `aime` holds the
+90 problems of 2022 to 2024.
 """
 
 import json
@@ -28,10 +28,9 @@ class ReasoningSource:
     Attributes:
         columns: the columns its rows have and `convert` reads.
         convert: row -> `{"prompt", "reasoning", "answer"}`, all texts, and for code `"tests"` and `"entry_point"` (see
-            `code_tests`). Where a dataset has no answer or no tests for a problem, they are empty. Raises ValueError
-            for a malformed row.
-        answer_kind: what an answer is, and so how it is compared: a number, a mathematical expression (LaTeX), a
-            Python program, or text.
+            `code_tests`); an answer or tests that a problem lacks are empty. Raises ValueError for a malformed row.
+        answer_kind: a number, a mathematical expression (LaTeX), a Python program (only then there are `tests` and
+            `entry_point`), or text.
         response: how reasoning and answer are written, a format string.
         hub_name, hub_config: on the Hugging Face Hub; None for generated data and local files.
         hub_files: the file of each split, where the repository has no other form.
@@ -82,8 +81,8 @@ def _optional(row: dict[str, Any], column: str) -> str:
     return "" if row.get(column) is None else _text(row, column)
 
 
-def convert_schema(row: dict[str, Any]) -> dict[str, str]:
-    """A row that has the schema's columns already; all but the prompt may be missing or null."""
+def _convert_local(row: dict[str, Any]) -> dict[str, str]:
+    """A row that has the schema already; all but the prompt may be missing or null."""
     return {"prompt": _text(row, "prompt")} | {name: _optional(row, name) for name in (*SCHEMA[1:], *CODE_COLUMNS)}
 
 
@@ -179,7 +178,7 @@ def _convert_apps(row: dict[str, Any]) -> dict[str, str]:
 
 # A local file is of the first of these whose columns it has: files of problem, solution and answer are read as math.
 SOURCES = {
-    "arithmetic": ReasoningSource(SCHEMA, convert_schema, "number", response="{reasoning}{answer}"),
+    "arithmetic": ReasoningSource(SCHEMA, _convert_local, "number", response="{reasoning}{answer}"),
     "gsm8k": ReasoningSource(
         ("question", "answer"), _convert_gsm8k, "number", hub_name="openai/gsm8k", hub_config="main"
     ),
@@ -230,5 +229,5 @@ SOURCES = {
         hub_files={split: f"hf://datasets/codeparrot/apps/{split}.jsonl" for split in ("train", "test")},
     ),
 }
-OWN_SCHEMA = ReasoningSource(("prompt", "answer"), convert_schema, "text")
-OWN_CODE = ReasoningSource(("prompt", "answer", "tests"), convert_schema, "code", response="{reasoning}\n{answer}")
+LOCAL_FILE = ReasoningSource(("prompt", "answer"), _convert_local, "text")
+LOCAL_CODE = ReasoningSource(("prompt", "answer", "tests"), _convert_local, "code", response="{reasoning}\n{answer}")

@@ -1,9 +1,9 @@
 """Rows as they are published: of local files and of the Hub, a slice of them, all at once or as a stream."""
 
+import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import pyarrow
@@ -15,48 +15,55 @@ Rows: TypeAlias = Dataset | IterableDataset
 
 _FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 _MALFORMED = (DatasetGenerationError, pyarrow.ArrowInvalid, json.JSONDecodeError, UnicodeDecodeError)
-_SPLIT = re.compile(r"(?P<name>[\w.-]+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
+# A name, and a slice by numbers or by percents.
+_SPLIT = re.compile(r"([\w.-]+)(\[(?:-?\d+)?:(?:-?\d+)?\]|\[(?:-?\d+%)?:(?:-?\d+%)?\])?")
 
 
-@dataclass(frozen=True)
-class SplitSlice:
+def parse_split(split: str) -> tuple[str, str]:
     """
-    A part of a split, as users write it: `train`, `train[:1000]`, `test[10%:20%]`, `train[-100:]`.
+    Name and slice of a split as users write it: `train`, `train[:1000]`, `test[10%:20%]`, `train[-100:]`.
 
-    Attributes:
-        name: of the split.
-        start, stop: the first row and the one after the last, numbers or both percents, or empty.
+    Raises:
+        ValueError: for any other text.
     """
+    match = _SPLIT.fullmatch(split)
+    if match is None:
+        raise ValueError(f"A split is a name such as train, train[:1000] or test[10%:20%]; got {split!r}.")
+    return match[1], match[2] or ""
 
-    name: str
-    start: str = ""
-    stop: str = ""
 
-    @classmethod
-    def parse(cls, text: str) -> "SplitSlice":
-        """Raises ValueError for what is no slice of a split."""
-        match = _SPLIT.fullmatch(text)
-        bounds = [match[bound] or "" for bound in ("start", "stop")] if match else []
-        if match is None or len({bound.endswith("%") for bound in bounds if bound}) > 1:
-            raise ValueError(f"A split is a name such as train, train[:1000] or test[10%:20%]; got {text!r}.")
-        return cls(match["name"], *bounds)
-
-    def of(self, name: str) -> str:
-        """The same slice of another split, as `load_dataset` takes it."""
-        return f"{name}[{self.start}:{self.stop}]" if self.start or self.stop else name
-
-    def numbers(self, what: str) -> tuple[int, int | None]:
-        """Number of the first row, and of the one after the last; ValueError where `what`'s end must be known."""
-        if any(bound.startswith("-") or bound.endswith("%") for bound in (self.start, self.stop)):
-            raise ValueError(
-                f"{what} is sliced by numbers from its start, as in {self.name}[:1000]; got {self.of(self.name)}."
-            )
-        return int(self.start or 0), int(self.stop) if self.stop else None
+def row_range(split: str, source: str) -> tuple[int, int | None]:
+    """The first row of a slice and the one after its last; ValueError if they depend on the length of `source`."""
+    name, piece = parse_split(split)
+    if "-" in piece or "%" in piece:
+        raise ValueError(f"{source} is sliced by numbers from its start, as in {name}[:1000]; got {split}.")
+    start, _, stop = piece.strip("[]").partition(":")
+    return int(start or 0), int(stop) if stop else None
 
 
 def is_data_file(name: str) -> bool:
     """Whether a name is that of a local file, by its ending."""
     return _file_format(name) is not None
+
+
+def column_names(rows: Rows) -> list[str]:
+    """The columns of the rows; a stream may not know them before its first row."""
+    return rows.column_names or list(next(iter(rows)))
+
+
+def fingerprint(rows: Dataset) -> str:
+    """A hash of everything in the rows."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
+    return digest.hexdigest()
+
+
+def check_prompts(rows: Any, source: str) -> None:
+    """Raises ValueError for a prompt that is not a text."""
+    for number, prompt in enumerate(rows["prompt"]):
+        if prompt is not None and not isinstance(prompt, str):
+            raise ValueError(f"{source}: the prompt of row {number} is a {type(prompt).__name__}, not a text.")
 
 
 def read_rows(path: str | list[str], split: str = "train", streaming: bool = False) -> Rows:
@@ -76,11 +83,11 @@ def read_rows(path: str | list[str], split: str = "train", streaming: bool = Fal
         if not os.path.getsize(path):
             raise ValueError(f"{path} is empty.")
     # A file is one split, whatever it is called: `test[:100]` of test.jsonl is its first 100 rows.
-    piece = SplitSlice.parse(SplitSlice.parse(split).of("train"))
+    file_split = "train" + parse_split(split)[1]
     # A field of a csv file that is empty, or says "NA" or "nan", is that text, not a missing number.
     options = {"keep_default_na": False} if file_format == "csv" else {}
     try:
-        rows = _load(piece, streaming, path=file_format, data_files=paths, **options)
+        rows = _load(file_split, streaming, path=file_format, data_files=paths, **options)
         first = next(iter(rows), None)
     except _MALFORMED as error:
         raise ValueError(f"{path} is not valid {file_format}: {error.__cause__ or error}") from error
@@ -90,43 +97,36 @@ def read_rows(path: str | list[str], split: str = "train", streaming: bool = Fal
 
 
 def read_hub(
-    name: str | None,
-    config: str | None,
-    split: str,
-    streaming: bool = False,
-    data_files: dict[str, str] | None = None,
+    name: str, config: str | None, split: str, streaming: bool = False, data_files: dict[str, str] | None = None
 ) -> Rows:
     """
     A split of a dataset of the Hub, or a slice of one.
 
     Args:
-        name, config: of the dataset.
-        split: the slice; of a stream by numbers.
-        streaming: read it as it comes instead of downloading it first.
-        data_files: the jsonl file of each split, for a repository that still has a loading script, which `datasets`
-            refuses to run since its release 4.
+        data_files: the jsonl file of each split, for a repository that has a loading script, which `datasets` does
+            not run since its release 4.
 
     Raises:
         ValueError: if it cannot be fetched, or there is no such split.
     """
-    piece = SplitSlice.parse(split)
-    what: dict[str, Any] = {"path": name, "name": config}
+    split_name, _ = parse_split(split)
+    arguments: dict[str, Any] = {"path": name, "name": config}
     if data_files:
-        what = {"path": "json", "data_files": {piece.name: data_files[piece.name]}}
+        arguments = {"path": "json", "data_files": {split_name: data_files[split_name]}}
     try:
-        return _load(piece, streaming, **what)
+        return _load(split, streaming, **arguments)
     except (ConnectionError, httpx.RequestError, DatasetNotFoundError) as error:
         raise ValueError(
-            f"{name} cannot be fetched from the Hub ({type(error).__name__}). Offline, name a local "
-            f"copy with data_files."
+            f"{name} cannot be fetched from the Hub ({type(error).__name__}). Offline, name a local copy with "
+            f"data_files."
         ) from error
 
 
-def _load(piece: SplitSlice, streaming: bool, **what: Any) -> Rows:
+def _load(split: str, streaming: bool, **arguments: Any) -> Rows:
     if not streaming:
-        return load_dataset(split=piece.of(piece.name), **what)
-    start, stop = piece.numbers("A stream")
-    rows = load_dataset(split=piece.name, streaming=True, **what)
+        return load_dataset(split=split, **arguments)
+    start, stop = row_range(split, "A stream")
+    rows = load_dataset(split=parse_split(split)[0], streaming=True, **arguments)
     rows = rows.skip(start) if start else rows
     return rows if stop is None else rows.take(max(stop - start, 0))
 

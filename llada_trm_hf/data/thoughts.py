@@ -1,10 +1,15 @@
-"""A thought in tokens: the prompt before `<think>`, what is between the markers, and where each part stands."""
+"""Thoughts in tokens: prompt, opening marker, thought, closing marker; and latent thoughts with their answers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
+
+from ..models import LatentThinkingConfig
 
 COMPLETE = "complete"
 # Why a problem has no pair.
@@ -22,18 +27,12 @@ class ThoughtTokens:
     """
     The token ids of `context opening thought closing`. `hidden_pre` are the states at the positions of `context`,
     `hidden_post` is the state at the last position of `closing`.
-
-    Attributes:
-        context: everything before `<think>`: the prompt in the chat template, if there is one.
-        opening: `<think>`, and the white space a chat template puts after it.
-        thought: what is between the markers.
-        closing: `</think>`, one token or several.
     """
 
-    context: list[int]
-    opening: list[int]
+    context: list[int]  # everything before `<think>`: the prompt in the chat template, if there is one
+    opening: list[int]  # `<think>`, and the white space a chat template puts after it
     thought: list[int]
-    closing: list[int]
+    closing: list[int]  # `</think>`, one token or several
 
     @property
     def input_ids(self) -> list[int]:
@@ -46,8 +45,8 @@ class ThoughtFormat:
 
     A tokenizer with a chat template writes the problem as a user's message, with thinking enabled; without one the
     prompt is the problem's own text. The opening marker follows, unless the template ends with it. Markers are
-    tokenized by themselves: one token where the tokenizer knows them, a sequence of tokens otherwise, which a trace
-    has to hold exactly in this way.
+    tokenized by themselves: one token where the tokenizer knows them, otherwise a sequence of tokens, which a trace
+    must hold exactly.
 
     Args:
         tokenizer: of the language model.
@@ -68,20 +67,14 @@ class ThoughtFormat:
                 raise ValueError(f"think_{name}={marker!r} has no tokens in the vocabulary of the tokenizer.")
 
     def prompt(self, problem: str | list[dict[str, Any]]) -> tuple[list[int], list[int]]:
-        """
-        The tokens of the context, and those of the opening marker that follows it.
-
-        Args:
-            problem: a text, or the messages of a chat so far.
-        """
-        context, space = self.context_text(problem)
-        chat = bool(self.tokenizer.chat_template)
-        return self.tokenizer(context, add_special_tokens=not chat)["input_ids"], self.start_ids + self._tokenize(
-            space
-        )
+        """The tokens of the context of a problem (a text, or the messages of a chat), and of the opening marker."""
+        text, space = self.context_text(problem)
+        # A chat template writes the special tokens itself.
+        context = self.tokenizer(text, add_special_tokens=not self.tokenizer.chat_template)["input_ids"]
+        return context, self.start_ids + self._tokenize(space)
 
     def context_text(self, problem: str | list[dict[str, Any]]) -> tuple[str, str]:
-        """What stands before the opening marker, and the white space that a template which writes it puts after it."""
+        """The text before the opening marker, and the white space after it, if a chat template writes the marker."""
         if not self.tokenizer.chat_template:
             if not isinstance(problem, str):
                 raise ValueError("The tokenizer has no chat template for messages: pass the prompt as a text.")
@@ -103,8 +96,7 @@ class ThoughtFormat:
         Args:
             row: `prompt`, and the first of these that is there: `completion_ids`, tokens written after the prompt;
                 `completion`, text written after the prompt (both up to the closing marker or longer, with or without
-                the opening one); `reasoning`, the thought alone, without markers. `status` is the reason the model
-                has no thought to show, where datagen wrote the trace.
+                the opening one); `reasoning`, the thought alone, without markers. Traces of datagen have a `status`.
         """
         if row.get("status") in REASONS:
             return None, row["status"]
@@ -132,8 +124,7 @@ class ThoughtFormat:
                 break
         width = len(self.end_ids)
         ends = (i for i in range(len(ids) - width + 1) if ids[i : i + width] == self.end_ids)
-        end = next(ends, None)
-        return None if end is None else ids[:end]
+        return next((ids[:end] for end in ends), None)
 
     def _thought_of_text(self, text: str, opening: list[int]) -> list[int] | None:
         body = text.lstrip()
@@ -146,3 +137,104 @@ class ThoughtFormat:
 
     def _tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def latent_thinking_prompt(
+    prompt: str | list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    config: LatentThinkingConfig,
+    tokenize: bool = True,
+) -> list[int] | str:
+    """
+    A prompt for [`LatentThinkingForCausalLM`]: everything up to and including a latent thought, after which the model
+    writes its answer.
+
+    The tokenizer's chat template, if it has one, writes the messages with thinking enabled; an opening marker at its
+    end is replaced by that of `config`. Without one the prompt is the text itself. Prompts of a batch are padded on
+    the left.
+
+    Args:
+        prompt: a text (a user's message, with a chat template), or the messages of a chat so far.
+        tokenizer: of the model.
+        config: of the model.
+        tokenize: `False` gives the text instead, for libraries that tokenize themselves, such as TRL.
+
+    Raises:
+        ValueError: for an empty prompt, or messages without a chat template.
+    """
+    start, end = (tokenizer.decode(ids) for ids in (config.think_start_token_ids, config.think_end_token_ids))
+    thoughts = ThoughtFormat(tokenizer, start, end)
+    if tokenize:
+        context, _ = thoughts.prompt(prompt)
+        if not context:
+            raise ValueError("The prompt is empty: there is nothing to think about.")
+        return context + config.thought_token_ids
+    latent = tokenizer.convert_ids_to_tokens(config.latent_token_id)
+    return thoughts.context_text(prompt)[0] + start + latent * config.num_latents + end
+
+
+def tokenize_latent_answers(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    config: LatentThinkingConfig,
+    response: str = "{reasoning}\n#### {answer}",
+    max_length: int = 512,
+) -> Dataset:
+    """
+    Turns problems (`prompt`, `answer`) into samples for [`LatentAnswerCollator`]: `prompt_ids`, with the thought, and
+    `answer_ids`, with the end of the sequence. An answer is written as `response` does, its reasoning left empty.
+
+    Problems with more than `max_length` tokens are dropped, with a line that counts them.
+
+    Raises:
+        ValueError: if nothing is left, or the tokenizer has no end-of-sequence token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("The tokenizer has no end-of-sequence token: set tokenizer.eos_token.")
+
+    def tokenize(row: dict[str, Any]) -> dict[str, Any]:
+        answer = response.format(reasoning="", answer=row["answer"]).strip()
+        return {
+            "prompt_ids": latent_thinking_prompt(row["prompt"], tokenizer, config),
+            "answer_ids": [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id],
+        }
+
+    samples = dataset.map(tokenize, remove_columns=dataset.column_names, desc="Tokenizing")
+    fitting = samples.filter(lambda sample: len(sample["prompt_ids"]) + len(sample["answer_ids"]) <= max_length)
+    if not len(fitting):
+        raise ValueError(f"Every problem has more than max_length={max_length} tokens: raise max_length.")
+    if len(fitting) < len(samples):
+        print(f"Dropped {len(samples) - len(fitting)} of {len(samples)} problems: over {max_length} tokens.")
+    return fitting
+
+
+class LatentAnswerCollator:
+    """
+    Pads prompts on the left and answers on the right, so that all thoughts end in one column: the model then computes
+    each position once, and with a frozen backbone keeps for the backward pass only what comes after the prompts.
+
+    A batch has `input_ids` and `attention_mask` `[B, L]`, `logits_to_keep`, the number `A` of last positions that
+    have labels, and these `labels` `[B, A]`.
+
+    Args:
+        pad_token_id: hidden by the mask, so any token will do.
+    """
+
+    def __init__(self, pad_token_id: int):
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        def pad(rows: list[list[int]], side: str, value: int) -> torch.Tensor:
+            tensors = [torch.tensor(row) for row in rows]
+            return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
+
+        prompts, answers = ([sample[name] for sample in samples] for name in ("prompt_ids", "answer_ids"))
+        # The prompt's last token predicts the answer's first, and has no label itself.
+        labels = pad([[-100, *answer] for answer in answers], "right", -100)
+        sides = ((prompts, "left"), (answers, "right"))
+        return {
+            "input_ids": torch.cat([pad(rows, side, self.pad_token_id) for rows, side in sides], dim=1),
+            "attention_mask": torch.cat([pad([[1] * len(row) for row in rows], side, 0) for rows, side in sides], 1),
+            "labels": labels,
+            "logits_to_keep": labels.shape[1],
+        }

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..data import load_reasoning_dataset
-from ..data.problem_rows import check_prompts, fingerprint
+from ..data.rows import check_prompts, fingerprint
 from ..storage import sole_run
 from .code_execution import ExecutionLimits
 from .language_models import Responder, load_model, make_responder

@@ -1,7 +1,7 @@
-"""Looking at what a model did. Importing this teaches a `RefinementTrace` to draw itself."""
+"""Looking at what a model did. Importing this adds debug mode to the hybrid and drawings to a `RefinementTrace`."""
 
-from .finite import generate_finite
-from .trace import plot_trace, write_html
-from .trace_summary import trace_summary
+from . import debug_report as debug_report
+from .non_finite import NonFiniteWatch, generate_finite
+from .trace_drawing import plot_trace, trace_summary, write_html
 
-__all__ = ["generate_finite", "plot_trace", "trace_summary", "write_html"]
+__all__ = ["NonFiniteWatch", "generate_finite", "plot_trace", "trace_summary", "write_html"]

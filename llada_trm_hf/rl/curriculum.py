@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 from datasets import Dataset
 
-from ..data.problem_rows import fingerprint
+from ..data.rows import fingerprint
 from ..storage import write_atomically
 
 PASS_RATES_FILE = "pass_rates.json"

@@ -19,9 +19,9 @@ from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
 from ..data import latent_thinking_prompt
-from ..data.problem_rows import fingerprint
+from ..data.rows import fingerprint
+from ..inspection.non_finite import non_finite_weights
 from ..models import LatentThinkingForCausalLM
-from ..models.non_finite import non_finite_weights
 from ..training.backbone_saving import BackboneSavingTrainer
 from .arguments import LatentGRPOTrainingArguments
 from .curriculum import PassRates

@@ -7,8 +7,8 @@ from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..data import latent_thinking_prompt, load_reasoning_dataset
-from ..data.problem_rows import check_prompts
 from ..data.reasoning import column_mapping
+from ..data.rows import check_prompts
 from ..evaluation.code_execution import ExecutionLimits
 from ..evaluation.scoring import scoring_kind
 from ..models import LatentThinkingConfig, LatentThinkingForCausalLM

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from ..cards import TRAINING_SETTINGS_FILE, files_to_publish, model_card, publish
-from ..models.non_finite import NonFiniteWatch, non_finite_weights
+from ..inspection.non_finite import NonFiniteWatch, non_finite_weights
 from .arguments import CommonTrainingArguments
 from .csv_metrics import CSVMetricsCallback
 from .profiler import ProfilerCallback

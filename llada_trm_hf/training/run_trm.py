@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import Subset
 from transformers import AutoModelForCausalLM
 
-from ..data import HiddenPairsDataset
+from ..hidden_pairs import HiddenPairsDataset
 from ..models import DimensionCompressor, SequenceTRM, SequenceTRMConfig
 from ..storage import sole_run
 from .arguments import TRMTrainingArguments

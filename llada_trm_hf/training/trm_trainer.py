@@ -12,9 +12,9 @@ from torch.nn.functional import cosine_similarity
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, TrainerCallback
 
-from ..data import HiddenPairsCollator
+from ..hidden_pairs import HiddenPairsCollator
+from ..inspection.non_finite import NonFiniteWatch
 from ..models import DimensionCompressor, SequenceTRM, SequenceTRMOutput, reconstruction_metrics
-from ..models.non_finite import NonFiniteWatch
 from .arguments import TRMTrainingArguments
 from .averaging_trainer import AveragingTrainer
 from .language_model import head_width, top_tokens

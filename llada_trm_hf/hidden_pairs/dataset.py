@@ -1,28 +1,28 @@
-"""Hidden pairs on the disk: numbered shards, an index, and the dataset and collator that read them."""
+"""Hidden pairs on disk: numbered shards, their index, and the dataset and collator that read them."""
 
 import errno
 import json
 import os
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from ..data.thoughts import COMPLETE
 from ..models import DimensionCompressor
 from ..storage import read_legacy_hidden_pairs, write_atomically
-from .thoughts import COMPLETE
 
 METADATA_FILE = "metadata.jsonl"
 CONFIG_FILE = "datagen_config.json"
-_OPEN_SHARDS = 16
+_MAX_OPEN_SHARDS = 16
 
 
 def shard_name(number: int) -> str:
-    """`pairs-00000.safetensors`, ..."""
     return f"pairs-{number:05d}.safetensors"
 
 
@@ -30,31 +30,20 @@ def write_shard(
     path: str, hidden_pre: torch.Tensor, hidden_post: torch.Tensor, problems: list[dict[str, Any]]
 ) -> None:
     """
-    Writes a shard: `hidden_pre` `[sum of lengths, D]`, `hidden_post` `[pairs, D]` and, in the header, a line of
-    `metadata.jsonl` for each problem. The same content gives the same bytes.
+    Writes a shard: `hidden_pre` `[sum of lengths, D]`, `hidden_post` `[pairs, D]` and, in the header, the metadata
+    of each problem. The same content gives the same bytes.
 
     Raises:
         OSError: such as a full disk; nothing is left behind.
     """
-    # One entry only: safetensors writes several in any order.
+    # A single entry: safetensors writes several in any order.
     header = {"problems": json.dumps(problems, ensure_ascii=False)}
-
-    def write(temporary: str) -> None:
-        try:
-            save_file({"hidden_pre": hidden_pre, "hidden_post": hidden_post}, temporary, metadata=header)
-        except SafetensorError as error:
-            raise OSError(errno.EIO, f"cannot write {path}: {error}") from error
-
-    write_atomically(path, write)
+    tensors = {"hidden_pre": hidden_pre, "hidden_post": hidden_post}
+    _save_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
 
 
 def read_shard_problems(path: str) -> list[dict[str, Any]]:
-    """
-    The metadata of a shard's problems.
-
-    Raises:
-        ValueError: if the file is damaged, cut short, or something else.
-    """
+    """The metadata of a shard's problems; raises ValueError if the file is missing or damaged."""
     with _open_shard(path) as shard:
         return json.loads((shard.metadata() or {}).get("problems", "null")) or []
 
@@ -64,19 +53,13 @@ class HiddenPairsDataset(Dataset):
     The pairs of `llada-trm datagen`, or of the older single `.pt` file. An item is `{"context": [L, D], "target":
     [D], "id": str}`, float32: the states before `<think>` and the state at `</think>`.
 
-    Only an item's own rows are read from its shard, when it is asked for. `lengths` is known without reading any, so
-    batches can be made of contexts of similar length:
-
-    ```python
-    pairs = HiddenPairsDataset("pairs")
-    sampler = transformers.trainer_pt_utils.LengthGroupedSampler(16, lengths=pairs.lengths)
-    loader = DataLoader(pairs, batch_size=16, sampler=sampler, collate_fn=HiddenPairsCollator())
-    ```
+    Indexing reads only the item's own rows from its shard. `lengths` is known without reading any, so that a
+    `LengthGroupedSampler` of transformers can batch contexts of similar length.
 
     Args:
-        folder_or_file: the output folder of a finished run, or an older `.pt` file (held in memory, and read without
-            executing anything in it).
-        compressor: takes the states to `[L, D']` and `[D']`, where they are not stored compressed.
+        folder_or_file: the output folder of a finished run, or an older `.pt` file (held in memory; nothing in it is
+            executed).
+        compressor: maps the states to `[L, D']` and `[D']`, where they are not stored compressed.
 
     Attributes:
         lengths: the number of context positions of each pair.
@@ -95,13 +78,16 @@ class HiddenPairsDataset(Dataset):
     def __init__(self, folder_or_file: str | os.PathLike, compressor: DimensionCompressor | None = None):
         self.path = os.fspath(folder_or_file)
         self.compressor = compressor
+        self.model_name: str | None = None
         self._legacy: dict[str, Any] | None = None
-        self._shards: OrderedDict[str, Any] = OrderedDict()
-        self.model_name = _language_model(self.path)
+        self._shards: OrderedDict[int, Any] = OrderedDict()
         if os.path.isdir(self.path):
             problems = self._read_metadata()
             self.problems = [problem for problem in problems if problem["status"] == COMPLETE]
             stored_size = self._check_shards()
+            if os.path.isfile(config := os.path.join(self.path, CONFIG_FILE)):
+                with open(config, encoding="utf-8") as file:
+                    self.model_name = json.load(file).get("states", {}).get("model")
         else:
             problems = self.problems = self._read_legacy()
             stored_size = self._legacy["hidden_size"] if self._legacy else 0
@@ -129,27 +115,26 @@ class HiddenPairsDataset(Dataset):
         return {"context": context.float(), "target": target.float(), "id": self.ids[index]}
 
     def stored(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Context and target of a pair as they are stored, in the dtype of the model that made them."""
+        """Context and target of a pair as stored, in the dtype of the model that made them."""
         if self._legacy is not None:
             return self._legacy["hidden_pre"][index].clone(), self._legacy["hidden_post"][index].clone()
         problem = self.problems[index]
         shard = self._shard(problem["shard"])
         start = problem["offset"]
         context = shard.get_slice("hidden_pre")[start : start + problem["length"]]
-        # Clones: a slice would keep, and hand to other processes, what it is a view of.
+        # Clones: a slice keeps alive, and sends to other processes, everything it is a view of.
         return context.clone(), shard.get_slice("hidden_post")[problem["row"]].clone()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shards": OrderedDict()}  # open files do not travel to data loader workers
 
     def _shard(self, number: int) -> Any:
-        path = os.path.join(self.path, shard_name(number))
-        if path not in self._shards:
-            if len(self._shards) >= _OPEN_SHARDS:
+        if number not in self._shards:
+            if len(self._shards) >= _MAX_OPEN_SHARDS:
                 self._shards.popitem(last=False)
-            self._shards[path] = _open_shard(path)
-        self._shards.move_to_end(path)
-        return self._shards[path]
+            self._shards[number] = _open_shard(os.path.join(self.path, shard_name(number)))
+        self._shards.move_to_end(number)
+        return self._shards[number]
 
     def _read_metadata(self) -> list[dict[str, Any]]:
         path = os.path.join(self.path, METADATA_FILE)
@@ -166,20 +151,18 @@ class HiddenPairsDataset(Dataset):
             raise ValueError(f"{path} is damaged ({error}): delete it and run datagen on the folder again.") from error
 
     def _check_shards(self) -> int:
-        """That every shard is whole and holds what the metadata say; returns the width of the states."""
-        totals: dict[int, list[int]] = {}
+        """Checks that every shard is whole and fits the metadata; returns the width of the states."""
+        positions: Counter[int] = Counter()
         for problem in self.problems:
-            total = totals.setdefault(problem["shard"], [0, 0])
-            total[0] += problem["length"]
-            total[1] += 1
+            positions[problem["shard"]] += problem["length"]
         sizes = set()
-        for number, (positions, pairs) in totals.items():
+        for number, pairs in Counter(problem["shard"] for problem in self.problems).items():
             with _open_shard(os.path.join(self.path, shard_name(number))) as shard:
                 pre, post = (shard.get_slice(name).get_shape() for name in ("hidden_pre", "hidden_post"))
-            if (pre[0], post[0]) != (positions, pairs):
+            if (pre[0], post[0]) != (positions[number], pairs):
                 raise ValueError(
                     f"{shard_name(number)} of {self.path} holds {post[0]} pairs of {pre[0]} positions, but "
-                    f"{METADATA_FILE} says {pairs} of {positions}: they are of different runs."
+                    f"{METADATA_FILE} says {pairs} of {positions[number]}: they are from different runs."
                 )
             sizes |= {pre[1], post[1]}
         if len(sizes) > 1:
@@ -190,16 +173,10 @@ class HiddenPairsDataset(Dataset):
         if not os.path.isfile(self.path):
             raise FileNotFoundError(f"There is no file or folder {self.path}.")
         self._legacy = pairs = read_legacy_hidden_pairs(self.path)
-        columns = zip(pairs["problems"], pairs["seq_lengths"], pairs["num_thinking_tokens"])
+        columns = {"length": "seq_lengths", "num_thought_tokens": "num_thinking_tokens", "problem": "problems"}
         return [
-            {
-                "id": str(number),
-                "status": COMPLETE,
-                "length": length,
-                "num_thought_tokens": thought,
-                "problem": problem,
-            }
-            for number, (problem, length, thought) in enumerate(columns)
+            {"id": str(number), "status": COMPLETE} | {name: pairs[key][number] for name, key in columns.items()}
+            for number in range(len(pairs["problems"]))
         ]
 
 
@@ -212,7 +189,7 @@ class HiddenPairsCollator:
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         lengths = torch.tensor([len(item["context"]) for item in items])
         return {
-            "context": torch.nn.utils.rnn.pad_sequence([item["context"] for item in items], batch_first=True),
+            "context": pad_sequence([item["context"] for item in items], batch_first=True),
             "mask": torch.arange(int(lengths.max())) < lengths[:, None],
             "target": torch.stack([item["target"] for item in items]),
             "ids": [item["id"] for item in items],
@@ -221,7 +198,7 @@ class HiddenPairsCollator:
 
 def export_legacy_hidden_pairs(folder: str | os.PathLike, path: str | os.PathLike) -> int:
     """
-    Writes the pairs of a finished run as the older single `.pt` dictionary, which is held in memory meanwhile.
+    Writes the pairs of a finished run as the older single `.pt` dictionary, made in memory.
 
     Returns:
         The number of pairs.
@@ -241,31 +218,24 @@ def export_legacy_hidden_pairs(folder: str | os.PathLike, path: str | os.PathLik
         "hidden_size": pairs.hidden_size,
     }
 
-    def write(temporary: str) -> None:
-        try:
-            torch.save(content, temporary)
-        except RuntimeError as error:  # what torch makes of a full disk
-            raise OSError(errno.EIO, f"cannot write {path}: {error}") from error
-
-    write_atomically(os.fspath(path), write)
+    _save_atomically(os.fspath(path), lambda temporary: torch.save(content, temporary))
     return len(pairs)
 
 
-def _language_model(folder: str) -> str | None:
-    """Whose states a run of datagen recorded."""
-    path = os.path.join(folder, CONFIG_FILE)
-    if not os.path.isfile(path):
-        return None
-    with open(path, encoding="utf-8") as file:
-        return json.load(file).get("states", {}).get("model")
+def _save_atomically(path: str, save: Callable[[str], object]) -> None:
+    def write(temporary: str) -> None:
+        try:
+            save(temporary)
+        except (SafetensorError, RuntimeError) as error:  # what safetensors and torch make of a full disk
+            raise OSError(errno.EIO, f"cannot write {path}: {error}") from error
+
+    write_atomically(path, write)
 
 
 def _open_shard(path: str) -> Any:
     if not os.path.isfile(path):
-        raise ValueError(f"{path} is missing: run datagen on the folder again to make it.")
+        raise ValueError(f"{path} is missing: run datagen on the folder again.")
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} is damaged or cut short ({error}): run datagen on the folder again to make it."
-        ) from error
+        raise ValueError(f"{path} is damaged or cut short ({error}): run datagen on the folder again.") from error

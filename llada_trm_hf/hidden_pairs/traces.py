@@ -1,4 +1,4 @@
-"""Stage 1 of hidden pairs: a causal language model writes its thoughts, and its states are kept on the way."""
+"""Stage 1 of hidden pairs: a causal language model writes its thoughts, and its states are captured on the way."""
 
 from dataclasses import dataclass
 from inspect import signature
@@ -19,8 +19,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from .masking import stateless_uniform
-from .thoughts import COMPLETE, ENDED_EARLY, NO_END_OF_THOUGHT
+from ..data.masking import stateless_uniform
+from ..data.thoughts import COMPLETE, ENDED_EARLY, NO_END_OF_THOUGHT
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class TraceSettings:
 
     Attributes:
         max_new_tokens: of thought and closing marker together.
-        temperature: 0 takes the most probable token. Otherwise tokens are sampled with random numbers that depend on
-            `seed`, the number of the problem and the position only, not on batch or process.
+        temperature: 0 takes the most probable token. Otherwise tokens are sampled with random numbers that depend
+            only on `seed`, the number of the problem and the position, not on batch or process.
         top_k, top_p: candidates a token is sampled from; None for all.
         seed: of sampling.
 
@@ -63,20 +63,14 @@ class TraceSettings:
 @dataclass
 class WrittenBatch:
     """
-    What the model wrote.
-
-    Attributes:
-        completions: per row the tokens after the prompt, up to the closing marker and with it; without a complete
-            thought, all that were written, without the end-of-sequence token.
-        statuses: per row `complete`, `no_end_of_thought` or `ended_early`.
-        hidden_pre: `[sum of the contexts, D]`, row after row, on the CPU; None if states were not wanted.
-        hidden_post: `[B, D]`, on the CPU, zeros where there is no complete thought.
+    What the model wrote for a batch of prompts: per row the tokens up to and with the closing marker, or, without a
+    complete thought, all but the end-of-sequence token.
     """
 
     completions: list[list[int]]
-    statuses: list[str]
-    hidden_pre: torch.Tensor | None
-    hidden_post: torch.Tensor | None
+    statuses: list[str]  # `complete`, `no_end_of_thought` or `ended_early`
+    hidden_pre: torch.Tensor | None  # [sum of the contexts, D], row after row, on the CPU; None without `keep_states`
+    hidden_post: torch.Tensor | None  # [B, D], on the CPU, zeros where there is no complete thought
 
 
 @torch.no_grad()
@@ -92,17 +86,14 @@ def write_traces(
 ) -> WrittenBatch:
     """
     Generates the thoughts of a batch, left-padded, with `model.generate`. A row stops when its closing marker is
-    complete *and has gone through the model*, so that its state exists.
+    complete *and the model has read it*, so that its state exists.
 
     Args:
         model: a causal language model, with a bare `generation_config`.
         prompts: context and opening marker of each problem.
         numbers: the number of each problem, for sampling.
-        end_ids: the closing marker.
-        eos_ids: tokens that end the text.
-        pad_id: for padding, never seen.
-        settings: how to generate.
-        keep_states: keep `hidden_pre` and `hidden_post`.
+        end_ids, eos_ids: the closing marker, and the tokens that end the text.
+        keep_states: return `hidden_pre` and `hidden_post`.
     """
     device, longest = model.device, max(len(context) + len(opening) for context, opening in prompts)
     input_ids = torch.full((len(prompts), longest), pad_id)
@@ -114,10 +105,10 @@ def write_traces(
         is_context[row, start : start + len(context)] = True
 
     ends = _ThoughtEnds(end_ids, eos_ids, len(prompts), longest, settings.max_new_tokens, device)
-    states = _StatesAtTheHead(is_context.to(device), ends) if keep_states else None
+    states = _CapturedStates(is_context.to(device), ends) if keep_states else None
     arguments: dict[str, Any] = {}
     if states is not None and "logits_to_keep" in signature(model.forward).parameters:
-        arguments["logits_to_keep"] = 0  # the head is to see every position of the prompt; the hook spares it them
+        arguments["logits_to_keep"] = 0  # every position of the prompt reaches the hook, which passes on only the last
     hook = states and model.get_output_embeddings().register_forward_pre_hook(states)
     try:
         sequences = model.generate(
@@ -148,25 +139,20 @@ def write_traces(
 
 class _ThoughtEnds(StoppingCriteria):
     """
-    Finds the closing marker, a sequence of tokens, in what each row writes. The marker's last token still has to go
-    through the model, so its row is done one step later; a row that ends its text without it is done at once.
-
-    Attributes:
-        closed_at: `[B]`, tokens written when the marker was complete; 0 where it is not.
-        closes_now: BoolTensor `[B]`, rows whose marker the newest token completes.
-        ended_at: `[B]`, tokens written when the text ended without the marker.
+    Finds the closing marker, a sequence of tokens, in what each row writes. The model still has to read the marker's
+    last token, so its row is done one step later; a row that ends its text without it is done at once.
     """
 
     def __init__(
         self, end_ids: list[int], eos_ids: list[int], rows: int, prompt_length: int, limit: int, device: torch.device
     ):
         self.marker = torch.tensor(end_ids, device=device)
-        self.eos_token_id = torch.tensor(
-            eos_ids, dtype=torch.long, device=device
-        )  # its name tells `generate` to pad finished rows
+        # A criterion with an attribute of this name makes `generate` pad finished rows.
+        self.eos_token_id = torch.tensor(eos_ids, dtype=torch.long, device=device)
         self.prompt_length, self.limit = prompt_length, limit
+        # The number of tokens written when the marker was complete, or the text ended without it; 0 until then.
         self.closed_at, self.ended_at = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(2))
-        self.closes_now = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.closes_now = torch.zeros(rows, dtype=torch.bool, device=device)  # by the newest token
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         written, width = input_ids.shape[1] - self.prompt_length, len(self.marker)
@@ -181,8 +167,8 @@ class _ThoughtEnds(StoppingCriteria):
         return done | ends_now
 
 
-class _StatesAtTheHead:
-    """Listens at the door of the LM head: keeps the needed states, lets through what the next token needs."""
+class _CapturedStates:
+    """A forward pre-hook of the LM head: captures the needed states, passes on those the next token needs."""
 
     def __init__(self, is_context: torch.Tensor, ends: _ThoughtEnds):
         self.is_context, self.ends = is_context, ends
@@ -192,7 +178,7 @@ class _StatesAtTheHead:
     def __call__(self, module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         (hidden_states,) = arguments
         newest = hidden_states[:, -1]
-        if self.hidden_pre is None or self.hidden_post is None:  # the prompt
+        if self.hidden_pre is None or self.hidden_post is None:  # the prompt's forward pass
             self.hidden_pre = hidden_states[self.is_context]
             self.hidden_post = torch.zeros_like(newest)
         else:
@@ -201,7 +187,7 @@ class _StatesAtTheHead:
 
 
 class _SeededSampling(LogitsProcessor):
-    """Leaves one token to each row: that of the uniform random number of its problem and position."""
+    """Leaves each row one token, chosen by the uniform random number of its problem and position."""
 
     def __init__(self, uniform: torch.Tensor, prompt_length: int):
         self.uniform, self.prompt_length = uniform, prompt_length
@@ -216,7 +202,7 @@ class _SeededSampling(LogitsProcessor):
 def _sampling(
     settings: TraceSettings, numbers: list[int], prompt_length: int, device: torch.device
 ) -> LogitsProcessorList:
-    """Nothing for greedy decoding."""
+    """Empty for greedy decoding."""
     if not settings.temperature:
         return LogitsProcessorList()
     processors: list[Any] = [TemperatureLogitsWarper(float(settings.temperature))]
