@@ -11,7 +11,7 @@ from torch import distributed
 from tqdm import tqdm
 
 from ..models import DimensionCompressor
-from ..storage import sole_run
+from ..storage import output_dir_lock
 from .datagen_settings import DatagenSettings, check_recorded, recorded_settings
 from .hidden_pairs import CONFIG_FILE
 from .problem_rows import check_prompts, load_problems, load_traces
@@ -40,7 +40,7 @@ def run_datagen(what: DatagenSettings) -> DatagenSummary | None:
     rows = _load_rows(what)
     compressor = DimensionCompressor.from_pretrained(what.compressor).eval() if what.compressor else None
     config = recorded_settings(what, rows, compressor)
-    with _meeting_point(world_size) as meet, sole_run(what.output_dir, ".datagen.lock"):
+    with _meeting_point(world_size) as meet, output_dir_lock(what.output_dir, ".datagen.lock"):
         recorded = check_recorded(what, config) if rank == 0 else config
         folder = ShardFolder(what, len(rows))
         mine = range(rank, folder.num_shards, world_size)
