@@ -31,18 +31,19 @@ def read_legacy_pickle(path: str | os.PathLike) -> dict[str, Any]:
     """
     if torch.__version__ < (2, 10):
         raise ImportError(f"Reading {path} safely needs torch 2.10 or newer, but this is {torch.__version__}.")
-    with open(path, "rb") as file, safe_globals(_CONFIGS):
-        try:
-            with zipfile.ZipFile(file) as archive:
-                damaged = archive.testzip()  # torch does not compare checksums
-            if damaged is not None:
-                raise ValueError(f"{damaged} in it is damaged.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch does not compare checksums
+        if damaged is not None:
+            raise ValueError(f"{damaged} in it is damaged.")
+        with safe_globals(_CONFIGS):
             # Asked first because the error of `torch.load` recommends weights_only=False.
-            refused = get_unsafe_globals_in_checkpoint(file)
-            file.seek(0)
-            content = None if refused else torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file can raise anything
-            raise ValueError(f"Cannot read {path}: {error or type(error).__name__}") from error
+            refused = get_unsafe_globals_in_checkpoint(path)
+            content = None if refused else torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        raise ValueError(f"Cannot read {path}: {error or type(error).__name__}") from error
     if refused:
         names = ", ".join(sorted(refused))
         raise ValueError(f"Cannot read {path}: its pickle names {names}, which could run code: refused.")
