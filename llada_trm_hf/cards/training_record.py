@@ -1,14 +1,29 @@
-"""What a training run left beside the weights: its settings, how far it went, what the last evaluation found."""
+"""What a training run leaves beside the weights: its settings, how long it took, what the last evaluation found."""
 
 import json
 import os
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+import transformers
+from transformers import PreTrainedModel, TrainingArguments
+
 TRAINING_SETTINGS_FILE = "training_settings.json"  # written by the trainers of the package
 TRAINER_STATE_FILE = "trainer_state.json"  # by the HF Trainer
-# What an evaluation logs besides metrics of the model.
+# Logged by an evaluation, but not about the model.
 _NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
+# Settings that are written unless they have no effect (0, None, False). None names a person, a machine or a token.
+_SETTINGS = (
+    "learning_rate",
+    "weight_decay",
+    "warmup_steps",
+    "max_grad_norm",
+    "seed",
+    "use_ema",
+    "ema_decay",
+    "use_muon",
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +47,37 @@ class TrainingRecord:
     weights_step: int | None = None
 
 
-def read_json(path: str) -> dict[str, Any]:
+def training_settings(
+    model: PreTrainedModel, args: TrainingArguments, data: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """
+    The content of `training_settings.json`.
+
+    Args:
+        model: parameters without `requires_grad` count as frozen.
+        args: of the run.
+        data: `name`, `hub_name`, `split` and `eval_split` of the dataset, as far as they are known.
+    """
+    settings = {name: getattr(args, name, None) for name in _SETTINGS}
+    if not settings["use_ema"]:
+        settings["ema_decay"] = None
+    parameters = list(model.parameters())
+    rows = args.per_device_train_batch_size * max(args.n_gpu, 1) * args.world_size * args.gradient_accumulation_steps
+    return {
+        "data": data,
+        **{name: value for name, value in settings.items() if value},
+        "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        "optimizer": str(getattr(args.optim, "value", args.optim)),
+        "batch_size": rows,
+        "trainable_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "load_best_model_at_end": args.load_best_model_at_end,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+    }
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
     """
     The object in a JSON file, empty if there is no such file.
 

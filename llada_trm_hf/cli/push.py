@@ -1,7 +1,9 @@
-"""`llada-trm push`: a checkpoint to the Hub, with a model card. Also what `scripts/push_to_hub.py` runs."""
+"""`llada-trm push`: a checkpoint with a model card, or `custom_generate`, to the Hub; `scripts/push_to_hub.py` too."""
 
 import tempfile
 
+from ..cards.publishing import Upload
+from ..hub.custom_generate import custom_generate_files, push_custom_generate
 from ..hub.push import files_to_push, push_checkpoint
 from .parser import CommandParser
 
@@ -11,25 +13,45 @@ def run(arguments: list[str]) -> None:
         prog="llada-trm push", description="Uploads a checkpoint to the Hugging Face Hub in one commit."
     )
     parser.add_argument(
-        "--checkpoint",
-        required=True,
-        help="folder of a model, or an older compressor.pt or trm.pt, which is converted",
+        "--checkpoint", help="folder of a model, or an older compressor.pt or trm.pt, which is converted"
     )
-    parser.add_argument("--repo", required=True, help="owner/name; made if it does not exist")
+    parser.add_argument("--repo", help="owner/name; created if it does not exist")
+    parser.add_argument(
+        "--custom_generate",
+        metavar="REPO",
+        help="instead of a checkpoint, upload generation by masked diffusion, for other models, to owner/name",
+    )
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--description", help="a paragraph for the model card")
-    parser.add_argument("--revision", help="branch, made if it does not exist")
+    parser.add_argument("--revision", help="branch, created if it does not exist")
     parser.add_argument(
-        "--base_model", help="owner/name of the model it stands on, if the checkpoint does not say, or names a folder"
+        "--base_model", help="owner/name of the model it builds on, if the checkpoint names none, or a folder"
     )
     parser.add_argument(
         "--dry_run", action="store_true", help="list what would be uploaded, without contacting the Hub"
     )
-    options = vars(parser.parse_args(arguments))
-    checkpoint, repo, private = (options.pop(name) for name in ("checkpoint", "repo", "private"))
-    if not options.pop("dry_run"):
-        print(push_checkpoint(checkpoint, repo, private, **options).commit_url)
+    options = parser.parse_args(arguments)
+    if options.custom_generate is not None:
+        of_checkpoints = ("checkpoint", "repo", "description", "base_model")
+        refused = [f"--{name}" for name in of_checkpoints if getattr(options, name) is not None]
+        if refused:
+            parser.error(f"--custom_generate uploads no checkpoint: leave out {', '.join(refused)}")
+        if options.dry_run:
+            _print_files(custom_generate_files(options.custom_generate))
+        else:
+            print(push_custom_generate(options.custom_generate, options.private, options.revision).commit_url)
         return
-    with tempfile.TemporaryDirectory() as scratch:
-        for upload in files_to_push(checkpoint, repo, **options, scratch=scratch):
-            print(f"{upload.size:>14,}  {upload.path}")
+    missing = [f"--{name}" for name in ("checkpoint", "repo") if getattr(options, name) is None]
+    if missing:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+    card = {"description": options.description, "revision": options.revision, "base_model": options.base_model}
+    if options.dry_run:
+        with tempfile.TemporaryDirectory() as scratch:
+            _print_files(files_to_push(options.checkpoint, options.repo, **card, scratch=scratch))
+    else:
+        print(push_checkpoint(options.checkpoint, options.repo, options.private, **card).commit_url)
+
+
+def _print_files(uploads: list[Upload]) -> None:
+    for upload in uploads:
+        print(f"{upload.size:>14,}  {upload.path}")

@@ -1,4 +1,4 @@
-"""A checkpoint to the Hub, older ones included."""
+"""Checkpoints to the Hub, older ones included."""
 
 import os
 import tempfile
@@ -23,14 +23,14 @@ def push_checkpoint(
 
     Args:
         checkpoint: folder of `save_pretrained` or a trainer, or an older `compressor.pt` / `trm.pt`, which is read
-            without executing anything it holds and uploaded as safetensors.
+            without executing anything in it and uploaded as safetensors.
         repo_id, description, revision, base_model: see `files_to_publish`.
         private: whether a new repository is private.
 
     Raises:
         FileNotFoundError, ValueError: for a checkpoint nobody else could load, before anything is sent.
-        ValueError: without a token, or if the repository is public and `private` is wanted.
-        HfHubHTTPError: for what the Hub refuses.
+        ValueError: without a token, or if the repository is public although `private` is set.
+        HfHubHTTPError: if the Hub refuses.
     """
     with tempfile.TemporaryDirectory() as scratch:
         uploads = files_to_push(checkpoint, repo_id, description, revision, base_model, scratch)
@@ -49,7 +49,7 @@ def files_to_push(
     What `push_checkpoint` uploads, without contacting the Hub.
 
     Args:
-        checkpoint, repo_id, description, revision, base_model: as for `push_checkpoint`.
+        checkpoint, repo_id, description, revision, base_model: see `push_checkpoint`.
         scratch: an empty folder that stays until the files are uploaded; an older checkpoint is converted there.
     """
     if os.path.isfile(checkpoint):

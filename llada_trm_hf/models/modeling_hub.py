@@ -4,7 +4,6 @@ checkpoint that lacks weights is refused."""
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,11 +19,9 @@ class HubModel:
 
     Attributes:
         auto_classes: the Auto classes the model answers to.
-        custom_generate: the `generate` that travels as `custom_generate/generate.py`, for other models too.
     """
 
     auto_classes: ClassVar[tuple[str, ...]] = ()
-    custom_generate: ClassVar[Callable | None] = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -82,8 +79,6 @@ class HubModel:
             return
         if not write_code(folder, type(config), model_class):
             return
-        if self.custom_generate is not None:
-            write_code(Path(folder, "custom_generate"), self.custom_generate)
         # The config through the model's file, where that has it. Of a folder, transformers tells versions of the code
         # apart by what an entry file imports: behind one of its own, a config would keep the model class it was first
         # loaded with, whatever the model's file says later.

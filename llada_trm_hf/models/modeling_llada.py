@@ -25,7 +25,6 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .block_kv_cache import BlockKVCache
 from .configuration_llada import LLaDAConfig
-from .generate import generate
 from .generation_masked_diffusion import MaskedDiffusionGenerationMixin
 from .logits_to_keep import select_positions
 from .loss_masked_diffusion import masked_diffusion_loss, masked_targets
@@ -274,7 +273,6 @@ class LLaDAForMaskedDiffusion(MaskedDiffusionGenerationMixin, LLaDAPreTrainedMod
     """LLaDA with its LM head: predicts every masked token at once, and generates by masked diffusion."""
 
     auto_classes = ("AutoModelForMaskedLM", "AutoModelForCausalLM")
-    custom_generate = staticmethod(generate)
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     accepts_loss_kwargs = False  # the loss is already a mean over rows: the Trainer must not divide it again
     model_class: ClassVar[type[LLaDAPreTrainedModel]] = LLaDAModel

@@ -16,7 +16,6 @@ from .chunk_layout import ChunkLayout
 from .configuration_llada_trm import LLaDATRMConfig
 from .configuration_masked_diffusion_generation import MaskedDiffusionGenerationConfig
 from .debug_report import debuggable
-from .generate import generate
 from .generation_masked_diffusion import DenoisingOutput, MaskedDiffusionGenerationMixin
 from .llada_trm_output import LLaDATRMOutput
 from .logits_to_keep import columns_of, keeps_all, kept_positions, select_positions, unpack_logits
@@ -55,7 +54,6 @@ class LLaDATRMForMaskedDiffusion(MaskedDiffusionGenerationMixin, HybridCheckpoin
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the loss is already a mean over rows: the Trainer must not divide it again
     auto_classes = ("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM")
-    custom_generate = staticmethod(generate)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
