@@ -35,8 +35,8 @@ from llada_trm_hf import (
     SequenceTRMConfig,
     SlotTRMRefinerConfig,
 )
+from llada_trm_hf.cards.model_card import EXAMPLE_ENCODER
 from llada_trm_hf.hub import export_custom_generate
-from llada_trm_hf.hub.custom_generate import EXAMPLE_MODEL
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINED_STEPS = 2
@@ -276,7 +276,7 @@ def published(tmp_path_factory, models):
         put(hub, "wordy-lm", make_lm(vocab_size=320), folder)
         put(hub, "gpt2", gpt2, folder)
         put(hub, "encoder-lm", new_encoder_lm(), folder)
-        hub.repositories[EXAMPLE_MODEL] = hub.repositories.pop("user/encoder-lm")
+        hub.repositories[EXAMPLE_ENCODER] = hub.repositories.pop("user/encoder-lm")
         pushes = [["--checkpoint", str(folder / name), "--repo", f"user/{name}"] for name in [*NAMES, *MISPLACED]]
         pushes.append(["--custom_generate", GENERATE])
         (folder / "home").mkdir()

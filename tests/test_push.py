@@ -114,7 +114,7 @@ def test_custom_generate(hub, checkpoint, capsys):
         (["--custom_generate", "user/generate", "--repo", "user/model"], "--repo"),
         (["--custom_generate", "generate"], "'generate'"),
         (["--checkpoint", str(checkpoint)], "--repo"),
-        ([], "--checkpoint, --repo"),
+        ([], "--checkpoint and --repo"),
     ):
         assert main(["push", *arguments]) == 2
         error = capsys.readouterr().err

@@ -4,7 +4,6 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,25 +38,6 @@ UPLOADED = (
 RETRY_DELAYS = (1, 2, 4)  # seconds
 
 
-@dataclass(frozen=True)
-class Upload:
-    """
-    A file to upload.
-
-    Attributes:
-        path: in the repository.
-        content: the file's path on this machine, or its bytes.
-    """
-
-    path: str
-    content: str | bytes
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return len(self.content) if isinstance(self.content, bytes) else os.path.getsize(self.content)
-
-
 def files_to_publish(
     folder: str | os.PathLike,
     repo_id: str,
@@ -65,7 +45,7 @@ def files_to_publish(
     revision: str | None = None,
     base_model: str | None = None,
     new_card: bool = False,
-) -> list[Upload]:
+) -> dict[str, str | bytes]:
     """
     The files of `folder` that are uploaded, without contacting the Hub. Of its Python files only those that `auto_map`
     names, and what they import. A README.md is uploaded as it is; without one a card is made from the checkpoint.
@@ -77,6 +57,9 @@ def files_to_publish(
         revision: the branch; by default the main one.
         base_model: the repository of the model it builds on, instead of the one in its config.
         new_card: make a card even if there is a README.md.
+
+    Returns:
+        Path in the repository -> path on this machine, or the file's bytes.
 
     Raises:
         FileNotFoundError, ValueError: for a checkpoint that nobody else could load, or an impossible name.
@@ -103,11 +86,11 @@ def files_to_publish(
         contents["README.md"] = str(model_card(folder, repo_id, description, revision, base_model)).encode()
     elif description is not None:
         raise ValueError(f"{folder} has a README.md, which is uploaded as it is: put the description there.")
-    return [Upload(name, content) for name, content in sorted(contents.items())]
+    return dict(sorted(contents.items()))
 
 
 def publish(
-    uploads: list[Upload],
+    files: dict[str, str | bytes],
     repo_id: str,
     private: bool = False,
     revision: str | None = None,
@@ -119,8 +102,7 @@ def publish(
     tried again: what arrived is not sent twice, and a commit that was made is not made again.
 
     Args:
-        uploads: see `files_to_publish`.
-        repo_id: `owner/name`.
+        files, repo_id: see `files_to_publish`.
         private: whether a new repository is private.
         revision: the branch; by default the main one.
         token: by default the one of `hf auth login` or `HF_TOKEN`.
@@ -146,7 +128,7 @@ def publish(
             # made. Asking again is safe, because it first compares the files and commits nothing if none differs.
             return api.create_commit(
                 repo_id,
-                [CommitOperationAdd(upload.path, upload.content) for upload in uploads],
+                [CommitOperationAdd(path, content) for path, content in files.items()],
                 commit_message=commit_message,
                 revision=revision,
                 parent_commit=parent,

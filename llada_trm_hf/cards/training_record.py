@@ -3,14 +3,14 @@
 import json
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import PreTrainedModel, TrainingArguments
 
-TRAINING_SETTINGS_FILE = "training_settings.json"  # written by the trainers of the package
-TRAINER_STATE_FILE = "trainer_state.json"  # by the HF Trainer
+TRAINING_SETTINGS_FILE = "training_settings.json"
 # Logged by an evaluation, but not about the model.
 _NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
 # Settings that are written unless they have no effect (0, None, False). None names a person, a machine or a token.
@@ -33,9 +33,8 @@ class TrainingRecord:
         settings: of the run, empty if it did not record them.
         data: `name`, `hub_name`, `split` and `eval_split` of the dataset, as far as they are known.
         num_steps, num_epochs: how long the run took; None if unknown.
-        metrics: of the evaluation that is closest to the saved weights, without the prefix `eval_`.
-        metrics_step: after which step it took place.
-        weights_step: after which step the weights were saved.
+        metrics: of the evaluation at the step of the saved weights, else of the last one, without the prefix `eval_`.
+        metrics_step, weights_step: the step of that evaluation, and of the saved weights.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -78,19 +77,13 @@ def training_settings(
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
-    """
-    The object in a JSON file, empty if there is no such file.
-
-    Raises:
-        ValueError: for a file that holds something else.
-    """
+    """The object in a JSON file, empty if there is no such file; a ValueError for anything else."""
     if not os.path.isfile(path):
         return {}
-    with open(path, encoding="utf-8") as file:
-        try:
-            content = json.load(file)
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}.")
     return content
@@ -101,10 +94,9 @@ def read_training_record(folder: str | os.PathLike) -> TrainingRecord:
     From `training_settings.json` and `trainer_state.json`; pickles such as `training_args.bin` are not opened.
 
     Raises:
-        ValueError: for a file that is not what it should be.
+        ValueError: for a file that is not valid JSON, or no JSON object.
     """
-    settings = read_json(os.path.join(folder, TRAINING_SETTINGS_FILE))
-    state = read_json(os.path.join(folder, TRAINER_STATE_FILE))
+    settings, state = read_json(Path(folder, TRAINING_SETTINGS_FILE)), read_json(Path(folder, "trainer_state.json"))
     data = settings.pop("data", None) or {}
     step = state.get("global_step")
     if settings.pop("load_best_model_at_end", False) and state.get("best_global_step"):

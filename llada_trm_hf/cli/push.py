@@ -1,10 +1,10 @@
 """`llada-trm push`: a checkpoint with a model card, or `custom_generate`, to the Hub; `scripts/push_to_hub.py` too."""
 
-import tempfile
+import os
 
-from ..cards.publishing import Upload
+from ..cards import files_to_publish
 from ..hub.custom_generate import custom_generate_files, push_custom_generate
-from ..hub.push import files_to_push, push_checkpoint
+from ..hub.push import folder_of, push_checkpoint
 from .parser import CommandParser
 
 
@@ -31,27 +31,26 @@ def run(arguments: list[str]) -> None:
         "--dry_run", action="store_true", help="list what would be uploaded, without contacting the Hub"
     )
     options = parser.parse_args(arguments)
+    card = {"description": options.description, "revision": options.revision, "base_model": options.base_model}
     if options.custom_generate is not None:
-        of_checkpoints = ("checkpoint", "repo", "description", "base_model")
-        refused = [f"--{name}" for name in of_checkpoints if getattr(options, name) is not None]
+        for_checkpoints = ("checkpoint", "repo", "description", "base_model")
+        refused = [f"--{name}" for name in for_checkpoints if getattr(options, name) is not None]
         if refused:
             parser.error(f"--custom_generate uploads no checkpoint: leave out {', '.join(refused)}")
         if options.dry_run:
-            _print_files(custom_generate_files(options.custom_generate))
+            _print_sizes(custom_generate_files(options.custom_generate))
         else:
             print(push_custom_generate(options.custom_generate, options.private, options.revision).commit_url)
-        return
-    missing = [f"--{name}" for name in ("checkpoint", "repo") if getattr(options, name) is None]
-    if missing:
-        parser.error(f"the following arguments are required: {', '.join(missing)}")
-    card = {"description": options.description, "revision": options.revision, "base_model": options.base_model}
-    if options.dry_run:
-        with tempfile.TemporaryDirectory() as scratch:
-            _print_files(files_to_push(options.checkpoint, options.repo, **card, scratch=scratch))
+    elif options.checkpoint is None or options.repo is None:
+        parser.error("pass --checkpoint and --repo, or --custom_generate")
+    elif options.dry_run:
+        with folder_of(options.checkpoint) as folder:
+            _print_sizes(files_to_publish(folder, options.repo, **card))
     else:
         print(push_checkpoint(options.checkpoint, options.repo, options.private, **card).commit_url)
 
 
-def _print_files(uploads: list[Upload]) -> None:
-    for upload in uploads:
-        print(f"{upload.size:>14,}  {upload.path}")
+def _print_sizes(files: dict[str, str | bytes]) -> None:
+    for path, content in files.items():
+        size = len(content) if isinstance(content, bytes) else os.path.getsize(content)
+        print(f"{size:>14,}  {path}")

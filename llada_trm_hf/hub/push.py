@@ -2,11 +2,12 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from huggingface_hub import CommitInfo
 
 from ..cards import files_to_publish, publish
-from ..cards.publishing import Upload
 from .legacy import import_legacy
 
 
@@ -29,30 +30,19 @@ def push_checkpoint(
 
     Raises:
         FileNotFoundError, ValueError: for a checkpoint nobody else could load, before anything is sent.
-        ValueError: without a token, or if the repository is public although `private` is set.
-        HfHubHTTPError: if the Hub refuses.
+        ValueError, HfHubHTTPError: see `publish`.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        uploads = files_to_push(checkpoint, repo_id, description, revision, base_model, scratch)
-        return publish(uploads, repo_id, private, revision)
+    with folder_of(checkpoint) as folder:
+        files = files_to_publish(folder, repo_id, description, revision, base_model)
+        return publish(files, repo_id, private, revision)
 
 
-def files_to_push(
-    checkpoint: str | os.PathLike,
-    repo_id: str,
-    description: str | None,
-    revision: str | None,
-    base_model: str | None,
-    scratch: str,
-) -> list[Upload]:
-    """
-    What `push_checkpoint` uploads, without contacting the Hub.
-
-    Args:
-        checkpoint, repo_id, description, revision, base_model: see `push_checkpoint`.
-        scratch: an empty folder that stays until the files are uploaded; an older checkpoint is converted there.
-    """
-    if os.path.isfile(checkpoint):
-        import_legacy(checkpoint).save_pretrained(scratch)
-        checkpoint = scratch
-    return files_to_publish(checkpoint, repo_id, description, revision, base_model)
+@contextmanager
+def folder_of(checkpoint: str | os.PathLike) -> Iterator[str | os.PathLike]:
+    """The folder of a checkpoint; for an older file a temporary one into which it is converted."""
+    if not os.path.isfile(checkpoint):
+        yield checkpoint
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        import_legacy(checkpoint).save_pretrained(folder)
+        yield folder
