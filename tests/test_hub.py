@@ -35,7 +35,6 @@ from llada_trm_hf import (
     SequenceTRMConfig,
     SlotTRMRefinerConfig,
 )
-from llada_trm_hf.cards.model_card import EXAMPLE_ENCODER
 from llada_trm_hf.hub import export_custom_generate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,6 +75,7 @@ MISPLACED = {
 }
 NAMES = [*CASES, *PARTS]
 GENERATE = "user/masked-diffusion"  # the repository of custom_generate
+EXAMPLE_ENCODER = "answerdotai/ModernBERT-base"  # in its card
 
 NEWER_HYBRID = """
 _forward = LLaDATRMForMaskedDiffusion.forward

@@ -11,11 +11,9 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .training_record import TrainingRecord, read_json, read_training_record
 
-# Sections and wording depend on the kind of model: see the template.
 TEMPLATE = str(Path(__file__).with_name("MODEL_CARD.md"))
-CUSTOM_GENERATE_TEMPLATE = str(Path(__file__).with_name("CUSTOM_GENERATE_CARD.md"))
+CUSTOM_GENERATE_CARD = Path(__file__).with_name("CUSTOM_GENERATE_CARD.md")
 LIBRARY = "llada-trm-hf"
-EXAMPLE_ENCODER = "answerdotai/ModernBERT-base"  # in the card of custom_generate
 
 
 class _Kind(NamedTuple):
@@ -97,17 +95,6 @@ def model_card(
         results_step=record.metrics_step,
         weights_step=record.weights_step,
         results_data=_dataset(record.data, "eval_split"),
-    )
-
-
-def custom_generate_card(repo_id: str) -> ModelCard:
-    """The card of the repository that `push_custom_generate` makes."""
-    return ModelCard.from_template(
-        ModelCardData(library_name="transformers", tags=["custom_generate", "masked-diffusion", LIBRARY]),
-        template_path=CUSTOM_GENERATE_TEMPLATE,
-        model_name=Path(repo_id).name,
-        repo_id=repo_id,
-        example_model=EXAMPLE_ENCODER,
     )
 
 

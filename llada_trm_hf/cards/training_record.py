@@ -2,9 +2,8 @@
 
 import json
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -26,8 +25,7 @@ _SETTINGS = (
 )
 
 
-@dataclass(frozen=True)
-class TrainingRecord:
+class TrainingRecord(NamedTuple):
     """
     Attributes:
         settings: of the run, empty if it did not record them.
@@ -37,13 +35,13 @@ class TrainingRecord:
         metrics_step, weights_step: the step of that evaluation, and of the saved weights.
     """
 
-    settings: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, str] = field(default_factory=dict)
-    num_steps: int | None = None
-    num_epochs: float | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    metrics_step: int | None = None
-    weights_step: int | None = None
+    settings: dict[str, Any]
+    data: dict[str, str]
+    num_steps: int | None
+    num_epochs: float | None
+    metrics: dict[str, float]
+    metrics_step: int | None
+    weights_step: int | None
 
 
 def training_settings(

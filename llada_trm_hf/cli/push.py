@@ -3,8 +3,7 @@
 import os
 
 from ..cards import files_to_publish
-from ..hub.custom_generate import custom_generate_files, push_custom_generate
-from ..hub.push import folder_of, push_checkpoint
+from ..hub.push import custom_generate_files, folder_of, push_checkpoint, push_custom_generate
 from .parser import CommandParser
 
 

@@ -2,10 +2,9 @@
 
 from ..cards import model_card
 from ..storage import read_legacy_hidden_pairs
-from .custom_generate import export_custom_generate, push_custom_generate
 from .legacy import import_legacy
 from .onnx import OnnxExport, export_onnx
-from .push import push_checkpoint
+from .push import export_custom_generate, push_checkpoint, push_custom_generate
 
 __all__ = [
     "OnnxExport",

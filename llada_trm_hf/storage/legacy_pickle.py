@@ -9,7 +9,7 @@ import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 # The trainers' configurations, pickled by a script or by an imported module: read as plain attributes.
-_CONFIGS = [
+_CONFIGS: list[Any] = [
     (SimpleNamespace, "__main__.Phase1Config"),
     (SimpleNamespace, "__main__.Phase2Config"),
     (SimpleNamespace, "src.train.phase1_compressor.Phase1Config"),
@@ -29,7 +29,7 @@ def read_legacy_pickle(path: str | os.PathLike) -> dict[str, Any]:
         ValueError: for another kind of file, a damaged one, or a pickle that names a class or function these files do
             not need (the message says which).
     """
-    if torch.__version__ < (2, 10):
+    if torch.__version__ < "2.10":  # compared as versions
         raise ImportError(f"Reading {path} safely needs torch 2.10 or newer, but this is {torch.__version__}.")
     try:
         with zipfile.ZipFile(path) as archive:
