@@ -72,6 +72,8 @@ def main(wishes):
         settings = {**settings, "custom_generate": custom_generate, "trust_remote_code": True}
         model = getattr(transformers, auto_class).from_pretrained(source, trust_remote_code=True).eval()
         found[label] = {"sequences": model.generate(inputs["input_ids"], **settings)}
+    for repository in wishes["other cards"]:
+        found[f"card of {repository}"] = {"printed": card_output(repository)}
     torch.save(found, wishes["outputs"])
 
 

@@ -20,7 +20,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from latent_thinking_models import make_lm, make_model
 from load_from_hub import PAUSE, outputs
 from tiny_training import TOKENIZER, new_backbone, new_hybrid
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, ModernBertConfig, ModernBertForMaskedLM, PreTrainedModel
 
 import llada_trm_hf
 from llada_trm_hf import (
@@ -35,6 +35,7 @@ from llada_trm_hf import (
     SequenceTRMConfig,
     SlotTRMRefinerConfig,
 )
+from llada_trm_hf.hub import export_custom_generate
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINED_STEPS = 2
@@ -73,6 +74,8 @@ MISPLACED = {
     "wordy-thinker": ("latent", "user/wordy-lm", "vocab_size", 300, 320),
 }
 NAMES = [*CASES, *PARTS]
+GENERATE = "user/masked-diffusion"  # the repository of custom_generate
+EXAMPLE_ENCODER = "answerdotai/ModernBERT-base"  # in its card
 
 NEWER_HYBRID = """
 _forward = LLaDATRMForMaskedDiffusion.forward
@@ -193,6 +196,14 @@ def models(own):
     return new_models(own)
 
 
+def new_encoder_lm():
+    """An encoder with an LM head of another library, without `generate`."""
+    ids = {f"{name}_token_id": TOKENIZER.eos_token_id for name in ("bos", "cls", "eos", "sep")}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = ModernBertConfig(vocab_size=len(TOKENIZER), pad_token_id=TOKENIZER.pad_token_id, **sizes, **ids)
+    return ModernBertForMaskedLM(config)
+
+
 def save_models(folder, models):
     for name, model in models.items():
         model.save_pretrained(folder / name)
@@ -236,12 +247,13 @@ def wishes(folder):
         "as before in a folder": (str(folder / "others/hybrid"), MASKED_LM, {}),
     }
     custom_generate = {
-        "hybrid with the code of another": ("user/hybrid-slots", MASKED_LM, "user/backbone", {"max_new_tokens": 8}),
-        "gpt2": ("user/gpt2", CAUSAL_LM, "user/backbone", GPT2_SETTINGS),
+        "hybrid with the code of another": ("user/hybrid-slots", MASKED_LM, GENERATE, {"max_new_tokens": 8}),
+        "gpt2": ("user/gpt2", CAUSAL_LM, GENERATE, GPT2_SETTINGS),
     }
     return {
         "phases": [models, later],
         "cards": NAMES,
+        "other cards": [GENERATE],
         "custom_generate": custom_generate,
         "inputs": str(folder / "inputs.pt"),
         "outputs": str(folder / "outputs.pt"),
@@ -263,7 +275,10 @@ def published(tmp_path_factory, models):
         put(hub, "wordy", new_backbone(vocab_size=300), folder)
         put(hub, "wordy-lm", make_lm(vocab_size=320), folder)
         put(hub, "gpt2", gpt2, folder)
+        put(hub, "encoder-lm", new_encoder_lm(), folder)
+        hub.repositories[EXAMPLE_ENCODER] = hub.repositories.pop("user/encoder-lm")
         pushes = [["--checkpoint", str(folder / name), "--repo", f"user/{name}"] for name in [*NAMES, *MISPLACED]]
+        pushes.append(["--custom_generate", GENERATE])
         (folder / "home").mkdir()
         path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         arguments = ["-c", PUSH, json.dumps(pushes), folder / "trained"]
@@ -382,7 +397,6 @@ def test_models_and_trainers_push_themselves(published):
         assert_same(found[name], model.eval(), published["inputs"])
         files = hub.files(f"user/{name}", branch)
         assert {Path(path).suffix for path in files} <= {".json", ".md", ".py", ".safetensors", ""}, name
-        assert "custom_generate/generate.py" in files, name
 
 
 def test_newer_code_and_the_older_again(published):
@@ -408,6 +422,26 @@ def test_newer_code_of_a_refiner_that_was_loaded_within_a_hybrid(published):
     assert updates[0].abs().max() > 0.1
     # What is written is `chunk + update`, then `chunk - update`.
     torch.testing.assert_close(updates[1], -updates[0], atol=1e-5, rtol=1e-4)
+
+
+def test_custom_generate_is_a_repository_of_its_own(published):
+    files = published["hub"].files(GENERATE)
+    code = [path for path in files if path.endswith(".py")]
+    assert "custom_generate/generate.py" in code and all(Path(path).parent == Path("custom_generate") for path in code)
+    assert set(files) == {".gitattributes", "README.md", *code}
+    assert published["hub"].num_commits(GENERATE) == 1
+    assert "custom_generate" in ModelCard(files["README.md"].decode()).data.tags
+    assert published["found"][f"card of {GENERATE}"]["printed"].strip()
+
+
+def test_custom_generate_from_a_folder(models, tmp_path):
+    export_custom_generate(tmp_path)
+    arguments = {"input_ids": new_inputs()["input_ids"], "max_new_tokens": 8}
+    found = models["backbone"].generate(**arguments, custom_generate=str(tmp_path), trust_remote_code=True)
+    assert torch.equal(found, models["backbone"].generate(**arguments))
+    generate = GenerationMixin().load_custom_generate(tmp_path, trust_remote_code=True)
+    found = generate(new_encoder_lm().eval(), **arguments, mask_token_id=TOKENIZER.mask_token_id)
+    assert found.shape == (2, 17) and not (found == TOKENIZER.mask_token_id).any()
 
 
 def test_custom_generate_of_another_repository(published):
@@ -500,7 +534,8 @@ def test_no_token_anywhere(published):
 
 def test_exported_code_imports_torch_and_transformers_only(published):
     checked = 0
-    for name in NAMES:
+    export_custom_generate(published["folder"] / "generate")
+    for name in [*NAMES, "generate"]:
         for path in (published["folder"] / name).glob("**/*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.ImportFrom) and node.level:

@@ -76,6 +76,51 @@ def test_dry_run_lists_what_is_uploaded_and_contacts_nobody(hub, checkpoint, cap
     assert {path: path.stat().st_mtime_ns for path in checkpoint.glob("**/*")} == before
 
 
+def test_no_code_but_what_auto_map_reaches(hub, tmp_path, capsys):
+    folder = tmp_path / "backbone"
+    new_backbone().save_pretrained(folder)
+    saved = {path.name for path in folder.glob("*.py")}
+    for name in ("private.py", "custom_generate/generate.py", "templates/other.jinja"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("SECRET = 1\n")
+    templates = {"chat_template.jinja", "additional_chat_templates/tools.jinja"}
+    for name in templates:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{{ messages }}")
+    # The code of a tokenizer, and what it imports; that of another repository is not there.
+    auto_map = {"AutoTokenizer": ["tokenization_mine.Mine", None], "AutoProcessor": "user/other--processing.Theirs"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto_map}))
+    (folder / "tokenization_mine.py").write_text("from .pieces import (\n    Pieces,\n)\n")
+    (folder / "pieces.py").write_text("class Pieces: ...\n")
+    assert push(folder) == 0
+    expected = {"config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json", "README.md"}
+    expected |= {*saved, *templates, "tokenization_mine.py", "pieces.py", ".gitattributes"}
+    assert set(hub.files("user/model")) == expected
+    imported = next(path for path in folder.glob("loss_*.py"))
+    imported.unlink()
+    assert push(folder) == 2
+    assert f"lacks {imported.name}" in capsys.readouterr().err
+
+
+def test_custom_generate(hub, checkpoint, capsys):
+    assert main(["push", "--custom_generate", "user/generate", "--dry_run"]) == 0
+    listed = {line.split()[1] for line in capsys.readouterr().out.splitlines()}
+    assert {"README.md", "custom_generate/generate.py"} < listed and hub.requests == []
+    assert main(["push", "--custom_generate", "user/generate", "--private", "--revision", "v2"]) == 0
+    assert set(hub.files("user/generate", "v2")) == listed | {".gitattributes"}
+    assert hub.repositories["user/generate"].private and "/commit/" in capsys.readouterr().out
+    for arguments, found in (
+        (["--custom_generate", "user/generate", "--checkpoint", str(checkpoint)], "--checkpoint"),
+        (["--custom_generate", "user/generate", "--repo", "user/model"], "--repo"),
+        (["--custom_generate", "generate"], "'generate'"),
+        (["--checkpoint", str(checkpoint)], "--repo"),
+        ([], "--checkpoint and --repo"),
+    ):
+        assert main(["push", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert found in error and len(error.splitlines()) == 1
+
+
 def test_pushing_the_same_again_makes_no_commit(hub, checkpoint):
     assert push(checkpoint) == push(checkpoint) == 0
     assert hub.num_commits("user/model") == 1
@@ -206,7 +251,7 @@ def test_malicious_file_is_not_executed(hub, tmp_path, capsys, key):
     content = {key: {"compress.weight": torch.ones(2, 3)}, "config": _Attack(tmp_path / "executed")}
     torch.save(content, tmp_path / "old.pt")
     assert push(tmp_path / "old.pt") == 2
-    assert "refused" in capsys.readouterr().err
+    assert "names posix.mkdir" in capsys.readouterr().err
     assert not (tmp_path / "executed").exists() and hub.requests == []
     torch.load(tmp_path / "old.pt", weights_only=False)  # which shows that the attack works
     assert (tmp_path / "executed").exists()

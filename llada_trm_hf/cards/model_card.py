@@ -1,7 +1,8 @@
-"""The model card of a checkpoint's folder. What the folder does not say, the card does not either."""
+"""The model card of a checkpoint's folder. It says nothing that the folder does not."""
 
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,11 +11,9 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .training_record import TrainingRecord, read_json, read_training_record
 
-# Sections and wording depend on the kind of model: see the template.
-TEMPLATE = Path(__file__).with_name("MODEL_CARD.md")
+TEMPLATE = str(Path(__file__).with_name("MODEL_CARD.md"))
+CUSTOM_GENERATE_CARD = Path(__file__).with_name("CUSTOM_GENERATE_CARD.md")
 LIBRARY = "llada-trm-hf"
-EXAMPLE_PROMPT = "What is 12 * 7?"
-MAX_NEW_TOKENS = 64
 
 
 class _Kind(NamedTuple):
@@ -45,28 +44,28 @@ def model_card(
     base_model: str | None = None,
 ) -> ModelCard:
     """
-    The card of the model in `folder`, from the template `MODEL_CARD.md`, the folder's config and what training left
-    in it.
+    The card of the model in `folder`, from the template `MODEL_CARD.md`, its config and what training left there.
 
     Args:
         folder: of `save_pretrained` or a trainer.
         repo_id: where the model will be; the code in the card loads it from there.
-        description: a paragraph of one's own.
+        description: your own paragraph.
         revision: the branch it will be on, if not the default one.
-        base_model: the repository of the model it stands on; by default the one its config names.
+        base_model: the repository of the model it builds on; by default the one its config names.
 
     Raises:
         FileNotFoundError: if `folder` holds no config.
-        ValueError: for a file that is not what it should be.
+        ValueError: for a file that is not valid JSON, or no JSON object.
     """
-    config = read_json(os.path.join(folder, "config.json"))
+    config = read_json(Path(folder, "config.json"))
     if not config:
         raise FileNotFoundError(f"{folder} holds no model: there is no config.json.")
-    kind, record = _kind(config), read_training_record(folder)
+    kind, record, refiner = _kind(config), read_training_record(folder), config.get("refiner_config", config)
+    if "refiner_configs" in refiner:  # several refiners have the same sizes
+        refiner = refiner["refiner_configs"][0]
     base = base_model or _base_model(config)
-    tokenizer = read_json(os.path.join(folder, "tokenizer_config.json"))
-    has_backbone = config.get("backbone_in_checkpoint", True)
-    model_name = repo_id.split("/")[-1]
+    tokenizer = read_json(Path(folder, "tokenizer_config.json"))
+    has_backbone, model_name = config.get("backbone_in_checkpoint", True), Path(repo_id).name
     return ModelCard.from_template(
         ModelCardData(
             library_name="transformers",
@@ -78,7 +77,7 @@ def model_card(
             model_name=model_name,
             eval_results=_eval_results(kind, record),
         ),
-        template_path=str(TEMPLATE),
+        template_path=TEMPLATE,
         kind=kind.name,
         auto_class=kind.auto_class,
         model_name=model_name,
@@ -88,31 +87,25 @@ def model_card(
         config=config,
         base_name=f"`{base}`" if base else None if has_backbone else "its backbone",
         has_backbone=has_backbone,
-        width=_refiner_config(config).get("hidden_size"),
-        chunk_size=_refiner_config(config).get("chunk_size"),
+        refiner=refiner,
         tokenizer_name=repo_id if tokenizer else base,
-        has_chat_template=bool(tokenizer.get("chat_template"))
-        or os.path.isfile(os.path.join(folder, "chat_template.jinja")),
-        example_prompt=EXAMPLE_PROMPT,
-        max_new_tokens=MAX_NEW_TOKENS,
+        has_chat_template=bool(tokenizer.get("chat_template")) or Path(folder, "chat_template.jinja").is_file(),
         settings=_settings(record),
         results={name.replace("_", " "): _number(value) for name, value in record.metrics.items()},
         results_step=record.metrics_step,
         weights_step=record.weights_step,
-        results_data=_named(record.data, "eval_split"),
+        results_data=_dataset(record.data, "eval_split"),
     )
 
 
 def _base_model(config: dict[str, Any]) -> str | None:
-    """The repository of the model that the one with `config` stands on; None if it is a local folder or unknown."""
+    """The repository of the model this one builds on; None if it is a local folder or unknown."""
     name = config.get("backbone_name_or_path")
-    if not name or os.path.exists(name):
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
+    with suppress(HFValidationError):
+        if name and not os.path.exists(name):
+            validate_repo_id(name)
+            return name
+    return None
 
 
 def _kind(config: dict[str, Any]) -> _Kind:
@@ -121,34 +114,28 @@ def _kind(config: dict[str, Any]) -> _Kind:
         return _THINKER
     if model_type in _KINDS:
         return _KINDS[model_type]
-    if "vocab_size" not in config:  # refiners, those of one's own included
+    if "vocab_size" not in config:  # your own refiners included
         return _REFINER
     return _BACKBONE if "AutoModelForMaskedLM" in auto_map else _ENCODER
 
 
-def _refiner_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Of a hybrid or a refiner; of several that work together, the first one's: they have the same sizes."""
-    config = config.get("refiner_config", config)
-    return config["refiner_configs"][0] if "refiner_configs" in config else config
-
-
 def _settings(record: TrainingRecord) -> dict[str, str]:
-    """Rows of the table of settings."""
-    rows = {"data": _named(record.data, "split"), "steps": record.num_steps, "epochs": record.num_epochs}
+    """The rows of the table of settings."""
+    rows = {"data": _dataset(record.data, "split"), "steps": record.num_steps, "epochs": record.num_epochs}
     rows |= {name.replace("_", " "): value for name, value in record.settings.items()}
     return {name: _number(value) for name, value in rows.items() if value is not None}
 
 
-def _named(data: dict[str, str], split: str) -> str | None:
-    """A dataset with its split; None if it is not known, or has no such split."""
+def _dataset(data: dict[str, str], split: str) -> str | None:
+    """Name and split of the dataset; None if either is unknown."""
     if not data.get("name") or not data.get(split):
         return None
     return f"{data.get('hub_name') or data['name']}, {data[split]}"
 
 
 def _eval_results(kind: _Kind, record: TrainingRecord) -> list[EvalResult] | None:
-    """Metrics of the weights that were saved; those of others stand in the text only."""
-    if record.metrics_step != record.weights_step or not _named(record.data, "eval_split"):
+    """The metrics of the weights that were saved; those of other weights are in the text only."""
+    if record.metrics_step != record.weights_step or not _dataset(record.data, "eval_split"):
         return None
     return [
         EvalResult(

@@ -1,36 +1,34 @@
-"""A checkpoint's folder to the Hub: what of it is uploaded, with which card, in one commit."""
+"""A checkpoint's folder to the Hub: which of its files are uploaded, with which card, in one commit."""
 
 import json
 import os
 import sys
 import time
-from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import get_session, validate_repo_id
+from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import validate_repo_id
+from transformers.dynamic_module_utils import get_relative_imports
 
 from .model_card import model_card
-from .training_record import read_json
+from .training_record import TRAINING_SETTINGS_FILE, read_json
 
-# Weights, configs, code, tokenizers: what loads the model. The rest stays where it is: optimizer states, pickles, logs
-# and metrics (the card has the results), and `trainer_state.json`, which names folders of this machine.
+# What loads the model, besides the code that `auto_map` names. The rest stays: optimizer states, pickles, logs and
+# metrics (the card has the results), and `trainer_state.json`, which names folders of this machine.
 UPLOADED = (
     "model*.safetensors",
     "model.safetensors.index.json",
     "config.json",
     "generation_config.json",
-    "training_settings.json",
-    "*.py",
-    "custom_generate/*.py",
+    TRAINING_SETTINGS_FILE,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
     "vocab.json",
     "vocab.txt",
     "merges.txt",
@@ -40,25 +38,6 @@ UPLOADED = (
 RETRY_DELAYS = (1, 2, 4)  # seconds
 
 
-@dataclass(frozen=True)
-class Upload:
-    """
-    A file to upload.
-
-    Attributes:
-        path: in the repository.
-        content: the file's path on this machine, or what it holds.
-    """
-
-    path: str
-    content: str | bytes
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return len(self.content) if isinstance(self.content, bytes) else os.path.getsize(self.content)
-
-
 def files_to_publish(
     folder: str | os.PathLike,
     repo_id: str,
@@ -66,47 +45,52 @@ def files_to_publish(
     revision: str | None = None,
     base_model: str | None = None,
     new_card: bool = False,
-) -> list[Upload]:
+) -> dict[str, str | bytes]:
     """
-    What of `folder` is uploaded, without contacting the Hub. A README.md in it is uploaded as it is; without one there
-    is a card made from the checkpoint.
+    The files of `folder` that are uploaded, without contacting the Hub. Of its Python files only those that `auto_map`
+    names, and what they import. A README.md is uploaded as it is; without one a card is made from the checkpoint.
 
     Args:
         folder: of `save_pretrained` or a trainer.
         repo_id: `owner/name`.
         description: a paragraph for the card.
         revision: the branch; by default the main one.
-        base_model: the repository of the model it stands on, instead of what its config says.
+        base_model: the repository of the model it builds on, instead of the one in its config.
         new_card: make a card even if there is a README.md.
+
+    Returns:
+        Path in the repository -> path on this machine, or the file's bytes.
 
     Raises:
         FileNotFoundError, ValueError: for a checkpoint that nobody else could load, or an impossible name.
     """
     for name in (repo_id, base_model):
         if name is not None:
-            _check_name(name)
+            check_repo_id(name)
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no checkpoint {folder}.")
-    found = [path for path in sorted(folder.glob("**/*")) if path.is_file()]
-    contents: dict[str, str | bytes] = {path.relative_to(folder).as_posix(): str(path) for path in found}
-    contents = {name: path for name, path in contents.items() if any(_matches(name, p) for p in UPLOADED)}
-    config = read_json(str(folder / "config.json"))
+    config = read_json(folder / "config.json")
     if not config:
         raise FileNotFoundError(f"{folder} holds no model: there is no config.json.")
+    code = _code_files(folder, config.get("auto_map"))
+    tokenizer_code = _code_files(folder, read_json(folder / "tokenizer_config.json").get("auto_map"))
+    paths = [path for pattern in UPLOADED for path in folder.glob(pattern)]
+    paths += [folder / name for name in code | tokenizer_code]
+    contents: dict[str, str | bytes] = {p.relative_to(folder).as_posix(): str(p) for p in paths if p.is_file()}
     if base_model is not None:
         config["backbone_name_or_path"] = base_model
         contents["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-    _check_complete(folder, config, set(contents))
+    _check_loadable(folder, config, code, set(contents))
     if new_card or "README.md" not in contents:
         contents["README.md"] = str(model_card(folder, repo_id, description, revision, base_model)).encode()
     elif description is not None:
         raise ValueError(f"{folder} has a README.md, which is uploaded as it is: put the description there.")
-    return [Upload(name, content) for name, content in contents.items()]
+    return dict(sorted(contents.items()))
 
 
 def publish(
-    uploads: list[Upload],
+    files: dict[str, str | bytes],
     repo_id: str,
     private: bool = False,
     revision: str | None = None,
@@ -114,20 +98,19 @@ def publish(
     commit_message: str = "Upload model",
 ) -> CommitInfo:
     """
-    Uploads files in one commit, making the repository and the branch if they do not exist. If the connection breaks,
-    it is tried again; what arrived is not sent twice, and a commit that was made is not made again.
+    Uploads files in one commit, creating the repository and the branch if they do not exist. A broken connection is
+    tried again: what arrived is not sent twice, and a commit that was made is not made again.
 
     Args:
-        uploads: see `files_to_publish`.
-        repo_id: `owner/name`.
+        files, repo_id: see `files_to_publish`.
         private: whether a new repository is private.
         revision: the branch; by default the main one.
         token: by default the one of `hf auth login` or `HF_TOKEN`.
         commit_message: its title.
 
     Raises:
-        ValueError: without a token, or if the repository is public and `private` is wanted.
-        HfHubHTTPError: for what the Hub refuses.
+        ValueError: without a token, or if the repository is public although `private` is set.
+        HfHubHTTPError: if the Hub refuses.
     """
     token = token or get_token()
     if token is None:
@@ -141,41 +124,57 @@ def publish(
     parent, delays = api.model_info(repo_id, revision=revision).sha, iter(RETRY_DELAYS)
     while True:
         try:
-            # Of a commit whose connection broke it is not known whether it was made. The client first asks which files
-            # differ from the branch's, and commits nothing if none does.
+            # The client tries uploads again, but not the commit: it cannot know whether one whose answer was lost was
+            # made. Asking again is safe, because it first compares the files and commits nothing if none differs.
             return api.create_commit(
                 repo_id,
-                [CommitOperationAdd(upload.path, upload.content) for upload in uploads],
+                [CommitOperationAdd(path, content) for path, content in files.items()],
                 commit_message=commit_message,
                 revision=revision,
                 parent_commit=parent,
             )
-        except Exception as error:
-            delay = next(delays, None)
-            if delay is None or not _is_transient(error):
+        except HTTPError as error:
+            response, delay = getattr(error, "response", None), next(delays, None)
+            # 412: the branch has moved on, maybe by a commit whose answer was lost.
+            is_refusal = response is not None and response.status_code < 500 and response.status_code != 412
+            if delay is None or is_refusal:
                 raise
             print(f"The upload was interrupted ({type(error).__name__}); trying again.", file=sys.stderr)
             time.sleep(delay)
 
 
-def _check_name(name: str) -> None:
+def check_repo_id(name: str) -> None:
+    """Raises ValueError unless `name` is `owner/name`."""
     validate_repo_id(name)
     if name.count("/") != 1:
         raise ValueError(f"A repository is named owner/name, got {name!r}.")
 
 
-def _matches(name: str, pattern: str) -> bool:
-    """Folder by folder: unlike in fnmatch, `*` stands for no slash."""
-    parts, patterns = name.split("/"), pattern.split("/")
-    return len(parts) == len(patterns) and all(map(fnmatch, parts, patterns))
+def _code_files(folder: Path, auto_map: Any) -> set[str]:
+    """The files that an `auto_map` names and, recursively, those that they import, whether they exist or not."""
+    files: set[str] = set()
+    waiting = [f"{reference.split('.')[0]}.py" for reference in _references(auto_map) if "--" not in reference]
+    while waiting:
+        name = waiting.pop()
+        if name not in files and (folder / name).is_file():
+            waiting += [f"{module}.py" for module in get_relative_imports(folder / name)]
+        files.add(name)
+    return files
 
 
-def _check_complete(folder: Path, config: dict[str, Any], names: set[str]) -> None:
-    """Raises an error for what a stranger's process could not load."""
-    index = read_json(str(folder / "model.safetensors.index.json"))
-    needed = set(index.get("weight_map", {}).values()) or {"model.safetensors"}
-    needed |= {f"{reference.split('.')[0]}.py" for reference in config.get("auto_map", {}).values()}
-    missing = sorted(needed - names)
+def _references(auto_map: Any) -> list[str]:
+    """Of a model's map (Auto class -> reference) or a tokenizer's (Auto class -> two references, maybe None)."""
+    if isinstance(auto_map, str):
+        return [auto_map]
+    values = auto_map.values() if isinstance(auto_map, dict) else auto_map or ()
+    return [reference for value in values for reference in _references(value)]
+
+
+def _check_loadable(folder: Path, config: dict[str, Any], code: set[str], names: set[str]) -> None:
+    """Raises an error for what another machine could not load."""
+    index = read_json(folder / "model.safetensors.index.json")
+    weights = set(index.get("weight_map", {}).values()) or {"model.safetensors"}
+    missing = sorted((weights | code) - names)
     if missing:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: save the model with save_pretrained.")
     if "auto_map" not in config:
@@ -186,14 +185,3 @@ def _check_complete(folder: Path, config: dict[str, Any], names: set[str]) -> No
             f"{folder} holds no backbone and names a folder of this machine, {backbone}, which nobody else has: name "
             f"its repository (--base_model owner/name), or save the model whole."
         )
-
-
-def _is_transient(error: BaseException) -> bool:
-    """Whether another attempt may succeed; the client wraps what went wrong with a large file."""
-    if isinstance(error, HfHubHTTPError) and error.response is not None:
-        # 412: the commit of a broken connection was made in the meantime.
-        return error.response.status_code >= 500 or error.response.status_code == 412
-    transport: Any = sys.modules[type(get_session()).__module__.split(".")[0]]  # httpx, or what replaces it
-    if isinstance(error, transport.TransportError):
-        return True
-    return error.__cause__ is not None and _is_transient(error.__cause__)

@@ -1,51 +1,87 @@
-"""What a training run left beside the weights: its settings, how far it went, what the last evaluation found."""
+"""What a training run leaves beside the weights: its settings, how long it took, what the last evaluation found."""
 
 import json
 import os
-from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-TRAINING_SETTINGS_FILE = "training_settings.json"  # written by the trainers of the package
-TRAINER_STATE_FILE = "trainer_state.json"  # by the HF Trainer
-# What an evaluation logs besides metrics of the model.
+import torch
+import transformers
+from transformers import PreTrainedModel, TrainingArguments
+
+TRAINING_SETTINGS_FILE = "training_settings.json"
+# Logged by an evaluation, but not about the model.
 _NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
+# Settings that are written unless they have no effect (0, None, False). None names a person, a machine or a token.
+_SETTINGS = (
+    "learning_rate",
+    "weight_decay",
+    "warmup_steps",
+    "max_grad_norm",
+    "seed",
+    "use_ema",
+    "ema_decay",
+    "use_muon",
+)
 
 
-@dataclass(frozen=True)
-class TrainingRecord:
+class TrainingRecord(NamedTuple):
     """
     Attributes:
         settings: of the run, empty if it did not record them.
         data: `name`, `hub_name`, `split` and `eval_split` of the dataset, as far as they are known.
         num_steps, num_epochs: how long the run took; None if unknown.
-        metrics: of the evaluation that is closest to the saved weights, without the prefix `eval_`.
-        metrics_step: after which step it took place.
-        weights_step: after which step the weights were saved.
+        metrics: of the evaluation at the step of the saved weights, else of the last one, without the prefix `eval_`.
+        metrics_step, weights_step: the step of that evaluation, and of the saved weights.
     """
 
-    settings: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, str] = field(default_factory=dict)
-    num_steps: int | None = None
-    num_epochs: float | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    metrics_step: int | None = None
-    weights_step: int | None = None
+    settings: dict[str, Any]
+    data: dict[str, str]
+    num_steps: int | None
+    num_epochs: float | None
+    metrics: dict[str, float]
+    metrics_step: int | None
+    weights_step: int | None
 
 
-def read_json(path: str) -> dict[str, Any]:
+def training_settings(
+    model: PreTrainedModel, args: TrainingArguments, data: dict[str, str] | None = None
+) -> dict[str, Any]:
     """
-    The object in a JSON file, empty if there is no such file.
+    The content of `training_settings.json`.
 
-    Raises:
-        ValueError: for a file that holds something else.
+    Args:
+        model: parameters without `requires_grad` count as frozen.
+        args: of the run.
+        data: `name`, `hub_name`, `split` and `eval_split` of the dataset, as far as they are known.
     """
+    settings = {name: getattr(args, name, None) for name in _SETTINGS}
+    if not settings["use_ema"]:
+        settings["ema_decay"] = None
+    parameters = list(model.parameters())
+    rows = args.per_device_train_batch_size * max(args.n_gpu, 1) * args.world_size * args.gradient_accumulation_steps
+    return {
+        "data": data,
+        **{name: value for name, value in settings.items() if value},
+        "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        "optimizer": str(getattr(args.optim, "value", args.optim)),
+        "batch_size": rows,
+        "trainable_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "load_best_model_at_end": args.load_best_model_at_end,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+    }
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """The object in a JSON file, empty if there is no such file; a ValueError for anything else."""
     if not os.path.isfile(path):
         return {}
-    with open(path, encoding="utf-8") as file:
-        try:
-            content = json.load(file)
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}.")
     return content
@@ -56,10 +92,9 @@ def read_training_record(folder: str | os.PathLike) -> TrainingRecord:
     From `training_settings.json` and `trainer_state.json`; pickles such as `training_args.bin` are not opened.
 
     Raises:
-        ValueError: for a file that is not what it should be.
+        ValueError: for a file that is not valid JSON, or no JSON object.
     """
-    settings = read_json(os.path.join(folder, TRAINING_SETTINGS_FILE))
-    state = read_json(os.path.join(folder, TRAINER_STATE_FILE))
+    settings, state = read_json(Path(folder, TRAINING_SETTINGS_FILE)), read_json(Path(folder, "trainer_state.json"))
     data = settings.pop("data", None) or {}
     step = state.get("global_step")
     if settings.pop("load_best_model_at_end", False) and state.get("best_global_step"):

@@ -16,14 +16,14 @@ def run(arguments: list[str]) -> None:
     )
     parser.add_argument("--checkpoint", required=True, help="folder or repository; loaded in float32")
     parser.add_argument("--output", required=True, help="file; weights above 1 GiB go to a second one, OUTPUT.data")
-    parser.add_argument("--max_recursive_steps", type=int, help="steps at most; the refiner's own number by default")
+    parser.add_argument("--max_recursive_steps", type=int, help="by default the refiner's own")
     parser.add_argument(
         "--tolerance", type=float, default=TOLERANCE, help="largest difference from PyTorch that is accepted"
     )
     options = parser.parse_args(arguments)
     check_export(options.output)
-    for talkative in ("torch.onnx", "onnx_ir"):  # about packages not installed, and their own code
-        logging.getLogger(talkative).setLevel(logging.ERROR)
+    for library in ("torch.onnx", "onnx_ir"):  # warns of optional packages and of its own code
+        logging.getLogger(library).setLevel(logging.ERROR)
 
     model = load_weights(options.checkpoint, "float32").eval()
     size = sum(parameter.numel() for parameter in model.parameters())

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..data import load_reasoning_dataset
 from ..data.rows import check_prompts, fingerprint
-from ..storage import sole_run
+from ..storage import output_dir_lock
 from .code_execution import ExecutionLimits
 from .language_models import Responder, load_model, make_responder
 from .result_folder import EvaluationSummary, ProblemResult, ResultFolder
@@ -153,7 +153,7 @@ def run_evaluation(what: EvaluationSettings) -> EvaluationSummary | None:
     processes = PartialState(cpu=what.device == "cpu")
     evaluation = Evaluation(what, processes.device if what.device == "cuda" else what.device)
     settings, folder = evaluation.recorded_settings(), ResultFolder(what.output_dir)
-    with sole_run(what.output_dir, ".evaluation.lock"):
+    with output_dir_lock(what.output_dir, ".evaluation.lock"):
         folder.check(settings)
         processes.wait_for_everyone()
         if processes.is_main_process:

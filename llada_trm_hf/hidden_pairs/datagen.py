@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from ..data.thoughts import COMPLETE, EMPTY_PROMPT, NOT_FINITE, TOO_LONG, ThoughtFormat, ThoughtTokens
 from ..models import DimensionCompressor, MaskedDiffusionGenerationMixin
 from ..models.backbones import encode
-from ..storage import sole_run
+from ..storage import output_dir_lock
 from .dataset import CONFIG_FILE
 from .settings import DatagenSettings
 from .shard_folder import DatagenSummary, ShardFolder, ShardProblem, write_text
@@ -47,7 +47,7 @@ def run_datagen(settings: DatagenSettings) -> DatagenSummary | None:
     rows = settings.load_rows()
     compressor = DimensionCompressor.from_pretrained(settings.compressor).eval() if settings.compressor else None
     config = settings.recorded(rows, compressor)
-    with _process_group(world_size) as barrier, sole_run(settings.output_dir, ".datagen.lock"):
+    with _process_group(world_size) as barrier, output_dir_lock(settings.output_dir, ".datagen.lock"):
         recorded = settings.check_recorded(config) if rank == 0 else config
         folder = ShardFolder(settings, len(rows))
         shards = range(rank, folder.num_shards, world_size)  # of this process

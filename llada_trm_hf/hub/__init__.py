@@ -4,6 +4,15 @@ from ..cards import model_card
 from ..storage import read_legacy_hidden_pairs
 from .legacy import import_legacy
 from .onnx import OnnxExport, export_onnx
-from .push import push_checkpoint
+from .push import export_custom_generate, push_checkpoint, push_custom_generate
 
-__all__ = ["OnnxExport", "export_onnx", "import_legacy", "model_card", "push_checkpoint", "read_legacy_hidden_pairs"]
+__all__ = [
+    "OnnxExport",
+    "export_custom_generate",
+    "export_onnx",
+    "import_legacy",
+    "model_card",
+    "push_checkpoint",
+    "push_custom_generate",
+    "read_legacy_hidden_pairs",
+]

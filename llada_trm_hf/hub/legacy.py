@@ -9,7 +9,7 @@ from ..models import DimensionCompressor, DimensionCompressorConfig, SequenceTRM
 from ..storage import read_legacy_pickle
 
 _NEEDED_SETTINGS = ("n_layers", "n_heads", "n_latent_steps", "n_deep_recursions")
-_OTHER_SETTINGS = ("n_supervision_steps", "dropout", "halt_loss_weight")  # of training
+_TRAINING_SETTINGS = ("n_supervision_steps", "dropout", "halt_loss_weight")
 
 
 def import_legacy(path: str | os.PathLike, use_ema: bool = True) -> DimensionCompressor | SequenceTRM:
@@ -19,21 +19,19 @@ def import_legacy(path: str | os.PathLike, use_ema: bool = True) -> DimensionCom
 
     Args:
         path: the file.
-        use_ema: take the averaged weights of a SequenceTRM, where the file has them. Its trainer kept them beside the
-            raw weights but never used them.
+        use_ema: take the averaged weights of a SequenceTRM if the file has them.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: for another kind of file, a damaged one, or a pickle that names anything these files do not need
-            (the message names it).
+        FileNotFoundError, ImportError, ValueError: as for `read_legacy_pickle`.
+        ValueError: for a file that holds no such model, or an incomplete one.
     """
     content = read_legacy_pickle(path)
     try:
         if "compressor" in content:
-            return _compressor(_tensors(content["compressor"]))
+            return _compressor(_without_compile_prefix(content["compressor"]))
         if "trm_state_dict" in content:
             weights = (use_ema and content.get("ema_shadow")) or content["trm_state_dict"]
-            return _sequence_trm(_tensors(weights), content["config"])
+            return _sequence_trm(_without_compile_prefix(weights), content["config"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a complete checkpoint of an older trainer: {error}") from error
     hint = " It holds hidden pairs: use read_legacy_hidden_pairs." if "hidden_pre" in content else ""
@@ -56,8 +54,8 @@ def _sequence_trm(weights: dict[str, torch.Tensor], settings: Any) -> SequenceTR
     saved = vars(settings)
     unknown = [name for name in _NEEDED_SETTINGS if name not in saved]
     if unknown:
-        raise ValueError(f"its configuration lacks {unknown}, which the shapes of the weights do not tell.")
-    fields = {name: saved[name] for name in (*_NEEDED_SETTINGS, *_OTHER_SETTINGS) if name in saved}
+        raise ValueError(f"its configuration lacks {unknown}, which the weights' shapes do not tell.")
+    fields = {name: saved[name] for name in (*_NEEDED_SETTINGS, *_TRAINING_SETTINGS) if name in saved}
     if "halt_threshold" in saved:
         fields["cosine_threshold"] = saved["halt_threshold"]
     config = SequenceTRMConfig(
@@ -72,6 +70,5 @@ def _sequence_trm(weights: dict[str, torch.Tensor], settings: Any) -> SequenceTR
     return model.eval()
 
 
-def _tensors(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Without the prefix of a module that was compiled."""
+def _without_compile_prefix(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix("_orig_mod."): tensor for name, tensor in state_dict.items()}

@@ -6,6 +6,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,20 +19,18 @@ from ..storage import write_atomically
 BACKBONE_OUTPUTS = ("logits",)
 HYBRID_OUTPUTS = ("logits", "refinement_steps", "chunk_confidence", "refiner_confidence")
 TOLERANCE = 1e-4
-# A protobuf message ends at 2 GiB; weights larger than this go to a file of their own.
+# A protobuf message ends at 2 GiB: larger weights go to a file of their own.
 MOST_WEIGHTS_IN_GRAPH = 2**30
-# Batch size, length in chunks, tokens more than that, side of the padding.
+# Batch size, chunks, further tokens, side of the padding.
 CHECKED_SHAPES = ((1, 0, 1, None), (1, 2, 0, None), (3, 2, 3, "left"), (3, 3, 1, "right"))
 
 
 class OnnxExport(NamedTuple):
     """
-    What an export left behind.
-
     Attributes:
-        files: the graph, and the file of its weights where they are too large for one file.
-        largest_difference: from PyTorch, over all outputs of the shapes compared.
-        refined_chunks: how many chunks the refiner worked on in these; 0 means that it was not compared.
+        files: the graph and, if the weights are too large for one file, theirs.
+        largest_difference: from PyTorch, over all outputs and the shapes compared.
+        refined_chunks: number of chunks refined in these; 0 means that the refiner was not compared.
     """
 
     files: tuple[str, ...]
@@ -49,13 +48,12 @@ def export_onnx(
     Writes the forward pass of a hybrid, refinement included, or of a backbone as an ONNX graph, and compares it with
     PyTorch in onnxruntime. Inputs `input_ids` and `attention_mask`, int64 `[batch, length]` of any size; output
     `logits`, and of a hybrid `refinement_steps`, `chunk_confidence` and `refiner_confidence`, see [`LLaDATRMOutput`].
-
-    All recursion steps are in the graph. A chunk that converges earlier keeps its state, as it does in PyTorch.
+    All recursion steps are in the graph; a chunk that converges earlier keeps its state, as in PyTorch.
 
     Args:
         model: with float32 weights.
         path: of the file; weights above 1 GiB go to `path` with `.data` appended.
-        max_recursive_steps: recursion steps at most, the refiner's own number by default.
+        max_recursive_steps: by default the refiner's own.
         tolerance: the largest difference from PyTorch that is accepted.
 
     Raises:
@@ -65,24 +63,24 @@ def export_onnx(
         RuntimeError: if the model cannot be written as a graph, or its results differ; no file is left then.
     """
     check_export(path)
-    settings = _check_model(model, max_recursive_steps)
+    forward_arguments = _check_model(model, max_recursive_steps)
     path = os.path.abspath(path)
     folder, name = os.path.split(path)
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}.") as scratch, _exportable(model):
-        built = os.path.join(scratch, name)
-        forward = _Forward(model, settings).eval()
-        _write_graph(forward, built)
-        largest, refined = _compare(forward, built)
+        written = os.path.join(scratch, name)
+        forward = _Forward(model, forward_arguments).eval()
+        _write_graph(forward, written)
+        largest, refined = _compare(forward, written)
         if not largest <= tolerance:  # NaN is not
             raise RuntimeError(
                 f"The graph's results differ from PyTorch's by {largest:.3g}, more than {tolerance:g}: it is not kept."
             )
-        return OnnxExport(_move(built, path), largest, refined)
+        return OnnxExport(_move(written, path), largest, refined)
 
 
 def check_export(path: str | os.PathLike) -> None:
     """
-    What can be known before a model is loaded.
+    Checks what can be checked before a model is loaded.
 
     Raises:
         ImportError: without the packages of the extra `onnx`.
@@ -101,15 +99,13 @@ def check_export(path: str | os.PathLike) -> None:
 
 
 def _check_model(model: PreTrainedModel, max_recursive_steps: int | None) -> dict[str, Any]:
-    """What `model`'s forward is called with besides its inputs."""
+    """The further arguments of `model`'s forward."""
     if not isinstance(model, (LLaDATRMForMaskedDiffusion, LLaDAForMaskedDiffusion, LLaDAMoEForMaskedDiffusion)):
         raise ValueError(f"Hybrids and their native backbones can be exported; this is a {type(model).__name__}.")
     others = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.dtype != torch.float32}
     if others:
-        raise ValueError(
-            f"The model has {', '.join(sorted(others))} weights: load it with dtype='float32', and without "
-            f"quantization, to export it."
-        )
+        found = ", ".join(sorted(others))
+        raise ValueError(f"The model has {found} weights: load it with dtype='float32' and without quantization.")
     if max_recursive_steps is None:
         return {}
     if not isinstance(model, LLaDATRMForMaskedDiffusion):
@@ -122,38 +118,35 @@ def _check_model(model: PreTrainedModel, max_recursive_steps: int | None) -> dic
 class _Forward(nn.Module):
     """A model's forward, with tensors in and tensors out."""
 
-    def __init__(self, model: PreTrainedModel, settings: dict[str, Any]):
+    def __init__(self, model: PreTrainedModel, arguments: dict[str, Any]):
         super().__init__()
-        self.model, self.settings = model, settings
+        self.model, self.arguments = model, arguments
         self.names = HYBRID_OUTPUTS if isinstance(model, LLaDATRMForMaskedDiffusion) else BACKBONE_OUTPUTS
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **self.settings)
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **self.arguments)
         return tuple(outputs[name] for name in self.names)
 
 
 @contextmanager
 def _exportable(model: PreTrainedModel) -> Iterator[None]:
-    """`model` in evaluation mode, and with experts computed one by one: grouped products have no ONNX operator."""
+    """`model` in evaluation mode, its experts computed one by one: grouped products have no ONNX operator."""
     training = model.training
-    experts = {
-        module: module.config._experts_implementation
-        for module in model.modules()
-        if isinstance(module, LLaDAMoEForMaskedDiffusion)
-    }
+    experts = [module for module in model.modules() if isinstance(module, LLaDAMoEForMaskedDiffusion)]
+    implementations = [module.config._experts_implementation for module in experts]
     try:
         for module in experts:
             module.set_experts_implementation("eager")
         model.eval()
         yield
     finally:
-        for module, implementation in experts.items():
+        for module, implementation in zip(experts, implementations):
             module.set_experts_implementation(implementation)
         model.train(training)
 
 
 def _inputs(model: PreTrainedModel, batch: int, length: int, padding: str | None) -> dict[str, torch.Tensor]:
-    """Random tokens, half of them masks (none in the last row of several), and padding that grows from row to row."""
+    """Random tokens, half of them masked (none in the last row of several), with padding that grows row by row."""
     generator = torch.Generator().manual_seed(length)
     input_ids = torch.randint(model.get_input_embeddings().num_embeddings, (batch, length), generator=generator)
     masked = torch.rand(batch, length, generator=generator) < 0.5
@@ -169,7 +162,6 @@ def _inputs(model: PreTrainedModel, batch: int, length: int, padding: str | None
 
 def _write_graph(forward: _Forward, path: str) -> None:
     example = _inputs(forward.model, 2, 2 * _chunk_size(forward.model) + 2, "left")
-    sizes = {0: "batch", 1: "length"}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of the exporter's own code
         try:
@@ -177,28 +169,26 @@ def _write_graph(forward: _Forward, path: str) -> None:
                 forward,
                 kwargs=example,
                 dynamo=True,
-                dynamic_shapes=dict.fromkeys(example, sizes),
+                dynamic_shapes={name: {0: "batch", 1: "length"} for name in example},
                 input_names=list(example),
                 output_names=list(forward.names),
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
-            reason = str(error.__cause__ or error).strip().splitlines()[0]
-            kind = type(forward.model).__name__
-            raise RuntimeError(f"This {kind} cannot be written as a graph: {reason}") from error
+            reason, name = str(error.__cause__ or error).strip().splitlines()[0], type(forward.model).__name__
+            raise RuntimeError(f"This {name} cannot be written as a graph: {reason}") from error
     assert program is not None
     weights = sum(parameter.nbytes for parameter in forward.parameters())
     program.save(path, external_data=weights > MOST_WEIGHTS_IN_GRAPH)
 
 
 def _compare(forward: _Forward, path: str) -> tuple[float, int]:
-    """The largest difference between onnxruntime's results and PyTorch's, and how many chunks were refined."""
+    """The largest difference between onnxruntime's results and PyTorch's, and the number of chunks refined."""
     onnxruntime = importlib.import_module("onnxruntime")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    chunk_size = _chunk_size(forward.model)
     differences, refined = [], 0
     for batch, chunks, more, padding in CHECKED_SHAPES:
-        inputs = _inputs(forward.model, batch, chunks * chunk_size + more, padding)
+        inputs = _inputs(forward.model, batch, chunks * _chunk_size(forward.model) + more, padding)
         with torch.no_grad():
             expected = dict(zip(forward.names, forward(**inputs)))
         results = session.run(forward.names, {name: tensor.numpy(force=True) for name, tensor in inputs.items()})
@@ -212,14 +202,14 @@ def _chunk_size(model: PreTrainedModel) -> int:
     return getattr(model.config, "chunk_size", 16)
 
 
-def _move(built: str, path: str) -> tuple[str, ...]:
-    """Moves the graph, and the file of its weights if there is one, to `path`: no graph ever meets other weights."""
-    files = [path]
-    if os.path.exists(f"{built}.data"):
-        files.insert(0, f"{path}.data")
-        with suppress(FileNotFoundError):
-            os.remove(path)
-    for file in files:
-        source = os.path.join(os.path.dirname(built), os.path.basename(file))
-        write_atomically(file, lambda temporary, source=source: os.replace(source, temporary))  # type: ignore[misc]
-    return tuple(reversed(files))
+def _move(written: str, path: str) -> tuple[str, ...]:
+    """Moves the graph, and the file of its weights if there is one, to `path`."""
+    weights = f"{path}.data"
+    if not os.path.exists(f"{written}.data"):
+        write_atomically(path, partial(os.replace, written))
+        return (path,)
+    with suppress(FileNotFoundError):
+        os.remove(path)  # an older graph must not meet these weights
+    write_atomically(weights, partial(os.replace, f"{written}.data"))
+    write_atomically(path, partial(os.replace, written))
+    return path, weights

@@ -12,7 +12,7 @@ from ..data.rows import check_prompts
 from ..evaluation.code_execution import ExecutionLimits
 from ..evaluation.scoring import scoring_kind
 from ..models import LatentThinkingConfig, LatentThinkingForCausalLM
-from ..storage import sole_run
+from ..storage import output_dir_lock
 from ..training.freezing import set_trainable
 from ..training.output_folder import checkpoint_to_resume, train_and_save
 from ..training.samples import check_folder, check_length, describe_data, pretrained_tokenizer, splits
@@ -45,7 +45,7 @@ def run_grpo_training(what: GRPORecipeArguments, training: LatentGRPOTrainingArg
     set_trainable(model, ["thinker"])
     # No gradient reaches it: when a thought ends is no part of the answer's probability.
     model.thinker.trm.halt_head.requires_grad_(False)
-    with sole_run(training.output_dir):
+    with output_dir_lock(training.output_dir):
         trainer = LatentGRPOTrainer(
             model,
             correctness_reward(kinds[0], ExecutionLimits(what.code_seconds, what.code_memory)),

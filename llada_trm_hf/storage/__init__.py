@@ -2,6 +2,6 @@
 
 from .atomic import write_atomically
 from .legacy_pickle import read_legacy_hidden_pairs, read_legacy_pickle
-from .sole_run import sole_run
+from .sole_run import output_dir_lock
 
-__all__ = ["read_legacy_hidden_pairs", "read_legacy_pickle", "sole_run", "write_atomically"]
+__all__ = ["output_dir_lock", "read_legacy_hidden_pairs", "read_legacy_pickle", "write_atomically"]

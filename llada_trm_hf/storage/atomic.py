@@ -1,4 +1,4 @@
-"""A file appears under its name when it is complete and on the disk, or not at all."""
+"""A file appears under its name when it is complete, or not at all."""
 
 import os
 from collections.abc import Callable
@@ -8,8 +8,8 @@ from contextlib import suppress
 def write_atomically(path: str, write: Callable[[str], object]) -> None:
     """
     Calls `write` with a temporary name in the folder of `path`, then moves the file to `path` in one step. Data and
-    name are on the disk when this returns. The temporary name is always the same, so what a killed process left
-    behind is overwritten by the next.
+    name are on the disk when this returns. The temporary name is always the same: the next call overwrites what a
+    killed process left.
 
     Raises:
         OSError: such as a full disk; `path` is as it was before.

@@ -1,37 +1,20 @@
-"""
-Reads the pickled `.pt` files of the older llm-trm project without executing anything they hold.
+"""Reads the pickled `.pt` files of the older llm-trm project without executing anything they hold."""
 
-The files are zip archives: a pickle that names tensors and classes, and the tensors' bytes. Not read by `torch.load`:
-even with `weights_only=True`, before torch 2.10 a crafted file corrupts memory (CVE-2026-24747). Here the unpickler
-knows the few names these files need, none of which runs anything, and tensors are views of the bytes that are there,
-with their bounds checked.
-"""
-
-import io
 import os
-import pickle
 import zipfile
-from collections import OrderedDict
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 # The trainers' configurations, pickled by a script or by an imported module: read as plain attributes.
-_CONFIGS = {
-    *(("__main__", name) for name in ("Phase1Config", "Phase2Config")),
-    ("src.train.phase1_compressor", "Phase1Config"),
-    ("src.train.phase2_trm", "Phase2Config"),
-}
-_STORAGES = {
-    "BFloat16Storage": torch.bfloat16,
-    "BoolStorage": torch.bool,
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "IntStorage": torch.int32,
-    "LongStorage": torch.int64,
-}
+_CONFIGS: list[Any] = [
+    (SimpleNamespace, "__main__.Phase1Config"),
+    (SimpleNamespace, "__main__.Phase2Config"),
+    (SimpleNamespace, "src.train.phase1_compressor.Phase1Config"),
+    (SimpleNamespace, "src.train.phase2_trm.Phase2Config"),
+]
 _PAIRS_KEYS = ("hidden_pre", "hidden_post", "seq_lengths", "num_thinking_tokens", "problems", "hidden_size")
 
 
@@ -41,16 +24,29 @@ def read_legacy_pickle(path: str | os.PathLike) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for another kind of file, a damaged one, or a pickle that names anything these files do not need
-            (the message names it).
+        ImportError: with torch before 2.10, in which a crafted file can corrupt memory even with `weights_only=True`
+            (CVE-2026-24747).
+        ValueError: for another kind of file, a damaged one, or a pickle that names a class or function these files do
+            not need (the message says which).
     """
+    if torch.__version__ < "2.10":  # compared as versions
+        raise ImportError(f"Reading {path} safely needs torch 2.10 or newer, but this is {torch.__version__}.")
     try:
         with zipfile.ZipFile(path) as archive:
-            content = _TensorUnpickler(archive).load()
+            damaged = archive.testzip()  # torch does not compare checksums
+        if damaged is not None:
+            raise ValueError(f"{damaged} in it is damaged.")
+        with safe_globals(_CONFIGS):
+            # Asked first because the error of `torch.load` recommends weights_only=False.
+            refused = get_unsafe_globals_in_checkpoint(path)
+            content = None if refused else torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # a damaged pickle raises whatever it meets
+    except Exception as error:  # a damaged file can raise anything
         raise ValueError(f"Cannot read {path}: {error or type(error).__name__}") from error
+    if refused:
+        names = ", ".join(sorted(refused))
+        raise ValueError(f"Cannot read {path}: its pickle names {names}, which could run code: refused.")
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a dictionary.")
     return content
@@ -81,36 +77,3 @@ def read_legacy_hidden_pairs(path: str | os.PathLike) -> dict[str, Any]:
     if len(set(counts.values())) > 1:
         raise ValueError(f"{path}: its parts are of different lengths: {counts}.")
     return content
-
-
-class _TensorUnpickler(pickle.Unpickler):
-    """Builds tensors, containers and attribute bags from the pickle of `archive`, and nothing else."""
-
-    def __init__(self, archive: zipfile.ZipFile):
-        (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-        self.archive, self.folder = archive, pickled.removesuffix("data.pkl")
-        self.storages: dict[str, torch.Tensor] = {}
-        super().__init__(io.BytesIO(archive.read(pickled)))
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _CONFIGS:
-            return SimpleNamespace
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild_tensor
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
-        raise ValueError(f"its pickle names {module}.{name}, which could run code and is not needed: refused.")
-
-    def persistent_load(self, pid: Any) -> torch.Tensor:
-        """A storage as a flat tensor on the CPU, wherever it was when it was saved."""
-        _, dtype, key, _, _ = pid
-        if key not in self.storages:
-            data = bytearray(self.archive.read(f"{self.folder}data/{key}"))
-            self.storages[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-        return self.storages[key]
-
-
-def _rebuild_tensor(storage: torch.Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -> torch.Tensor:
-    return storage.as_strided(size, stride, offset)  # which refuses to leave the storage

@@ -8,10 +8,10 @@ from filelock import FileLock, Timeout
 
 
 @contextmanager
-def sole_run(folder: str, lock_name: str = ".training.lock") -> Iterator[None]:
+def output_dir_lock(folder: str, lock_name: str = ".training.lock") -> Iterator[None]:
     """
-    Holds the output folder for this run, creating it if need be; the lock goes with the process, however it ends. Of
-    several processes (`RANK` in the environment) the first one holds it for all.
+    Locks the output folder for this run, creating it if need be; the lock ends with the process, however that ends.
+    Of several processes (`RANK` in the environment) the first one holds it for all.
 
     Raises:
         RuntimeError: if another run is writing to the folder.

@@ -11,12 +11,11 @@ from huggingface_hub import HfApi
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
-from ..cards import TRAINING_SETTINGS_FILE, files_to_publish, model_card, publish
+from ..cards import TRAINING_SETTINGS_FILE, files_to_publish, model_card, publish, training_settings
 from ..inspection.non_finite import NonFiniteWatch, non_finite_weights
 from .arguments import CommonTrainingArguments
 from .csv_metrics import CSVMetricsCallback
 from .profiler import ProfilerCallback
-from .training_settings import training_settings
 
 
 class RecordingTrainer(Trainer):

@@ -10,7 +10,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from ..data import byte_tokenizer
 from ..models import LLaDAConfig, LLaDATRMForMaskedDiffusion
 from ..models.backbones import BACKBONES, build_backbone, load_backbone
-from ..storage import sole_run
+from ..storage import output_dir_lock
 from .arguments import MaskedDiffusionTrainingArguments
 from .freezing import last_layers, set_trainable
 from .output_folder import checkpoint_to_resume, train_and_save
@@ -39,7 +39,7 @@ def run_training(what: RecipeArguments, training: MaskedDiffusionTrainingArgumen
     datasets = [reasoning_samples(what, tokenizer, split, path, chunk_size) for split, path in splits(what)]
     set_trainable(model, _trainable(what, model), train_layer_norms=what.train_layer_norms)
 
-    with sole_run(training.output_dir):
+    with output_dir_lock(training.output_dir):
         trainer = MaskedDiffusionTrainer(
             model,
             training,

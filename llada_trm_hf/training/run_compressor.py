@@ -13,7 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..data import load_text_dataset, tokenize_texts
 from ..data.reasoning_sources import SOURCES
 from ..models import DimensionCompressor, DimensionCompressorConfig
-from ..storage import sole_run, write_atomically
+from ..storage import output_dir_lock, write_atomically
 from .arguments import CompressorTrainingArguments
 from .compressor_trainer import CompressorTrainer
 from .language_model import head_width
@@ -53,7 +53,7 @@ def run_compressor_training(what: CompressorRecipeArguments, training: Compresso
         new_trainer.data_description = describe_data(what)
         return new_trainer
 
-    with sole_run(training.output_dir):
+    with output_dir_lock(training.output_dir):
         if what.compressed_sizes:
             _sweep(what, training, compressors, trainer)
         else:

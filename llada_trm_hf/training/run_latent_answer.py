@@ -16,7 +16,7 @@ from ..models import (
     SequenceTRM,
     SequenceTRMConfig,
 )
-from ..storage import sole_run
+from ..storage import output_dir_lock
 from .arguments import LatentAnswerTrainingArguments
 from .freezing import set_trainable
 from .latent_answer_trainer import LatentAnswerTrainer
@@ -60,7 +60,7 @@ def run_latent_answer_training(
     set_trainable(model, ["thinker"] if what.freeze_backbone else ["*"])
     # No answer says when to stop thinking: halting stays as distillation left it.
     model.thinker.trm.halt_head.requires_grad_(False)
-    with sole_run(training.output_dir):
+    with output_dir_lock(training.output_dir):
         trainer = LatentAnswerTrainer(
             model,
             training,

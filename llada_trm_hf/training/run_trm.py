@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from ..hidden_pairs import HiddenPairsDataset
 from ..models import DimensionCompressor, SequenceTRM, SequenceTRMConfig
-from ..storage import sole_run
+from ..storage import output_dir_lock
 from .arguments import TRMTrainingArguments
 from .output_folder import checkpoint_to_resume, train_and_save
 from .recipe_arguments import TRMRecipeArguments
@@ -44,7 +44,7 @@ def run_trm_training(what: TRMRecipeArguments, training: TRMTrainingArguments) -
         pairs.model_name or compressed_from or what.backbone or model.config.backbone_name_or_path
     )
     lm_head = None if what.backbone is None else _lm_head(what.backbone, what.dtype)
-    with sole_run(training.output_dir):
+    with output_dir_lock(training.output_dir):
         trainer = TRMTrainer(
             model,
             training,
