@@ -25,13 +25,13 @@ CAUSAL_SETTINGS = ("max_new_tokens", "max_length", "temperature", "top_k", "top_
 @dataclass(frozen=True)
 class Response:
     """
-    What a model answered.
+    A model's answer.
 
     Attributes:
         text: up to its first end-of-sequence token.
         num_tokens: of the text, with that token.
-        forward_passes: of the model that this prompt took part in; for a causal model one for each token.
-        refinement_steps: of a hybrid: chunk updates for each prompt of the batch, on average. None without refiner.
+        forward_passes: number of function evaluations (NFE) for this prompt; for a causal model one for each token.
+        refinement_steps: chunk updates of a refiner per prompt, averaged over the batch; None without refiner.
     """
 
     text: str
@@ -45,7 +45,7 @@ def load_model(name: str, dtype: str = "auto", device: Any = "cpu") -> tuple[Pre
     A hybrid, a masked-diffusion backbone or a causal language model, with its tokenizer, ready to generate.
 
     Raises:
-        ValueError, OSError: for what is no such model.
+        ValueError, OSError: for anything else.
     """
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     if tokenizer.pad_token_id is None:
@@ -61,7 +61,7 @@ def load_weights(name: str, dtype: str = "auto") -> PreTrainedModel:
 
 
 def model_type_of(name: str) -> str | None:
-    """What the `config.json` of a folder or repository says it is."""
+    """The `model_type` in the `config.json` of a folder or repository."""
     return PreTrainedConfig.get_config_dict(name)[0].get("model_type")
 
 

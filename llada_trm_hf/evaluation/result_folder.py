@@ -25,7 +25,7 @@ class ProblemResult:
         extracted: the answer in it, for code the program; None if there is none.
         correct: whether it is right.
         reason: for code, why it is not.
-        forward_passes: of the model.
+        forward_passes: number of function evaluations (NFE) of the model.
         tokens: of the output, with its end-of-sequence token.
         seconds: of generation: those of its batch, divided among the problems in it.
         refinement_steps: of a hybrid, chunk updates: those of its batch, divided likewise.
@@ -45,7 +45,7 @@ class ProblemResult:
 
     @classmethod
     def from_line(cls, line: str) -> "ProblemResult":
-        """Raises ValueError for what is no such line."""
+        """Raises ValueError for another kind of line."""
         try:
             return cls(**json.loads(line))
         except TypeError as error:
@@ -59,13 +59,7 @@ class ProblemResult:
 @dataclass(frozen=True)
 class EvaluationSummary:
     """
-    What an evaluation came to.
-
-    Attributes:
-        accuracy: with its 95% interval.
-        forward_passes, tokens: for a problem, on average.
-        tokens_per_second: of one process.
-        refinement_steps: of a hybrid, chunk updates for a problem, on average.
+    The figures of an evaluation: means per problem, but `tokens_per_second`, which is that of one process.
     """
 
     accuracy: Accuracy
@@ -128,8 +122,8 @@ class ResultFolder:
             old, new = recorded.get(name), settings.get(name)
             if old != new:
                 raise ValueError(
-                    f"{self.path} was made with {name}={old!r}, now it is {new!r}. Give the old value to go on, or "
-                    f"choose another --output_dir."
+                    f"{self.path} was made with {name}={old!r}, now it is {new!r}. Give the old value to resume, "
+                    f"or choose another --output_dir."
                 )
 
     def start(self, settings: dict[str, Any]) -> None:
@@ -140,7 +134,7 @@ class ResultFolder:
 
     def results(self) -> list[ProblemResult]:
         """
-        What is there, without a last line that was cut short.
+        The recorded results, without a last line that was cut short.
 
         Raises:
             ValueError: for any other line that is damaged.
@@ -148,8 +142,7 @@ class ResultFolder:
         if not os.path.exists(self.problems_file):
             return []
         with open(self.problems_file, encoding="utf-8") as file:
-            *lines, rest = file.read().split("\n")
-        del rest  # nothing, or a line that was not finished
+            lines = file.read().split("\n")[:-1]  # what follows the last line break was not finished
         results = []
         for number, line in enumerate(lines, start=1):
             try:
