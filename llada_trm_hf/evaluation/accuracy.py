@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from scipy.stats import binomtest
 from transformers import PreTrainedModel
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     """The 95% interval of Wilson (1927) for a share of `total`, which holds near 0 and 1 too."""
+    from scipy.stats import binomtest  # here, since it takes a second, which `generate` need not wait for
+
     interval = binomtest(correct, total).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
 

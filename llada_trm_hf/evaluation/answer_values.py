@@ -39,10 +39,7 @@ _REWRITES = [
 
 _INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
 _DECIMAL = rf"(?:{_INTEGER}(?:\.[0-9]+)?|\.[0-9]+)"
-_MULTIPLIERS = {"k": 10**3} | {
-    name: 10**power
-    for name, power in {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}.items()
-}
+_MULTIPLIERS = {"k": 10**3, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _CURRENCY = r"(?:(?:US|CA|AU)?[$€£¥₹]|(?:USD|EUR|GBP|Rs\.?)(?![a-zA-Z]))"
 # Units that may stand for themselves or touch the number; one that is not listed has two letters and a space at least.
 _SHORT_UNIT = (
@@ -129,16 +126,17 @@ def number_of(match: re.Match[str]) -> Fraction | None:
         if not exact(under):
             return None
         value = exact(over) / exact(under) + exact(match["whole"] or "0")
-    value *= _MULTIPLIERS[(match["multiplier"] or match["k"]).lower()] if match["multiplier"] or match["k"] else 1
-    return -value if is_negative(match) else value
+    multiplier = match["multiplier"] or match["k"]
+    value *= _MULTIPLIERS[multiplier.lower()] if multiplier else 1
+    return -value if _is_negative(match) else value
 
 
 def as_written(match: re.Match[str]) -> str:
     """The number that `NUMBER` matched, without its currency."""
-    return ("-" if is_negative(match) else "") + match["amount"]
+    return ("-" if _is_negative(match) else "") + match["amount"]
 
 
-def is_negative(match: re.Match[str]) -> bool:
+def _is_negative(match: re.Match[str]) -> bool:
     return (match["sign"] == "-") != bool(match["inner"])
 
 
@@ -177,7 +175,7 @@ def answers_match(a: str | None, b: str | None) -> bool:
     Numbers are compared exactly as numbers, whatever their notation and unit: `1,200` is `$1200.00`, `\\frac{1}{2}` is
     `0.5`, and `0.33` is not `1/3`. A percentage agrees with a bare number that writes it either way: `50%` with `50`
     and with `0.5`. Other mathematics (LaTeX, `2*sqrt(3)`, sets, intervals, equations) is compared by math-verify, in
-    both directions, and what is too large to be worked out as text. Texts agree if they are the same but for case,
+    both directions, and formulas too large to be worked out as text. Texts agree if they are the same but for case,
     white space, LaTeX commands that only decorate, and the full stop. None or an empty text, no answer, agrees with
     nothing.
 
@@ -217,16 +215,15 @@ _SYMBOLS = {
 }
 _FUNCTION = re.compile(r"(?<![\\a-zA-Z])(?=(?:pi|sin|cos|tan|log|ln|exp)(?![a-zA-Z]))")
 _IS_FORMULA = re.compile(r"[0-9^+*/=<>\\]")
-# math-verify would read as a product: words, H2O. As a fraction: dates. Or would work out: binomials, sums, integrals.
+# Words and H2O, which math-verify reads as products; dates, as fractions; and what could take it too long.
 _NO_FORMULA = re.compile(
     r"(?<![\\a-zA-Z])(?!(?:and|sqrt)(?![a-zA-Z]))[a-zA-Z]{3}|(?<![\\a-zA-Z])[a-zA-Z]{1,2}[0-9]"
-    r"|(?<![_^0-9])[0-9]+\s+[0-9]"
-    r"|[0-9]\s*/\s*[0-9]+\s*/|\\(?:[dt]?binom|gcd|lcm|sum|prod|i*nt|oint|lim)(?![a-zA-Z])"
+    r"|(?<![_^0-9])[0-9]+\s+[0-9]|[0-9]\s*/\s*[0-9]+\s*/|\\(?:[dt]?binom|gcd|lcm|sum|prod|i*nt|oint|lim)(?![a-zA-Z])"
 )
 
 
 def _same_mathematics(a: str | Value, b: str | Value) -> bool:
-    """Whether math-verify finds two answers equal, at least one of which is no plain number."""
+    """Whether math-verify finds two answers equal, at least one of which is not a plain number."""
     formulas = [_formula(answer) for answer in (a, b)]
     if None in formulas:
         return False
@@ -234,9 +231,9 @@ def _same_mathematics(a: str | Value, b: str | Value) -> bool:
         from math_verify import LatexExtractionConfig, parse, verify
     except ImportError as error:
         raise ImportError("Comparing formulas needs math-verify: pip install 'llada-trm-hf[train]'.") from error
-    for module in ("parser", "grader"):  # what they say of time limits is no news to who runs an evaluation
+    for module in ("parser", "grader"):  # they warn of every time limit
         logging.getLogger(f"math_verify.{module}").setLevel(logging.ERROR)
-    # Their time limits are signals, which only the main thread gets. What bounds the others is the size of a formula.
+    # Time limits are signals, which need the main thread. Elsewhere only the limits on size hold.
     seconds = _SECONDS if threading.current_thread() is threading.main_thread() else None
     reading = [LatexExtractionConfig(boxed_match_priority=-1)]
     parsed = [
@@ -253,7 +250,8 @@ def _same_mathematics(a: str | Value, b: str | Value) -> bool:
 def _formula(answer: str | Value) -> str | None:
     """An answer as LaTeX that is safe to parse; None for text."""
     if isinstance(answer, Value):
-        return str(answer.number)
+        number = str(answer.number)
+        return number if len(number) <= _LONGEST_FORMULA else None
     if len(answer) > _LONGEST_FORMULA or _depth(answer) > _DEEPEST_FORMULA:
         return None
     text = re.sub(r"\s+", " ", without_delimiters(plain(answer))).replace("$", "")
@@ -266,7 +264,6 @@ def _formula(answer: str | Value) -> str | None:
 
 
 def _depth(text: str) -> int:
-    """How deep the brackets of a formula are nested."""
     steps = ((character in "([{") - (character in ")]}") for character in text)
     return max(accumulate(steps), default=0)
 

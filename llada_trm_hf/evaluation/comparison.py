@@ -6,8 +6,6 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from scipy.stats import binomtest
-
 from .accuracy import Accuracy, wilson_interval
 from .result_folder import PROBLEMS_FILE, EvaluationSummary, ProblemResult, ResultFolder
 
@@ -60,6 +58,8 @@ class PairedDifference:
     @property
     def p_value(self) -> float:
         """McNemar's exact test: both models equally often right where only one is. Two-sided."""
+        from scipy.stats import binomtest
+
         discordant = self.only_first + self.only_second
         return float(binomtest(self.only_first, discordant).pvalue) if discordant else 1.0
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from ..cards.training_record import read_json
 from ..storage import write_atomically
 from .accuracy import Accuracy
 
@@ -58,9 +59,7 @@ class ProblemResult:
 
 @dataclass(frozen=True)
 class EvaluationSummary:
-    """
-    The figures of an evaluation: means per problem, but `tokens_per_second`, which is that of one process.
-    """
+    """The figures of an evaluation: means per problem, but `tokens_per_second`, which is that of one process."""
 
     accuracy: Accuracy
     forward_passes: float
@@ -172,15 +171,3 @@ class ResultFolder:
                 file.write(text)
 
         write_atomically(os.path.join(self.path, name), write)
-
-
-def read_json(path: str) -> dict[str, Any]:
-    """Raises ValueError for a file that is no JSON object."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not an object.")
-    return content
