@@ -5,9 +5,18 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EXTRAS = {
-    "train": ["accelerate>=1.10", "datasets>=4.0", "pyyaml>=6.0", "tqdm>=4.66", "filelock>=3.16", "peft>=0.18"],
-    "rl": ["trl>=1.16"],
-    "eval": ["lm-eval>=0.4.13", "accelerate>=1.10", "peft>=0.18"],
+    "train": [
+        "accelerate>=1.10",
+        "datasets>=4.0",
+        "pyyaml>=6.0",
+        "tqdm>=4.66",
+        "filelock>=3.16",
+        "peft>=0.18",
+        "scipy>=1.13",
+        "math-verify>=0.9",
+    ],
+    "rl": ["trl>=1.16", "scipy>=1.13", "math-verify>=0.9"],
+    "eval": ["lm-eval>=0.4.13", "accelerate>=1.10", "peft>=0.18", "scipy>=1.13"],
     "onnx": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
     "demo": ["matplotlib>=3.9"],
 }

@@ -2,8 +2,11 @@
 
 import json
 import os
+import sys
+import time
 from decimal import Decimal
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -185,6 +188,80 @@ def test_same(a, b):
 )  # fmt: skip
 def test_different(a, b):
     assert not answers_match(a, b) and not answers_match(b, a)
+
+
+@pytest.mark.parametrize(
+    "a, b",
+    [
+        (r"2\sqrt{3}", r"2 \sqrt 3"), (r"\frac{\sqrt{2}}{2}", r"\sqrt{2}/2"), (r"\pi/2", r"\frac{\pi}{2}"),
+        ("2*sqrt(3)", r"2\sqrt3"), ("2√3", r"\sqrt{12}"), ("2π", r"2\pi"), ("2x+3", "3+2x"), ("x**2", "x^2"),
+        ("x^2+2x+1", "(x+1)^2"), (r"\frac12x", "x/2"), (r"\frac{1}{2}\pi", r"\pi/2"),
+        (r"5\sqrt{2}\text{ cm}", r"5\sqrt2"),
+        (r"\{1,2\}", r"\{2,1\}"), (r"[0,\infty)", r"\left[0, +\infty\right)"), ("(1/2, 3)", "(0.5,3)"),
+        ("2 or 3", "3, 2"),
+        (r"(-\infty,2)\cup(3,\infty)", r"(3,\infty)\cup(-\infty,2)"), ("x<2", "2>x"), ("1 < x < 2", "(1,2)"),
+        (r"x=1 \text{ or } x=2", "1,2"), ("y=2x+3", "y=3+2x"), ("10^2", "100"), (r"2\cdot 3", "6"), ("5!", "120"),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
+        (r"2^{2020}\cdot2", "2^{2021}"), (r"\log_2 8", "3"),
+    ],
+)  # fmt: skip
+def test_same_mathematics(a, b):
+    assert answers_match(a, b) and answers_match(b, a)
+
+
+@pytest.mark.parametrize(
+    "a, b",
+    [
+        (r"2\sqrt{3}", r"3\sqrt{2}"), (r"\pi", "3.1415926"), ("(1,2)", "(2,1)"), ("[1,2]", "(1,2)"), ("x+1", "x-1"),
+        (r"\{1,2\}", r"\{1,2,3\}"), ("10^{-7}", "10^{-8}"), ("10^{-7}", "0"), ("2**3", "23"), ("x**2", "x2"),
+        # Letters that are no variables, and figures that are no products or fractions.
+        ("two", "owt"), ("New York", "York New"), ("no", "on"), ("H2O", "HO2"),
+        ("1 000", "0"), ("10/5/2020", "2/1/2020"),
+    ],
+)  # fmt: skip
+def test_different_mathematics(a, b):
+    assert not answers_match(a, b) and not answers_match(b, a)
+
+
+HOSTILE = [
+    "9**9**9", "9^{9^{9^9}}", "((9^9)^9)^9", "99999999!", "5!!!!", r"\begin{pmatrix}9^{9^9}\end{pmatrix}",
+    "0.1^{-99999999}", r"\binom{1000000000}{500000000}", r"\sum_{i=1}^{10000000000} i", "(x+y+z+w)^{999}",
+    "a^{b^{c^{d^{e}}}}",
+    "(" * 90 + "x+1" + ")" * 90, "1+" * 5000 + "1", r"\frac{1}{" * 3000, r"\exp(\exp(\exp(\exp(9999))))",
+    "(a+b+c+d+e)^{15}/(a-b-c-d-f)^{14}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("in_main_thread", [True, False])
+def test_hostile_answers_end_in_time(in_main_thread):
+    """Signals, math-verify's own time limit, reach the main thread only."""
+    found = {}
+
+    def compare():
+        for hostile in HOSTILE:
+            start = time.monotonic()
+            found[hostile] = answers_match(hostile, "5") or answers_match("5", hostile) or answers_match(hostile, "7x")
+            assert time.monotonic() - start < 30, hostile
+
+    thread = Thread(target=compare)
+    thread.run() if in_main_thread else thread.start()
+    if not in_main_thread:
+        thread.join()
+    assert found == dict.fromkeys(HOSTILE, False)
+    assert answers_match("9**9**9", "9**9**9")
+
+
+def test_plain_numbers_and_words_need_no_math_verify(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    assert answers_match("1,200", "$1200.00") and not answers_match("3", "three") and not answers_match("yes", "no")
+    with pytest.raises(ImportError, match="train"):
+        answers_match("2x+3", "3+2x")
+
+
+def test_many_boxes_take_linear_time():
+    start = time.monotonic()
+    assert extract_answer("\\boxed{" * 20000) is None
+    assert time.monotonic() - start < 20
 
 
 def test_no_answer_matches_nothing():

@@ -150,7 +150,7 @@ def test_published_rows_become_the_schema(tmp_path, name, streaming):
     assert isinstance(rows, IterableDataset if streaming else Dataset)
     assert list(rows) == [expected, expected] and set(rows.column_names) == set(expected)
     written = response.format(**expected).strip()
-    is_code = SOURCES[name].answer_kind == "code"
+    is_code = SOURCES[name].is_code
     text = expected["answer"] if is_code else f"{expected['reasoning']}\n#### {expected['answer']}"
     assert written == text.strip()
 
@@ -162,11 +162,8 @@ def test_a_file_is_recognised_by_its_columns(tmp_path, name):
     assert rows[0] == expected and response == SOURCES[name].response
 
 
-def test_what_answers_are():
-    kinds = {name: source.answer_kind for name, source in SOURCES.items()}
-    assert {name for name, kind in kinds.items() if kind == "number"} == {"arithmetic", "gsm8k", "aime"}
-    assert {name for name, kind in kinds.items() if kind == "code"} == {"humaneval", "mbpp", "apps"}
-    assert kinds["math"] == "expression" and kinds["natural_reasoning"] == "text"
+def test_which_answers_are_programs():
+    assert {name for name, source in SOURCES.items() if source.is_code} == {"humaneval", "mbpp", "apps"}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from .code_tests import apps_tests, called_function
 
@@ -29,8 +29,7 @@ class ReasoningSource:
         columns: the columns its rows have and `convert` reads.
         convert: row -> `{"prompt", "reasoning", "answer"}`, all texts, and for code `"tests"` and `"entry_point"` (see
             `code_tests`); an answer or tests that a problem lacks are empty. Raises ValueError for a malformed row.
-        answer_kind: a number, a mathematical expression (LaTeX), a Python program (only then there are `tests` and
-            `entry_point`), or text.
+        is_code: whether answers are programs, which tests check; `evaluation` compares all others by what they hold.
         response: how reasoning and answer are written, a format string.
         hub_name, hub_config: on the Hugging Face Hub; None for generated data and local files.
         hub_files: the file of each split, where the repository has no other form.
@@ -39,7 +38,7 @@ class ReasoningSource:
 
     columns: tuple[str, ...]
     convert: Callable[[dict[str, Any]], dict[str, str]]
-    answer_kind: Literal["number", "expression", "code", "text"]
+    is_code: bool = False
     response: str = "{reasoning}\n#### {answer}"
     hub_name: str | None = None
     hub_config: str | None = None
@@ -49,23 +48,24 @@ class ReasoningSource:
     @property
     def result_columns(self) -> tuple[str, ...]:
         """The columns that `convert` gives."""
-        return SCHEMA + CODE_COLUMNS if self.answer_kind == "code" else SCHEMA
+        return SCHEMA + CODE_COLUMNS if self.is_code else SCHEMA
 
 
 def last_boxed(text: str) -> str | None:
     r"""What the last `\boxed{...}` or `\boxed ...` of a text holds, nested braces included; None if there is none."""
-    for start in reversed([match.end() for match in re.finditer(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*", text)]):
-        if not text.startswith("{", start):
-            word = re.match(r"[^\s$]+", text[start:])
-            if word:
-                return word[0]
-            continue
-        depth = 0
-        # An escaped brace is a sign in the formula, not one that groups.
-        for match in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
-            depth += {"{": 1, "}": -1}.get(match[0], 0)
-            if depth == 0 and match[0] == "}":
-                return text[start + 1 : start + match.start()].strip()
+    closing: dict[int, int] = {}  # where the brace that is opened at a position is closed
+    opened = []
+    # An escaped brace is a sign in the formula, not one that groups.
+    for match in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        if match[0] == "{":
+            opened.append(match.start())
+        elif match[0] == "}" and opened:
+            closing[opened.pop()] = match.start()
+    for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*(\{|[^\s${][^\s$]*)", text))):
+        if match[1] != "{":
+            return match[1]
+        if match.start(1) in closing:
+            return text[match.end() : closing[match.start(1)]].strip()
     return None
 
 
@@ -178,35 +178,30 @@ def _convert_apps(row: dict[str, Any]) -> dict[str, str]:
 
 # A local file is of the first of these whose columns it has: files of problem, solution and answer are read as math.
 SOURCES = {
-    "arithmetic": ReasoningSource(SCHEMA, _convert_local, "number", response="{reasoning}{answer}"),
-    "gsm8k": ReasoningSource(
-        ("question", "answer"), _convert_gsm8k, "number", hub_name="openai/gsm8k", hub_config="main"
-    ),
+    "arithmetic": ReasoningSource(SCHEMA, _convert_local, response="{reasoning}{answer}"),
+    "gsm8k": ReasoningSource(("question", "answer"), _convert_gsm8k, hub_name="openai/gsm8k", hub_config="main"),
     "natural_reasoning": ReasoningSource(
         ("question", "reference_answer", "responses"),
         _convert_natural_reasoning,
-        "text",
         hub_name="facebook/natural_reasoning",
         splits=("train",),
     ),
     "math": ReasoningSource(
         ("problem", "solution"),
         _convert_math,
-        "expression",
         hub_name="DigitalLearningGmbH/MATH-lighteval",
         hub_config="default",
     ),
     "aime": ReasoningSource(
         ("problem", "solution", "answer"),
         _convert_aime,
-        "number",
         hub_name="AI-MO/aimo-validation-aime",
         splits=("train",),
     ),
     "humaneval": ReasoningSource(
         ("prompt", "canonical_solution", "test", "entry_point"),
         _convert_humaneval,
-        "code",
+        is_code=True,
         response="{answer}",
         hub_name="openai/openai_humaneval",
         splits=("test",),
@@ -214,7 +209,7 @@ SOURCES = {
     "mbpp": ReasoningSource(
         ("text", "code", "test_list", "test_setup_code"),
         _convert_mbpp,
-        "code",
+        is_code=True,
         response="{answer}",
         hub_name="google-research-datasets/mbpp",
         hub_config="full",
@@ -223,11 +218,13 @@ SOURCES = {
     "apps": ReasoningSource(
         ("question", "solutions", "input_output", "starter_code"),
         _convert_apps,
-        "code",
+        is_code=True,
         response="{answer}",
         hub_name="codeparrot/apps",
         hub_files={split: f"hf://datasets/codeparrot/apps/{split}.jsonl" for split in ("train", "test")},
     ),
 }
-LOCAL_FILE = ReasoningSource(("prompt", "answer"), _convert_local, "text")
-LOCAL_CODE = ReasoningSource(("prompt", "answer", "tests"), _convert_local, "code", response="{reasoning}\n{answer}")
+LOCAL_FILE = ReasoningSource(("prompt", "answer"), _convert_local)
+LOCAL_CODE = ReasoningSource(
+    ("prompt", "answer", "tests"), _convert_local, is_code=True, response="{reasoning}\n{answer}"
+)

@@ -11,21 +11,15 @@ from transformers import PreTrainedModel
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     """The 95% interval of Wilson (1927) for a share of `total`, which holds near 0 and 1 too."""
-    z, n, p = 1.959964, total, correct / total
-    center = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(center - half, 0.0), min(center + half, 1.0)
+    from scipy.stats import binomtest  # here, since it takes a second, which `generate` need not wait for
+
+    interval = binomtest(correct, total).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 @dataclass
 class Accuracy:
-    """
-    `correct` of `total`, with its 95% interval.
-
-    Attributes:
-        correct, total: problems.
-        forward_passes: of the model, for a batch.
-    """
+    """`correct` of `total` problems, its 95% interval, and the forward passes per batch."""
 
     correct: int
     total: int

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 
+from ..data.reasoning_sources import last_boxed
 from .answer_values import NOT_UNITS, NUMBER, as_written, match_whole, number_of, plain, value_of, without_delimiters
 
 _SENTENCE = re.compile(r"(?:[^.!?\n]|[.!?](?=\S))+")
@@ -61,17 +62,8 @@ def extract_answer(text: str) -> str | None:
 
 
 def _boxed(text: str) -> str | None:
-    """The content of the last `\\boxed{}` with closed braces."""
-    for start in reversed([match.end() for match in re.finditer(r"\\f?boxed\s*\{", text)]):
-        depth = 1
-        for end in range(start, min(start + _LONGEST_ANSWER, len(text))):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if not depth:
-                if answer := _whole(text[start:end]):
-                    return answer
-                break
-    bare = re.findall(r"\\boxed\s+(-?[0-9][0-9.,/]*)", text)
-    return _whole(bare[-1]) if bare else None
+    answer = last_boxed(text)
+    return _whole(answer) if answer and len(answer) <= _LONGEST_ANSWER else None
 
 
 def _tagged(text: str) -> str | None:

@@ -1,9 +1,16 @@
-"""What an answer is worth: the number it says, in whatever notation, or its text without decoration."""
+"""
+Comparing answers: as numbers in whatever notation, as mathematics by math-verify, or as text without decoration.
 
+The grammar of numbers is what math-verify has not: numbers in prose, units, currencies, mixed numbers, multipliers.
+"""
+
+import logging
 import re
+import threading
 import unicodedata
 from fractions import Fraction
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 # --- Notation that means nothing ---
 
@@ -14,15 +21,16 @@ _REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (rf"(?<=[0-9])(?:\{{,\}}|,?\\[,!]|[{_THIN_SPACES}])(?=[0-9]{{3}}(?![0-9]))", ","),  # 1{,}000  1\,000  1 000
-        (rf"[{_THIN_SPACES}]|\\[,;:! ]|(?<!\\)~", " "),
+        (rf"[{_THIN_SPACES}]|(?<!\\)\\[,;:! ]|(?<!\\)~", " "),
         (r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \1"),
         (r"\\(?:left|right|displaystyle|quad)(?![a-zA-Z])", ""),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree", "°"),
         (r"\\times(?![a-zA-Z])", "\u00d7"),
         (r"\\approx(?![a-zA-Z])", "≈"),
-        (r"\\(?=[$%#&_])|\\[()\[\]]", ""),
-        (r"\*\*|__|`|<<[^<>]*>>", ""),  # <<48/2=24>>: GSM8K's calculator
+        (r"(?<!\\)\\(?:(?=[$%#&_])|[()\[\]])", ""),
+        (r"(?<![0-9)])(?<!\b[a-zA-Z])\*\*|\*\*(?!\(?(?:[0-9]|[a-zA-Z]\b))", ""),  # Markdown's, not that of x**2
+        (r"__|`|<<[^<>]*>>", ""),  # <<48/2=24>>: GSM8K's calculator
         (r"\b(?:negative|minus)\s+(?=[$€£¥₹]?[0-9])", "-"),
     )
 ]
@@ -31,18 +39,17 @@ _REWRITES = [
 
 _INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
 _DECIMAL = rf"(?:{_INTEGER}(?:\.[0-9]+)?|\.[0-9]+)"
-_LATEX_FRACTION = re.compile(
-    rf"\\frac\s*(?:\{{\s*(-?{_DECIMAL})\s*\}}|([0-9]))\s*(?:\{{\s*(-?{_DECIMAL})\s*\}}|([0-9]))"
-)
-_MULTIPLIERS = {"k": 10**3} | {
-    name: 10**power
-    for name, power in {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}.items()
-}
+_MULTIPLIERS = {"k": 10**3, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _CURRENCY = r"(?:(?:US|CA|AU)?[$€£¥₹]|(?:USD|EUR|GBP|Rs\.?)(?![a-zA-Z]))"
 # Units that may stand for themselves or touch the number; one that is not listed has two letters and a space at least.
 _SHORT_UNIT = (
     r"(?:[kcm]?m|k?g|mg|lbs?|oz|m?[lL]|h|hrs?|mins?|s|secs?|mph|kph|km/h|m/s|ft|in|yds?|am|pm|°\s?[CF]?|¢|c|€|£|¥)"
     r"(?:\^\{?[23]\}?|[²³])?"
+)
+# A fraction that is no factor, exponent or index of something else.
+_LATEX_FRACTION = re.compile(
+    rf"(?<![\^_])\\frac\s*(?:\{{\s*(-?{_DECIMAL})\s*\}}|([0-9]))\s*(?:\{{\s*(-?{_DECIMAL})\s*\}}|([0-9]))"
+    rf"(?!\s*\\[a-zA-Z]|[({{\[^]|(?!{_SHORT_UNIT}(?!\w))(?:[a-zA-Z]|\s+[b-zB-Z](?![a-zA-Z])))"
 )
 _BODY = rf"""
     (?: (?P<whole>{_INTEGER})[ ](?P<part>[0-9]+/[0-9]+)
@@ -119,16 +126,17 @@ def number_of(match: re.Match[str]) -> Fraction | None:
         if not exact(under):
             return None
         value = exact(over) / exact(under) + exact(match["whole"] or "0")
-    value *= _MULTIPLIERS[(match["multiplier"] or match["k"]).lower()] if match["multiplier"] or match["k"] else 1
-    return -value if is_negative(match) else value
+    multiplier = match["multiplier"] or match["k"]
+    value *= _MULTIPLIERS[multiplier.lower()] if multiplier else 1
+    return -value if _is_negative(match) else value
 
 
 def as_written(match: re.Match[str]) -> str:
     """The number that `NUMBER` matched, without its currency."""
-    return ("-" if is_negative(match) else "") + match["amount"]
+    return ("-" if _is_negative(match) else "") + match["amount"]
 
 
-def is_negative(match: re.Match[str]) -> bool:
+def _is_negative(match: re.Match[str]) -> bool:
     return (match["sign"] == "-") != bool(match["inner"])
 
 
@@ -166,15 +174,19 @@ def answers_match(a: str | None, b: str | None) -> bool:
 
     Numbers are compared exactly as numbers, whatever their notation and unit: `1,200` is `$1200.00`, `\\frac{1}{2}` is
     `0.5`, and `0.33` is not `1/3`. A percentage agrees with a bare number that writes it either way: `50%` with `50`
-    and with `0.5`. A number never agrees with a text; two texts agree if they are the same but for case, white space,
-    LaTeX commands that only decorate, and the full stop. None or an empty text, no answer,
-    agrees with nothing.
+    and with `0.5`. Other mathematics (LaTeX, `2*sqrt(3)`, sets, intervals, equations) is compared by math-verify, in
+    both directions, and formulas too large to be worked out as text. Texts agree if they are the same but for case,
+    white space, LaTeX commands that only decorate, and the full stop. None or an empty text, no answer, agrees with
+    nothing.
+
+    Raises:
+        ImportError: if formulas have to be compared and math-verify is not installed.
     """
     if a is None or b is None:
         return False
     one, other = value_of(a), value_of(b)
     if one is None or other is None:
-        return one is other and _bare_text(a) == _bare_text(b) != ""
+        return (one is other and _bare_text(a) == _bare_text(b) != "") or _same_mathematics(one or a, other or b)
     if one.is_percentage == other.is_percentage:
         return one.number == other.number
     percentage, bare = (one.number, other.number) if one.is_percentage else (other.number, one.number)
@@ -184,3 +196,92 @@ def answers_match(a: str | None, b: str | None) -> bool:
 def _bare_text(text: str) -> str:
     text = re.sub(r"\s+", "", without_delimiters(plain(text))).casefold()
     return re.sub(r"^\(([a-z])\)$", r"\1", text)  # a choice: (B)
+
+
+# --- Mathematics ---
+
+_LONGEST_FORMULA = 200  # characters
+_DEEPEST_FORMULA = 5  # brackets: the parser takes twice as long for each
+_MOST_BITS = 5000  # of a number that comparing may have to write out: allows 2^{2020} and x^{100}, not 9^{9^9}
+_SECONDS = 5
+_SYMBOLS = {
+    "\u03c0": r"\pi ",
+    "·": r"\cdot ",
+    "\u00d7": r"\cdot ",
+    "∞": r"\infty ",
+    "°": r"^\circ ",
+    "²": "^2",
+    "³": "^3",
+}
+_FUNCTION = re.compile(r"(?<![\\a-zA-Z])(?=(?:pi|sin|cos|tan|log|ln|exp)(?![a-zA-Z]))")
+_IS_FORMULA = re.compile(r"[0-9^+*/=<>\\]")
+# Words and H2O, which math-verify reads as products; dates, as fractions; and what could take it too long.
+_NO_FORMULA = re.compile(
+    r"(?<![\\a-zA-Z])(?!(?:and|sqrt)(?![a-zA-Z]))[a-zA-Z]{3}|(?<![\\a-zA-Z])[a-zA-Z]{1,2}[0-9]"
+    r"|(?<![_^0-9])[0-9]+\s+[0-9]|[0-9]\s*/\s*[0-9]+\s*/|\\(?:[dt]?binom|gcd|lcm|sum|prod|i*nt|oint|lim)(?![a-zA-Z])"
+)
+
+
+def _same_mathematics(a: str | Value, b: str | Value) -> bool:
+    """Whether math-verify finds two answers equal, at least one of which is not a plain number."""
+    formulas = [_formula(answer) for answer in (a, b)]
+    if None in formulas:
+        return False
+    try:
+        from math_verify import LatexExtractionConfig, parse, verify
+    except ImportError as error:
+        raise ImportError("Comparing formulas needs math-verify: pip install 'llada-trm-hf[train]'.") from error
+    for module in ("parser", "grader"):  # they warn of every time limit
+        logging.getLogger(f"math_verify.{module}").setLevel(logging.ERROR)
+    # Time limits are signals, which need the main thread. Elsewhere only the limits on size hold.
+    seconds = _SECONDS if threading.current_thread() is threading.main_thread() else None
+    reading = [LatexExtractionConfig(boxed_match_priority=-1)]
+    parsed = [
+        parse(f"${formula}$", reading, fallback_mode="no_fallback", parsing_timeout=seconds) for formula in formulas
+    ]
+    if not all(parsed) or any(_bits(expressions[0]) > _MOST_BITS for expressions in parsed):
+        return False
+    # Not symmetric by itself: of an equation and a number, it follows the first.
+    return all(
+        verify(*pair, allow_set_relation_comp=True, timeout_seconds=seconds) for pair in (parsed, reversed(parsed))
+    )
+
+
+def _formula(answer: str | Value) -> str | None:
+    """An answer as LaTeX that is safe to parse; None for text."""
+    if isinstance(answer, Value):
+        number = str(answer.number)
+        return number if len(number) <= _LONGEST_FORMULA else None
+    if len(answer) > _LONGEST_FORMULA or _depth(answer) > _DEEPEST_FORMULA:
+        return None
+    text = re.sub(r"\s+", " ", without_delimiters(plain(answer))).replace("$", "")
+    for symbol, latex in _SYMBOLS.items():
+        text = text.replace(symbol, latex)
+    text = re.sub(r"√(?=\s*\()", "sqrt", text).replace("√", r"\sqrt ").replace("**", "^")
+    text = _FUNCTION.sub(r"\\", text)
+    words = re.sub(r"\\(?:begin|end)\s*\{[a-z]+\}", "", text)
+    return text if _IS_FORMULA.search(words) and not _NO_FORMULA.search(words) else None
+
+
+def _depth(text: str) -> int:
+    steps = ((character in "([{") - (character in ")]}") for character in text)
+    return max(accumulate(steps), default=0)
+
+
+def _bits(expression: Any) -> float:
+    """A bound on the size of a sympy expression when it is worked out, its powers and factorials included."""
+    import sympy
+
+    if isinstance(expression, (sympy.Rational, sympy.Float)):
+        return float(max(abs(int(part)).bit_length() for part in expression.as_numer_denom()))
+    is_matrix = isinstance(expression, sympy.MatrixBase)
+    arguments = [_bits(part) for part in (expression.flat() if is_matrix else expression.args)]
+    if isinstance(expression, (sympy.Pow, sympy.exp)):
+        base, exponent = expression.as_base_exp()
+        if exponent.free_symbols:
+            return _bits(base) + _bits(exponent)
+        largest = abs(int(exponent)) + 1 if exponent.is_Rational else 2 ** min(_bits(exponent), 60)
+        return _bits(base) * min(largest, 2**60)
+    if isinstance(expression, (sympy.factorial, sympy.factorial2)):
+        return 2 ** min(arguments[0], 60) * arguments[0] if not expression.free_symbols else arguments[0]
+    return sum(arguments) or 48.0  # a symbol: as much as its power may become, multiplied out

@@ -6,8 +6,8 @@ folder of its own that is deleted afterwards, and an audit hook that refuses soc
 files outside that folder. Where the system lets an ordinary user make namespaces (Linux, `unshare`), the process also
 has no network interface and takes every process it started with it when it ends.
 
-This stops accidents and careless code. It is no wall against code that means harm: it can read the user's files, and
-the hook is in the process it watches. Run what you do not trust in a container or virtual machine.
+This stops accidents and careless code, not malicious code, which can read the user's files and runs in the process of
+the hook that watches it. Run code that you do not trust in a container or virtual machine.
 """
 
 import os

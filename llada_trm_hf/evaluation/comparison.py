@@ -1,4 +1,4 @@
-"""Evaluations of the same problems side by side: what differs, and whether it could be chance."""
+"""Evaluations of the same problems side by side: their differences, and whether those could be chance."""
 
 import math
 import os
@@ -12,12 +12,7 @@ from .result_folder import PROBLEMS_FILE, EvaluationSummary, ProblemResult, Resu
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """
-    Two models on the same problems.
-
-    Attributes:
-        both, only_first, only_second, neither: problems that are right in both, in one only, in none.
-    """
+    """Two models on the same problems: how many of these both, one or neither of them got right."""
 
     both: int
     only_first: int
@@ -35,7 +30,11 @@ class PairedDifference:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95% interval for paired proportions of Newcombe (1998, Statistics in Medicine 17, 2635, method 10)."""
+        """
+        The 95% interval for paired proportions of Newcombe (1998, Statistics in Medicine 17, 2635, method 10).
+
+        Ours, since scipy has none for pairs and statsmodels only those for independent samples.
+        """
         first, second = self.both + self.only_first, self.both + self.only_second
         p, q, n = second / self.total, first / self.total, self.total
         (low_p, high_p), (low_q, high_q) = wilson_interval(second, n), wilson_interval(first, n)
@@ -58,13 +57,11 @@ class PairedDifference:
 
     @property
     def p_value(self) -> float:
-        """
-        McNemar's exact test: how likely a split of the problems that only one model gets right at least as uneven as
-        this one would be, if both were equally good.
-        """
-        discordant, smaller = self.only_first + self.only_second, min(self.only_first, self.only_second)
-        tail = sum(math.comb(discordant, k) for k in range(smaller + 1))
-        return min(2 * tail / 2**discordant, 1.0)
+        """McNemar's exact test: both models equally often right where only one is. Two-sided."""
+        from scipy.stats import binomtest
+
+        discordant = self.only_first + self.only_second
+        return float(binomtest(self.only_first, discordant).pvalue) if discordant else 1.0
 
 
 @dataclass(frozen=True)
@@ -114,12 +111,7 @@ class Comparison:
             numbers = [f"{summary.forward_passes:.1f}", f"{summary.tokens_per_second:.1f}"]
             lines.append([result.name, str(result.accuracy), *compared, *numbers])
         widths = [max(map(len, column)) for column in zip(*lines)]
-        rows = [
-            "  ".join(
-                f"{cell:<{width}}" if i == 0 else f"{cell:>{width}}" for i, (cell, width) in enumerate(zip(r, widths))
-            )
-            for r in lines
-        ]
+        rows = ["  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]) for cells in lines]
         each = ", ".join(map(str, self.num_each))
         note = f"{self.num_common} problems" + (f" common to all, of {each}" if self.is_partial else "")
         return "\n".join([*rows, f"\n{note}; p: McNemar's exact test against {self.results[0].name}"])
@@ -170,7 +162,7 @@ def compare_results(paths: list[str], common_only: bool = False) -> Comparison:
         common_only: where the problems differ, compare on those that all have.
 
     Raises:
-        FileNotFoundError, ValueError: for fewer than two, what is no evaluation, or different problems.
+        FileNotFoundError, ValueError: for fewer than two, a path without results, or different problems.
     """
     if len(paths) < 2:
         raise ValueError("A comparison needs at least two results.")

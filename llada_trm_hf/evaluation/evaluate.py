@@ -23,16 +23,16 @@ from .scoring import ScoringKind, expected_answer, score_output, scoring_kind
 @dataclass
 class EvaluationSettings:
     """
-    What is evaluated, and how.
+    Model, problems and settings of an evaluation.
 
     Attributes:
         model: name or folder of a hybrid, a masked-diffusion backbone or a causal language model.
-        output_dir: where results go; an interrupted evaluation there goes on.
+        output_dir: where results go; an interrupted evaluation there is resumed.
         dataset_name, split, data_files, columns, num_terms, data_seed: the problems, see `load_reasoning_dataset`.
         prompt_format: how a problem becomes a prompt; `{prompt}` stands for it.
         generation: settings that override the model's own.
         batch_size: problems that go through the model together.
-        seed: of sampling; what a batch draws depends on it and the batch only.
+        seed: of sampling; the samples of a batch depend on the seed and the batch only.
         dtype, device: of the model; with several processes and `cuda`, each takes its own.
         allow_code_execution: run programs the model writes, which datasets of code need.
         limits: of the process each runs in.
@@ -66,50 +66,43 @@ class EvaluationSettings:
 
 
 class Evaluation:
-    """
-    Model and problems of an evaluation.
+    """The model and the problems of an evaluation, on the `device` of this process."""
 
-    Args:
-        what: the settings.
-        device: the process's own.
-    """
-
-    def __init__(self, what: EvaluationSettings, device: Any):
-        self.what = what
-        self.problems, self.kind, self.expected = _load_problems(what)
-        model, tokenizer = load_model(what.model, what.dtype, device)
-        self.responder: Responder = make_responder(model, tokenizer, what.generation)
-        texts = (what.prompt_format.replace("{prompt}", problem) for problem in self.problems["prompt"])
+    def __init__(self, settings: EvaluationSettings, device: Any):
+        self.settings = settings
+        self.problems, self.kind, self.expected = _load_problems(settings)
+        model, tokenizer = load_model(settings.model, settings.dtype, device)
+        self.responder: Responder = make_responder(model, tokenizer, settings.generation)
+        texts = (settings.prompt_format.replace("{prompt}", problem) for problem in self.problems["prompt"])
         self.prompts = [self.responder.prompt(text) for text in texts]
         self.responder.check_length(max(map(len, self.prompts)))
 
     def batches(self) -> list[list[int]]:
         """
-        The problems, those of similar length together and the longest first: what does not fit in memory fails at
-        once. A batch is the same whatever the number of processes, and whatever is done already.
+        The problems' indices, by length and the longest first, so that running out of memory happens at once. A batch
+        depends neither on the number of processes nor on what is done already.
         """
         order = sorted(range(len(self.prompts)), key=lambda index: (-len(self.prompts[index]), index))
-        return [order[start : start + self.what.batch_size] for start in range(0, len(order), self.what.batch_size)]
+        size = self.settings.batch_size
+        return [order[start : start + size] for start in range(0, len(order), size)]
 
     def answer(self, number: int, batch: list[int]) -> list[ProblemResult]:
         """Answers and scores the problems of batch `number`."""
-        torch.manual_seed(self.what.seed * 1_000_003 + number)
+        torch.manual_seed(self.settings.seed * 1_000_003 + number)
         start = time.perf_counter()
         responses = self.responder.respond([self.prompts[index] for index in batch])
         seconds = (time.perf_counter() - start) / len(batch)
         results = []
         for index, response in zip(batch, responses):
             problem, expected = self.problems[index], self.expected[index]
-            score = score_output(self.kind, problem, expected, response.text, self.what.limits)
+            score = score_output(self.kind, problem, expected, response.text, self.settings.limits)
             results.append(
                 ProblemResult(
                     index=index,
                     prompt=problem["prompt"],
                     answer=expected,
                     output=response.text,
-                    extracted=score.extracted,
-                    correct=score.correct,
-                    reason=score.reason,
+                    **vars(score),
                     forward_passes=response.forward_passes,
                     tokens=response.num_tokens,
                     seconds=seconds,
@@ -120,28 +113,29 @@ class Evaluation:
 
     def recorded_settings(self) -> dict[str, Any]:
         """What the results depend on."""
-        what, config = self.what, self.responder.generation_config
+        settings, config = self.settings, self.responder.generation_config
         return {
-            "model": what.model,
+            "model": settings.model,
             "checksum_of_weights": _checksum(self.responder.model),
             "dtype": str(self.responder.model.dtype),
-            "dataset_name": what.dataset_name,
-            "split": what.split,
+            "dataset_name": settings.dataset_name,
+            "split": settings.split,
             "num_problems": len(self.problems),
             "sha256_of_problems": fingerprint(self.problems),
-            "prompt_format": what.prompt_format,
+            "prompt_format": settings.prompt_format,
             "scoring": self.kind,
-            "batch_size": what.batch_size,
-            "seed": what.seed,
-            **({"limits": vars(what.limits)} if self.kind == "code" else {}),
+            "batch_size": settings.batch_size,
+            "seed": settings.seed,
+            **({"limits": vars(settings.limits)} if self.kind == "code" else {}),
             "generation": {k: v for k, v in config.to_diff_dict().items() if k != "transformers_version"},
         }
 
 
-def run_evaluation(what: EvaluationSettings) -> EvaluationSummary | None:
+def run_evaluation(settings: EvaluationSettings) -> EvaluationSummary | None:
     """
-    Evaluates what `what.output_dir` lacks. Processes (`torchrun`, `accelerate launch`) share the batches; their
-    number changes neither rows nor outputs. `problems.jsonl` grows by whole batches and is sorted in the end.
+    Evaluates the problems that `settings.output_dir` has no results of. Processes (`torchrun`, `accelerate launch`)
+    share the batches; their number changes neither rows nor outputs. `problems.jsonl` grows by whole batches and is
+    sorted in the end.
 
     Returns:
         The summary; None in all processes but the first.
@@ -150,14 +144,14 @@ def run_evaluation(what: EvaluationSettings) -> EvaluationSummary | None:
         ValueError, OSError: for settings that cannot work, or that differ from those of the evaluation in the folder.
         RuntimeError: if another run is writing to the folder.
     """
-    processes = PartialState(cpu=what.device == "cpu")
-    evaluation = Evaluation(what, processes.device if what.device == "cuda" else what.device)
-    settings, folder = evaluation.recorded_settings(), ResultFolder(what.output_dir)
-    with output_dir_lock(what.output_dir, ".evaluation.lock"):
-        folder.check(settings)
+    processes = PartialState(cpu=settings.device == "cpu")
+    evaluation = Evaluation(settings, processes.device if settings.device == "cuda" else settings.device)
+    recorded, folder = evaluation.recorded_settings(), ResultFolder(settings.output_dir)
+    with output_dir_lock(settings.output_dir, ".evaluation.lock"):
+        folder.check(recorded)
         processes.wait_for_everyone()
         if processes.is_main_process:
-            folder.start(settings)
+            folder.start(recorded)
         processes.wait_for_everyone()
         done = {result.index for result in folder.results()}
         batches = list(enumerate(evaluation.batches()))
@@ -172,21 +166,26 @@ def run_evaluation(what: EvaluationSettings) -> EvaluationSummary | None:
                 if processes.is_main_process:
                     folder.append(gathered)
                 progress.update(len(gathered))
-        summary = folder.finish(settings) if processes.is_main_process else None
+        summary = folder.finish(recorded) if processes.is_main_process else None
         processes.wait_for_everyone()
     return summary
 
 
-def _load_problems(what: EvaluationSettings) -> tuple[Dataset, ScoringKind, list[str]]:
+def _load_problems(settings: EvaluationSettings) -> tuple[Dataset, ScoringKind, list[str]]:
     """The problems, how they are scored, and the right answers."""
     problems, response = load_reasoning_dataset(
-        what.dataset_name, what.split, what.data_files, what.columns, what.num_terms, what.data_seed
+        settings.dataset_name,
+        settings.split,
+        settings.data_files,
+        settings.columns,
+        settings.num_terms,
+        settings.data_seed,
     )
     assert isinstance(problems, Dataset)
-    source = what.data_files or what.dataset_name
+    source = settings.data_files or settings.dataset_name
     check_prompts(problems, source)
     kind = scoring_kind(problems.column_names, response)
-    if kind == "code" and not what.allow_code_execution:
+    if kind == "code" and not settings.allow_code_execution:
         raise ValueError(
             f"The answers to {source} are programs, which have to run: say so with --allow_code_execution, preferably "
             f"in a container."

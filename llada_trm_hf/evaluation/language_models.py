@@ -2,11 +2,11 @@
 
 import copy
 from abc import ABC, abstractmethod
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import latent_thinking_prompt, prompt_tokens
@@ -25,13 +25,13 @@ CAUSAL_SETTINGS = ("max_new_tokens", "max_length", "temperature", "top_k", "top_
 @dataclass(frozen=True)
 class Response:
     """
-    What a model answered.
+    A model's answer.
 
     Attributes:
         text: up to its first end-of-sequence token.
         num_tokens: of the text, with that token.
-        forward_passes: of the model that this prompt took part in; for a causal model one for each token.
-        refinement_steps: of a hybrid: chunk updates for each prompt of the batch, on average. None without refiner.
+        forward_passes: number of function evaluations (NFE) for this prompt; for a causal model one for each token.
+        refinement_steps: chunk updates of a refiner per prompt, averaged over the batch; None without refiner.
     """
 
     text: str
@@ -45,7 +45,7 @@ def load_model(name: str, dtype: str = "auto", device: Any = "cpu") -> tuple[Pre
     A hybrid, a masked-diffusion backbone or a causal language model, with its tokenizer, ready to generate.
 
     Raises:
-        ValueError, OSError: for what is no such model.
+        ValueError, OSError: for anything else.
     """
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     if tokenizer.pad_token_id is None:
@@ -55,14 +55,10 @@ def load_model(name: str, dtype: str = "auto", device: Any = "cpu") -> tuple[Pre
 
 def load_weights(name: str, dtype: str = "auto") -> PreTrainedModel:
     """A hybrid, a masked-diffusion backbone or a causal language model, without tokenizer; raises as `load_model`."""
-    is_hybrid = model_type_of(name) == LLaDATRMForMaskedDiffusion.config_class.model_type
+    model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+    is_hybrid = model_type == LLaDATRMForMaskedDiffusion.config_class.model_type
     loader = LLaDATRMForMaskedDiffusion.from_pretrained if is_hybrid else load_backbone
     return loader(name, dtype=dtype)
-
-
-def model_type_of(name: str) -> str | None:
-    """What the `config.json` of a folder or repository says it is."""
-    return PreTrainedConfig.get_config_dict(name)[0].get("model_type")
 
 
 def decode(tokens: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -129,21 +125,19 @@ class DiffusionResponder(Responder):
 
     def _generate(self, batch: Any) -> list[Response]:
         refiner = getattr(self.model, "refiner", None)
-        counter = _UpdateCounter()
-        hook = None if refiner is None else refiner.register_forward_hook(counter)
-        try:
+        updates: list[torch.Tensor] = []  # on the device: one synchronisation for all
+        with ExitStack() as stack:
+            if refiner is not None:
+                hook = refiner.register_forward_hook(lambda *call: updates.append(call[-1].num_steps.sum()))
+                stack.callback(hook.remove)
             output = self.model.generate(
                 **batch, generation_config=self.generation_config, return_dict_in_generate=True
             )
-        finally:
-            if hook is not None:
-                hook.remove()
         answers = output.sequences[:, batch["input_ids"].shape[1] :]
-        updates = None if refiner is None else float(counter.updates) / len(answers)
+        mean_updates = None if refiner is None else float(sum(updates)) / len(answers)
+        end = [self.tokenizer.eos_token_id]
         return [
-            Response(
-                decode(tokens, self.tokenizer), len(_up_to_end(tokens, [self.tokenizer.eos_token_id])), passes, updates
-            )
+            Response(decode(tokens, self.tokenizer), len(_up_to_end(tokens, end)), passes, mean_updates)
             for tokens, passes in zip(answers, output.num_forward_passes_per_row.tolist())
         ]
 
@@ -224,13 +218,3 @@ def _up_to_end(tokens: torch.Tensor, end_tokens: list[int | None]) -> torch.Tens
     """`tokens` `[L]` up to the first end token, and with it."""
     ends = torch.isin(tokens, torch.tensor([token for token in end_tokens if token is not None], device=tokens.device))
     return tokens[: int(ends.int().argmax()) + 1] if ends.any() else tokens
-
-
-class _UpdateCounter:
-    """Counts the chunk updates of a refiner, on its device."""
-
-    def __init__(self) -> None:
-        self.updates: Any = 0
-
-    def __call__(self, refiner: nn.Module, arguments: Any, output: Any) -> None:
-        self.updates = self.updates + output.num_steps.sum()

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from ..cards.training_record import read_json
 from ..storage import write_atomically
 from .accuracy import Accuracy
 
@@ -25,7 +26,7 @@ class ProblemResult:
         extracted: the answer in it, for code the program; None if there is none.
         correct: whether it is right.
         reason: for code, why it is not.
-        forward_passes: of the model.
+        forward_passes: number of function evaluations (NFE) of the model.
         tokens: of the output, with its end-of-sequence token.
         seconds: of generation: those of its batch, divided among the problems in it.
         refinement_steps: of a hybrid, chunk updates: those of its batch, divided likewise.
@@ -45,7 +46,7 @@ class ProblemResult:
 
     @classmethod
     def from_line(cls, line: str) -> "ProblemResult":
-        """Raises ValueError for what is no such line."""
+        """Raises ValueError for another kind of line."""
         try:
             return cls(**json.loads(line))
         except TypeError as error:
@@ -58,15 +59,7 @@ class ProblemResult:
 
 @dataclass(frozen=True)
 class EvaluationSummary:
-    """
-    What an evaluation came to.
-
-    Attributes:
-        accuracy: with its 95% interval.
-        forward_passes, tokens: for a problem, on average.
-        tokens_per_second: of one process.
-        refinement_steps: of a hybrid, chunk updates for a problem, on average.
-    """
+    """The figures of an evaluation: means per problem, but `tokens_per_second`, which is that of one process."""
 
     accuracy: Accuracy
     forward_passes: float
@@ -128,8 +121,8 @@ class ResultFolder:
             old, new = recorded.get(name), settings.get(name)
             if old != new:
                 raise ValueError(
-                    f"{self.path} was made with {name}={old!r}, now it is {new!r}. Give the old value to go on, or "
-                    f"choose another --output_dir."
+                    f"{self.path} was made with {name}={old!r}, now it is {new!r}. Give the old value to resume, "
+                    f"or choose another --output_dir."
                 )
 
     def start(self, settings: dict[str, Any]) -> None:
@@ -140,7 +133,7 @@ class ResultFolder:
 
     def results(self) -> list[ProblemResult]:
         """
-        What is there, without a last line that was cut short.
+        The recorded results, without a last line that was cut short.
 
         Raises:
             ValueError: for any other line that is damaged.
@@ -148,8 +141,7 @@ class ResultFolder:
         if not os.path.exists(self.problems_file):
             return []
         with open(self.problems_file, encoding="utf-8") as file:
-            *lines, rest = file.read().split("\n")
-        del rest  # nothing, or a line that was not finished
+            lines = file.read().split("\n")[:-1]  # what follows the last line break was not finished
         results = []
         for number, line in enumerate(lines, start=1):
             try:
@@ -179,15 +171,3 @@ class ResultFolder:
                 file.write(text)
 
         write_atomically(os.path.join(self.path, name), write)
-
-
-def read_json(path: str) -> dict[str, Any]:
-    """Raises ValueError for a file that is no JSON object."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not an object.")
-    return content

@@ -17,7 +17,7 @@ ScoringKind = Literal["answer", "response", "code"]
 
 @dataclass(frozen=True)
 class Score:
-    """What was found in an output, whether it is right, and for code why it is not."""
+    """The answer found in an output, whether it is right, and for code why it is not."""
 
     extracted: str | None
     correct: bool
@@ -52,7 +52,7 @@ def score_output(
         kind: of `scoring_kind`.
         problem: a row of `load_reasoning_dataset`; for code its `tests` run, with the program in `output`.
         expected: of `expected_answer`.
-        output: what the model wrote.
+        output: of the model.
         limits: of the process that runs code.
     """
     if kind == "code":
