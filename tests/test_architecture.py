@@ -17,7 +17,8 @@ FLOORS = {
     "evaluation": 3,
     "hub": 3,
     "rl": 4,
-    "cli": 5,
+    "recipes": 5,
+    "cli": 6,
 }
 
 

@@ -14,8 +14,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from llada_trm_hf import DimensionCompressor, DimensionCompressorConfig, reconstruction_metrics
 from llada_trm_hf.cli.main import main
-from llada_trm_hf.cli.recipe import load_recipe
 from llada_trm_hf.data import TextCollator, byte_tokenizer, load_text_dataset, tokenize_texts
+from llada_trm_hf.recipes.recipe import load_recipe
 from llada_trm_hf.training import CompressorTrainer, CompressorTrainingArguments
 from llada_trm_hf.training.language_model import compare_next_tokens, last_layer_states
 

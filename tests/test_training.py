@@ -12,7 +12,7 @@ from tiny_training import SIZES, TOKENIZER, losses, new_backbone, new_hybrid, tr
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
 from llada_trm_hf.cli.main import main
-from llada_trm_hf.cli.recipe import load_recipe
+from llada_trm_hf.recipes.recipe import load_recipe
 from llada_trm_hf.training import MaskedDiffusionTrainer, set_trainable
 from llada_trm_hf.training.freezing import last_layers
 

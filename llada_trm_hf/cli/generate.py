@@ -1,5 +1,6 @@
 """`llada-trm generate`: text from prompts."""
 
+import argparse
 import json
 import os
 from typing import Any
@@ -9,9 +10,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextDiffusionStreamer
 
 from ..evaluation.language_models import decode
-from .generation import check_generation, generate, load
-from .generation_flags import add_generation_flags, generation_settings
-from .parser import CommandParser
+from ..storage import write_atomically
+from .command import CommandParser, check_output_file
+from .generation import add_generation_flags, check_generation, generate, generation_settings, load
 
 
 def run(arguments: list[str]) -> None:
@@ -71,16 +72,13 @@ def read_prompts(path: str) -> list[str]:
     return prompts
 
 
-def check_options(options: Any, texts: list[str], settings: dict[str, Any]) -> None:
-    """Raises ValueError for what can be seen to be wrong before the model is loaded."""
+def check_options(options: argparse.Namespace, texts: list[str], settings: dict[str, Any]) -> None:
+    """Raises ValueError or FileNotFoundError for what can be seen to be wrong before the model is loaded."""
     check_generation(settings, texts)
     if options.batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {options.batch_size}.")
-    for path in (options.output_file, options.trace_file):
-        if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-            raise FileNotFoundError(f"There is no folder {os.path.dirname(os.path.abspath(path))} to write {path} in.")
-    if options.trace_file and not options.trace_file.endswith((".html", ".json")):
-        raise ValueError(f"trace_file must end in .html or .json, got {options.trace_file}.")
+    check_output_file(options.output_file)
+    check_output_file(options.trace_file, ".html", ".json")
     if len(texts) > 1 and (options.show_intermediates or options.trace_file):
         raise ValueError("--show_intermediates and --trace_file take one prompt.")
 
@@ -107,12 +105,15 @@ def answer(
 
 
 def write_results(results: list[dict[str, Any]], path: str | None) -> None:
-    """Prints the answers, or writes a JSON line for each; the file appears when it is complete."""
+    """Prints the answers, or writes a JSON line for each to the file."""
     if path is None:
         for result in results:
             print(result["answer"] if len(results) == 1 else f"{result['prompt']}\n{result['answer']}\n")
         return
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
-    os.replace(path + ".tmp", path)
+
+    def write(temporary: str) -> None:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
+
+    write_atomically(path, write)
     print(f"Wrote {len(results)} answers to {path}")

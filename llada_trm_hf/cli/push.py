@@ -3,7 +3,7 @@
 import tempfile
 
 from ..hub.push import files_to_push, push_checkpoint
-from .parser import CommandParser
+from .command import CommandParser
 
 
 def run(arguments: list[str]) -> None:
