@@ -6,6 +6,7 @@ import json
 import sys
 import traceback
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from ..models.debug_report import debug_enabled
@@ -27,20 +28,19 @@ COMMANDS = {
     "datagen": ("datagen:run", "make hidden pairs: a language model's states before and after it thinks"),
 }
 # What a user can get wrong, if it was raised for the user.
-MISTAKES = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, IsADirectoryError)
-# Failures with a message for the user: a loss that is NaN, a folder another run writes to, a full disk.
-FAILURES = (RuntimeError, ArithmeticError, OSError)
-# What users hand in also reaches these; a message they raise is for the user.
+MISTAKES = (
+    ValueError,
+    StrictDataclassError,  # a config's field of the wrong type
+    FileNotFoundError,
+    NotADirectoryError,
+    PermissionError,
+    IsADirectoryError,
+)
+# What else has a message for the user, if it was raised for the user: a folder another run writes to, a NaN loss.
+FAILURES = (RuntimeError, FloatingPointError)
+# These check what users hand in; transformers_modules is a checkpoint's own code.
 CHECKING_PACKAGES = (
-    __package__.partition(".")[0],
-    "transformers",
-    "transformers_modules",  # a checkpoint's own code
-    "huggingface_hub",
-    "datasets",
-    "accelerate",
-    "peft",
-    "trl",
-    "lm_eval",
+    "llada_trm_hf transformers transformers_modules huggingface_hub datasets accelerate peft trl lm_eval"
 )
 
 
@@ -72,10 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
         message, code = _explain(error)
         if message is None or debug_enabled():
             traceback.print_exception(error)
-        print(
-            f"llada-trm {command}: {' '.join((message or str(error) or type(error).__name__).split())}",
-            file=sys.stderr,
-        )
+        text = message or str(error) or type(error).__name__
+        print(f"llada-trm {command}: {' '.join(text.split())}", file=sys.stderr)
         return code
     return 0
 
@@ -86,20 +84,15 @@ def _explain(error: Exception) -> tuple[str | None, int]:
     if isinstance(error, SafetensorError):
         return f"a weights file is damaged or cut short ({error}): copy or download the checkpoint again.", 2
     if isinstance(error, ModuleNotFoundError):
-        return (
-            f"{error}; the command needs more than the base install: pip install 'llada-trm-hf[train,demo,eval]'.",
-            2,
-        )
+        return f"{error}; this command needs an extra: pip install 'llada-trm-hf[train,demo,eval]'.", 2
     if isinstance(error, ImportError):  # says itself what to install
         return message, 2
     if isinstance(error, OSError):
         # transformers raises a bare OSError for a model that cannot be found; the system's have a number.
         return message, 2 if isinstance(error, MISTAKES) or error.errno is None else 1
     if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)) or _raised_for_the_user(error):
-        if isinstance(error, MISTAKES):
-            return message, 2
-        if isinstance(error, FAILURES):
-            return message, 1
+        if isinstance(error, (*MISTAKES, *FAILURES)):
+            return message, 2 if isinstance(error, MISTAKES) else 1
     return None, 1
 
 
@@ -115,7 +108,7 @@ def _raised_for_the_user(error: Exception) -> bool:
         return False
     frame = innermost.tb_frame
     raised = frame.f_code.co_code[innermost.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-    return raised and str(frame.f_globals.get("__name__")).partition(".")[0] in CHECKING_PACKAGES
+    return raised and str(frame.f_globals.get("__name__")).partition(".")[0] in CHECKING_PACKAGES.split()
 
 
 def _help() -> str:

@@ -4,12 +4,13 @@ import copy
 import csv
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..data import load_text_dataset, tokenize_texts
@@ -40,44 +41,21 @@ INITIALISATIONS = ("orthogonal", "pca", "checkpoint")
 class CompressorScriptArguments(DataArguments):
     """A compressor, and whose hidden states on which text. The rest are [`CompressorTrainingArguments`]."""
 
-    backbone: str | None = field(
-        default=None,
-        metadata={"aliases": ["--model"], "help": "Name or folder of the causal language model; it stays frozen."},
-    )
-    init: str = field(
-        default="orthogonal",
-        metadata={"help": "Weights to start from: orthogonal (random), pca, or checkpoint (the one in --compressor)."},
-    )
-    compressor: str | None = field(default=None, metadata={"help": "A compressor to go on from."})
-    compressed_size: int | None = field(
-        default=None, metadata={"help": "Width to compress to; 256, or that of --compressor."}
-    )
-    compressed_sizes: list[int] | None = field(
-        default=None,
-        metadata={"help": "Several widths: a run each, and sweep.csv, where PCA stands beside them."},
-    )
-    pca_batches: int | None = field(
-        default=None,
-        metadata={"help": "Batches of the training data that PCA sees; by default all, which a stream may not have."},
-    )
-    text_column: str | None = field(
-        default=None,
-        metadata={"help": "Train on plain text, this column of it. Without: on prompt, reasoning and answer."},
-    )
-    num_eval_samples: int = field(
-        default=0, metadata={"help": "Hold out the first samples for evaluation, where no eval_split is named."}
-    )
+    backbone: str | None = HfArg(default=None, aliases=["--model"], help="The causal language model; it stays frozen.")
+    init: str = HfArg(default="orthogonal", help="Start from orthogonal (random), pca or checkpoint (--compressor).")
+    compressor: str | None = HfArg(default=None, help="A compressor to go on from.")
+    compressed_size: int | None = HfArg(default=None, help="Width to compress to; 256, or that of --compressor.")
+    compressed_sizes: list[int] | None = HfArg(default=None, help="Several widths, a run each, and sweep.csv.")
+    pca_batches: int | None = HfArg(default=None, help="Batches of the training data that PCA sees; all.")
+    text_column: str | None = HfArg(default=None, help="Train on this column of plain text, not on problems.")
+    num_eval_samples: int = HfArg(default=0, help="Hold out so many first samples, without eval_split.")
 
 
 def run_compressor(script_args: CompressorScriptArguments, training_args: CompressorTrainingArguments) -> None:
     """
     Trains a compressor as the settings say and saves it in `training_args.output_dir`. With `compressed_sizes`, it
     trains one for each size in its own folder and writes `sweep.csv`, which compares them with PCA.
-
-    Raises:
-        ValueError, OSError: for settings that cannot work, before anything is written.
-        RuntimeError: if another run is writing to the folder.
-        FloatingPointError: if the loss becomes NaN.
+    Raises the same errors as `run_masked_diffusion`.
     """
     sizes = _check_settings(script_args)
     resume_from = None if script_args.compressed_sizes else checkpoint_to_resume(training_args)

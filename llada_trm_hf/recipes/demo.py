@@ -25,6 +25,7 @@ from ..models import (
     RecursiveRefinementHeadConfig,
 )
 from ..training import MaskedDiffusionTrainer, MaskedDiffusionTrainingArguments, set_trainable
+from .run_setup import vocabulary_settings
 
 
 class _LossProgressCallback(ProgressCallback):
@@ -137,7 +138,6 @@ class Demo:
 
     def backbone_config(self) -> LLaDAConfig:
         return LLaDAConfig(
-            vocab_size=len(self.tokenizer),
             hidden_size=64,
             intermediate_size=192,
             num_hidden_layers=2,
@@ -145,10 +145,7 @@ class Demo:
             max_position_embeddings=64,
             rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
             initializer_range=0.1,  # about 1 / sqrt(width): so narrow a model hardly starts to learn at 0.02
-            mask_token_id=self.tokenizer.mask_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
-            bos_token_id=self.tokenizer.bos_token_id,
+            **vocabulary_settings(self.tokenizer),
         )
 
     def make_hybrid(self, backbone: LLaDAForMaskedDiffusion) -> LLaDATRMForMaskedDiffusion:

@@ -1,11 +1,12 @@
 """Reinforcement learning of latent thoughts with GRPO."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.hf_argparser import HfArg
 
 from ..data import latent_thinking_prompt
 from ..data.problem_rows import check_prompts
@@ -33,22 +34,16 @@ from .run_setup import (
 class GRPOScriptArguments(DataArguments):
     """What is rewarded for right answers. The rest are [`LatentGRPOTrainingArguments`]."""
 
-    checkpoint: str | None = field(default=None, metadata={"help": "The latent-thinking model to go on from."})
-    allow_code_execution: bool = field(
-        default=False, metadata={"help": "Run programs the model writes, which datasets of code need."}
-    )
-    code_seconds: float = field(default=10.0, metadata={"help": "Time limit of such a program."})
-    code_memory: int = field(default=1024, metadata={"help": "Memory limit of such a program, in MB."})
+    checkpoint: str | None = HfArg(default=None, help="The latent-thinking model to go on from.")
+    allow_code_execution: bool = HfArg(default=False, help="Run programs the model writes, for datasets of code.")
+    code_seconds: float = HfArg(default=10.0, help="Time limit of such a program.")
+    code_memory: int = HfArg(default=1024, help="Memory limit of such a program, in MB.")
 
 
 def run_grpo(script_args: GRPOScriptArguments, training_args: LatentGRPOTrainingArguments) -> LatentGRPOTrainer:
     """
     Trains as the settings say and saves the model and its tokenizer in `training_args.output_dir`.
-
-    Raises:
-        ValueError, OSError: for settings that cannot work, before anything is written.
-        RuntimeError: if another run is writing to the folder.
-        FloatingPointError: if weights become NaN.
+    Raises the same errors as `run_masked_diffusion`.
     """
     if script_args.checkpoint is None:
         raise ValueError("Say what is to learn: --checkpoint with a latent-thinking model, as latent_answer makes it.")

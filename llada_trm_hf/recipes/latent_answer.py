@@ -1,11 +1,12 @@
 """Training of answers after latent thoughts."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.hf_argparser import HfArg
 
 from ..data import tokenize_latent_answers
 from ..models import (
@@ -40,33 +41,19 @@ _TRM_SETTINGS = ("n_latent_steps", "n_deep_recursions", "n_supervision_steps", "
 class LatentAnswerScriptArguments(DataArguments):
     """What learns to answer after latent thoughts. The rest are [`LatentAnswerTrainingArguments`]."""
 
-    backbone: str | None = field(
-        default=None, metadata={"aliases": ["--model"], "help": "Name or folder of a causal language model."}
-    )
-    checkpoint: str | None = field(
-        default=None, metadata={"help": "A latent-thinking model to go on from, instead of a backbone."}
-    )
-    compressor: str | None = field(default=None, metadata={"help": "A trained compressor; without, a new one."})
-    trm: str | None = field(
-        default=None, metadata={"help": "A SequenceTRM trained on hidden pairs; without, a new one."}
-    )
-    num_latents: int = field(default=4, metadata={"help": "Input embeddings a thought is turned into."})
-    compressed_size: int | None = field(
-        default=None, metadata={"help": "Width of a new compressor; 256, or the backbone's if that is less."}
-    )
-    n_layers: int = field(default=2, metadata={"help": "Blocks of a new SequenceTRM's network."})
-    n_heads: int = field(default=8, metadata={"help": "Attention heads of a new SequenceTRM."})
-    n_latent_steps: int | None = field(
-        default=None, metadata={"help": "Updates of z in a latent recursion; 6, or the SequenceTRM's."}
-    )
-    n_deep_recursions: int | None = field(
-        default=None, metadata={"help": "Latent recursions in a supervision step; 3, or the SequenceTRM's."}
-    )
-    n_supervision_steps: int | None = field(
-        default=None, metadata={"help": "Supervision steps of a thought; 8, or the SequenceTRM's."}
-    )
-    dropout: float | None = field(default=None, metadata={"help": "Dropout in the SequenceTRM; its own by default."})
-    freeze_backbone: bool = field(default=True, metadata={"help": "Train compressor, SequenceTRM and projector only."})
+    backbone: str | None = HfArg(default=None, aliases=["--model"], help="Name or folder of a causal language model.")
+    checkpoint: str | None = HfArg(default=None, help="A latent-thinking model to go on from, instead of a backbone.")
+    compressor: str | None = HfArg(default=None, help="A trained compressor; without, a new one.")
+    trm: str | None = HfArg(default=None, help="A SequenceTRM trained on hidden pairs; without, a new one.")
+    num_latents: int = HfArg(default=4, help="Input embeddings a thought is turned into.")
+    compressed_size: int | None = HfArg(default=None, help="Width of a new compressor; at most 256.")
+    n_layers: int = HfArg(default=2, help="Blocks of a new SequenceTRM's network.")
+    n_heads: int = HfArg(default=8, help="Attention heads of a new SequenceTRM.")
+    n_latent_steps: int | None = HfArg(default=None, help="Updates of z in a latent recursion; the model's, or 6.")
+    n_deep_recursions: int | None = HfArg(default=None, help="Latent recursions in a step; the model's, or 3.")
+    n_supervision_steps: int | None = HfArg(default=None, help="Steps of a thought; the model's, or 8.")
+    dropout: float | None = HfArg(default=None, help="Dropout in the SequenceTRM; its own by default.")
+    freeze_backbone: bool = HfArg(default=True, help="Train compressor, SequenceTRM and projector only.")
 
 
 def run_latent_answer(
@@ -74,11 +61,7 @@ def run_latent_answer(
 ) -> LatentAnswerTrainer:
     """
     Trains as the settings say and saves the model and its tokenizer in `training_args.output_dir`.
-
-    Raises:
-        ValueError, OSError: for settings that cannot work, before anything is written.
-        RuntimeError: if another run is writing to the folder.
-        FloatingPointError: if the loss becomes NaN.
+    Raises the same errors as `run_masked_diffusion`.
     """
     source = script_args.checkpoint or script_args.backbone
     if source is None or (script_args.checkpoint and script_args.backbone):

@@ -2,11 +2,12 @@
 
 import json
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.hf_argparser import HfArg
 
 from ..data import byte_tokenizer
 from ..models import LLaDAConfig, LLaDATRMForMaskedDiffusion
@@ -26,6 +27,7 @@ from .run_setup import (
     reasoning_samples,
     train_and_eval,
     train_and_save,
+    vocabulary_settings,
 )
 
 # Settings that every kind of refiner may have: a recipe sets them for whichever it is used with.
@@ -36,62 +38,41 @@ _SHARED_REFINER_SETTINGS = ("chunk_size", "max_recursive_steps", "convergence_th
 class MaskedDiffusionScriptArguments(DataArguments):
     """What is trained on what. The rest of a recipe are [`MaskedDiffusionTrainingArguments`]."""
 
-    backbone: str | None = field(
-        default=None,
-        metadata={
-            "aliases": ["--model"],
-            "help": "Name or folder of a masked-diffusion model, or a config .json to train one from scratch.",
-        },
+    backbone: str | None = HfArg(
+        default=None, aliases=["--model"], help="Name or folder of a model, or a config .json for a new one."
     )
-    checkpoint: str | None = field(default=None, metadata={"help": "A hybrid to go on from, instead of a backbone."})
-    refiner: str = field(
+    checkpoint: str | None = HfArg(default=None, help="A hybrid to go on from, instead of a backbone.")
+    refiner: str = HfArg(
         default="recursive_refinement_head",
-        metadata={
-            "help": "The kind of refiner, the folder of one, several with commas between, or 'none' to train the "
-            "backbone alone."
-        },
+        help="Kind of refiner, or folder of one; several with commas; 'none' to train the backbone alone.",
     )
-    integration: str | None = field(
-        default=None, metadata={"help": "How several refiners work together: cascade or mix."}
+    integration: str | None = HfArg(default=None, help="How several refiners work together: cascade or mix.")
+    chunk_size: int | None = HfArg(default=None, help="Tokens refined together; 16.")
+    align_steps_to_chunks: bool = HfArg(
+        default=False, help="Start every reasoning step, and the answer, in a new chunk."
     )
-    chunk_size: int | None = field(default=None, metadata={"help": "Tokens refined together; 16."})
-    align_steps_to_chunks: bool = field(
-        default=False, metadata={"help": "Start every reasoning step, and the answer, in a chunk of its own."}
-    )
-    max_recursive_steps: int | None = field(
-        default=None, metadata={"help": "Largest number of updates of a chunk; 8, of a slot refiner 4."}
-    )
-    convergence_threshold: float | None = field(
-        default=None, metadata={"help": "When a chunk stops, 0 never; 0.01, of a slot refiner 1e-4."}
-    )
-    head_hidden_size: int | None = field(
-        default=None, metadata={"help": "Width of a chunk's code in a recursive head; 512."}
-    )
-    head_layers: int | None = field(default=None, metadata={"help": "SwiGLU layers of a recursive head; 2."})
-    step_size: float | None = field(default=None, metadata={"help": "Factor of a recursive head's updates; 0.1."})
-    preset: str | None = field(default=None, metadata={"help": "Size of a slot refiner: tiny, base or large; base."})
-    context_slot_size: int | None = field(
-        default=None, metadata={"help": "Width of a slot refiner's context slot; half the backbone's."}
-    )
-    reasoning_slot_size: int | None = field(default=None, metadata={"help": "Of its reasoning slot; a quarter."})
-    refinement_slot_size: int | None = field(default=None, metadata={"help": "Of its refinement slot; a quarter."})
-    confidence_slot_size: int | None = field(default=None, metadata={"help": "Of its confidence slot; an eighth."})
-    use_gating: bool | None = field(default=None, metadata={"help": "Whether its slots have gates; true."})
-    delta_scale: float | None = field(default=None, metadata={"help": "Factor of a slot refiner's updates; 0.1."})
-    dropout: float | None = field(default=None, metadata={"help": "Dropout of a slot refiner; 0."})
-    min_confidence: float = field(default=0.5, metadata={"help": "Chunks below it are refined."})
-    deep_supervision_weight: float = field(default=0.3, metadata={"help": "Weight of the loss over the steps."})
-    deep_supervision_schedule: str = field(default="constant", metadata={"help": "constant, linear or exponential."})
-    confidence_loss_weight: float = field(default=0.05, metadata={"help": "Weight of the confidence's calibration."})
-    orthogonality_weight: float = field(default=0.01, metadata={"help": "Weight of the overlap between slots."})
-    freeze_backbone: bool = field(default=False, metadata={"help": "Train the refiner only."})
-    trainable: list[str] | None = field(
-        default=None, metadata={"help": "Patterns of module names that train, instead of freeze_backbone."}
-    )
-    train_last_layers: int | None = field(
-        default=None, metadata={"help": "Train this many of the backbone's last layers as well."}
-    )
-    train_layer_norms: bool = field(default=False, metadata={"help": "Train all normalisation layers as well."})
+    max_recursive_steps: int | None = HfArg(default=None, help="Most updates of a chunk; 8, of a slot refiner 4.")
+    convergence_threshold: float | None = HfArg(default=None, help="When a chunk stops, 0 never; 0.01, of slots 1e-4.")
+    head_hidden_size: int | None = HfArg(default=None, help="Width of a chunk's code in a recursive head; 512.")
+    head_layers: int | None = HfArg(default=None, help="SwiGLU layers of a recursive head; 2.")
+    step_size: float | None = HfArg(default=None, help="Factor of a recursive head's updates; 0.1.")
+    preset: str | None = HfArg(default=None, help="Size of a slot refiner: tiny, base or large; base.")
+    context_slot_size: int | None = HfArg(default=None, help="Of a slot refiner's context slot; half the width.")
+    reasoning_slot_size: int | None = HfArg(default=None, help="Of its reasoning slot; a quarter.")
+    refinement_slot_size: int | None = HfArg(default=None, help="Of its refinement slot; a quarter.")
+    confidence_slot_size: int | None = HfArg(default=None, help="Of its confidence slot; an eighth.")
+    use_gating: bool | None = HfArg(default=None, help="Whether its slots have gates; true.")
+    delta_scale: float | None = HfArg(default=None, help="Factor of a slot refiner's updates; 0.1.")
+    dropout: float | None = HfArg(default=None, help="Dropout of a slot refiner; 0.")
+    min_confidence: float = HfArg(default=0.5, help="Chunks below it are refined.")
+    deep_supervision_weight: float = HfArg(default=0.3, help="Weight of the loss over the steps.")
+    deep_supervision_schedule: str = HfArg(default="constant", help="constant, linear or exponential.")
+    confidence_loss_weight: float = HfArg(default=0.05, help="Weight of the confidence's calibration.")
+    orthogonality_weight: float = HfArg(default=0.01, help="Weight of the overlap between slots.")
+    freeze_backbone: bool = HfArg(default=False, help="Train the refiner only.")
+    trainable: list[str] | None = HfArg(default=None, help="Patterns of module names that train.")
+    train_last_layers: int | None = HfArg(default=None, help="Train this many of the backbone's last layers as well.")
+    train_layer_norms: bool = HfArg(default=False, help="Train all normalisation layers as well.")
 
 
 def run_masked_diffusion(
@@ -103,7 +84,8 @@ def run_masked_diffusion(
 
     Raises:
         ValueError, OSError: for settings that cannot work, before anything is written.
-        RuntimeError: if another run is writing to the folder, or the loss becomes NaN.
+        RuntimeError: if another run is writing to the folder.
+        FloatingPointError: if the loss becomes NaN.
     """
     resume_from = checkpoint_to_resume(training_args)
     torch.manual_seed(training_args.seed)
@@ -190,14 +172,7 @@ def _new_backbone(config_file: str, tokenizer: PreTrainedTokenizerBase) -> PreTr
             raise ValueError(f"{config_file} is not valid JSON: {error}.") from error
     if not isinstance(sizes, dict) or sizes.get("model_type", "llada") not in BACKBONES:
         raise ValueError(f"{config_file} must hold the fields of a config of {', '.join(BACKBONES)}.")
-    token_ids = {
-        "vocab_size": len(tokenizer),
-        "mask_token_id": tokenizer.mask_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-    }
-    return build_backbone(LLaDAConfig.from_dict({**sizes, **token_ids}))
+    return build_backbone(LLaDAConfig.from_dict({**sizes, **vocabulary_settings(tokenizer)}))
 
 
 def refiner_configs(script_args: MaskedDiffusionScriptArguments, hidden_size: int) -> list[PreTrainedConfig | str]:

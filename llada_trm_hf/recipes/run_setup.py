@@ -2,10 +2,11 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..data import load_reasoning_dataset, tokenize_reasoning
@@ -20,43 +21,26 @@ T = TypeVar("T")
 class DataArguments:
     """Text to train on, and the tokenizer that reads it."""
 
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "Name or folder; the model's own, or a byte tokenizer for a new model."}
-    )
-    dtype: str = field(default="float32", metadata={"help": "Of the weights: float32, bfloat16, float16 or auto."})
-    dataset_name: str = field(
+    tokenizer: str | None = HfArg(default=None, help="Name or folder; the model's own, or bytes for a new model.")
+    dtype: str = HfArg(default="float32", help="Of the weights: float32, bfloat16, float16 or auto.")
+    dataset_name: str = HfArg(
         default="arithmetic",
-        metadata={
-            "help": "arithmetic, gsm8k, natural_reasoning, math, aime, humaneval, mbpp, apps, or a .json, .jsonl, "
-            ".csv or .parquet file."
-        },
+        help="arithmetic, gsm8k, natural_reasoning, math, aime, humaneval, mbpp, apps, or a .json, .jsonl, .csv or "
+        ".parquet file.",
     )
-    data_files: str | None = field(default=None, metadata={"help": "A local file with the rows of dataset_name."})
-    columns: list[str] | None = field(
-        default=None, metadata={"help": "Columns of a local file, e.g. prompt=question answer=solution."}
-    )
-    split: str = field(default="train", metadata={"help": "Split or slice to train on, e.g. train[:1000]."})
-    eval_split: str | None = field(
-        default=None, metadata={"help": "Split or slice to evaluate on; of eval_data_files for a local file."}
-    )
-    eval_data_files: str | None = field(default=None, metadata={"help": "A local file with the rows to evaluate on."})
-    streaming: bool = field(
-        default=False, metadata={"help": "Read rows as they are needed, without loading them first; needs max_steps."}
-    )
-    num_terms: int = field(default=8, metadata={"help": "Difficulty of generated arithmetic."})
-    max_length: int = field(default=512, metadata={"help": "Tokens of prompt and response together."})
+    data_files: str | None = HfArg(default=None, help="A local file with the rows of dataset_name.")
+    columns: list[str] | None = HfArg(default=None, help="Columns of a local file: prompt=question ...")
+    split: str = HfArg(default="train", help="Split or slice to train on, e.g. train[:1000].")
+    eval_split: str | None = HfArg(default=None, help="Split or slice to evaluate on, as for split.")
+    eval_data_files: str | None = HfArg(default=None, help="A local file with the rows to evaluate on.")
+    streaming: bool = HfArg(default=False, help="Read rows as they are needed; needs max_steps.")
+    num_terms: int = HfArg(default=8, help="Difficulty of generated arithmetic.")
+    max_length: int = HfArg(default=512, help="Tokens of prompt and response together.")
 
 
 @dataclass(frozen=True)
 class TrainingMethod:
-    """
-    What a recipe of one `kind` is made of.
-
-    Attributes:
-        script_arguments: dataclass of what is trained on what.
-        training_arguments: the arguments of the trainer.
-        run: trains, from an instance of each.
-    """
+    """Dataclasses of what is trained on what and of the trainer's arguments, and the function that takes both."""
 
     script_arguments: type
     training_arguments: type
@@ -73,6 +57,12 @@ def pretrained_tokenizer(source: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def vocabulary_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The fields of a new model's config that follow from its tokenizer."""
+    names = ("mask_token_id", "pad_token_id", "eos_token_id", "bos_token_id")
+    return {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in names}}
 
 
 def check_length(max_length: int, model: PreTrainedModel) -> None:

@@ -1,12 +1,13 @@
 """Training of a SequenceTRM on hidden pairs."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import Subset
 from transformers import AutoModelForCausalLM
+from transformers.hf_argparser import HfArg
 
 from ..data import HiddenPairsDataset
 from ..models import DimensionCompressor, SequenceTRM, SequenceTRMConfig
@@ -20,42 +21,25 @@ from .run_setup import TrainingMethod, check_folders, checkpoint_to_resume, trai
 class TRMScriptArguments:
     """A SequenceTRM, and the hidden pairs it learns. The rest are [`TRMTrainingArguments`]."""
 
-    pairs_dir: str | None = field(default=None, metadata={"help": "Folder or file of hidden pairs."})
-    eval_pairs_dir: str | None = field(default=None, metadata={"help": "Hidden pairs to evaluate on."})
-    eval_fraction: float = field(
-        default=0.0, metadata={"help": "Share of the pairs that is held out, where no eval_pairs_dir is named."}
+    pairs_dir: str | None = HfArg(default=None, help="Folder or file of hidden pairs.")
+    eval_pairs_dir: str | None = HfArg(default=None, help="Hidden pairs to evaluate on.")
+    eval_fraction: float = HfArg(default=0.0, help="Share of the pairs held out, without eval_pairs_dir.")
+    compressor: str | None = HfArg(default=None, help="Of the pairs, if they are uncompressed or for --backbone.")
+    backbone: str | None = HfArg(
+        default=None, aliases=["--model"], help="The pairs' language model: report how often its head agrees."
     )
-    compressor: str | None = field(
-        default=None,
-        metadata={
-            "help": "The compressor of the pairs: for those stored uncompressed, and for what --backbone reports."
-        },
-    )
-    backbone: str | None = field(
-        default=None,
-        metadata={
-            "aliases": ["--model"],
-            "help": "The language model the pairs come from: reports how often its head agrees on the next token.",
-        },
-    )
-    checkpoint: str | None = field(default=None, metadata={"help": "A SequenceTRM to go on from."})
-    n_layers: int = field(default=2, metadata={"help": "Blocks of a new network."})
-    n_heads: int = field(default=8, metadata={"help": "Attention heads of a new network."})
-    block_style: str = field(default="trm", metadata={"help": "trm (the paper's block) or llm_trm."})
-    dropout: float = field(default=0.1, metadata={"help": "Dropout of a new network."})
-    dtype: str = field(
-        default="float32", metadata={"help": "Of the language model: float32, bfloat16, float16 or auto."}
-    )
+    checkpoint: str | None = HfArg(default=None, help="A SequenceTRM to go on from.")
+    n_layers: int = HfArg(default=2, help="Blocks of a new network.")
+    n_heads: int = HfArg(default=8, help="Attention heads of a new network.")
+    block_style: str = HfArg(default="trm", help="trm (the paper's block) or llm_trm.")
+    dropout: float = HfArg(default=0.1, help="Dropout of a new network.")
+    dtype: str = HfArg(default="float32", help="Of the language model: float32, bfloat16, float16 or auto.")
 
 
 def run_trm(script_args: TRMScriptArguments, training_args: TRMTrainingArguments) -> None:
     """
     Trains a SequenceTRM as the settings say and saves it in `training_args.output_dir`.
-
-    Raises:
-        ValueError, OSError: for settings that cannot work, before anything is written.
-        RuntimeError: if another run is writing to the folder.
-        FloatingPointError: if the loss becomes NaN.
+    Raises the same errors as `run_masked_diffusion`.
     """
     if script_args.pairs_dir is None:
         raise ValueError("Say what to learn: --pairs_dir with a folder or file of hidden pairs.")
