@@ -1,13 +1,12 @@
 """`llada-trm generate`: text from prompts."""
 
-import argparse
 import json
 import os
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextDiffusionStreamer
+from transformers import TextDiffusionStreamer
 
 from ..evaluation.language_models import decode
 from ..storage import write_atomically
@@ -18,9 +17,9 @@ from .generation import add_generation_flags, check_generation, generate, genera
 def run(arguments: list[str]) -> None:
     parser = CommandParser(prog="llada-trm generate", description="Generates text by masked diffusion.")
     parser.add_argument("--checkpoint", required=True, help="folder or repository of a hybrid or a backbone")
-    prompts = parser.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompt", help="one prompt")
-    prompts.add_argument("--prompts_file", help="a .json list, a .jsonl with a prompt a line, or a .txt")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="one prompt")
+    source.add_argument("--prompts_file", help="a .json list, a .jsonl with a prompt a line, or a .txt")
     add_generation_flags(parser)
     parser.add_argument("--output_file", help="where to write a JSON line for each prompt; printed otherwise")
     parser.add_argument("--batch_size", type=int, default=8, help="prompts at a time")
@@ -28,15 +27,29 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--trace_file", help="write a refinement trace: .html or .json")
     options = parser.parse_args(arguments)
     texts = [options.prompt] if options.prompt is not None else read_prompts(options.prompts_file)
-    settings = generation_settings(options)
-    check_options(options, texts, settings)
+    settings = generation_settings(options) | {"output_refinement_trace": options.trace_file is not None}
+    check_generation(settings, texts)
+    if options.batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {options.batch_size}.")
+    check_output_file(options.output_file)
+    check_output_file(options.trace_file, ".html", ".json")
+    if len(texts) > 1 and (options.show_intermediates or options.trace_file):
+        raise ValueError("--show_intermediates and --trace_file take one prompt.")
 
     torch.manual_seed(options.seed)
     model, tokenizer = load(options.checkpoint, options.dtype, options.device)
+    streamer = TextDiffusionStreamer(tokenizer, skip_prompt=True) if options.show_intermediates else None
     results = []
     for start in tqdm(range(0, len(texts), options.batch_size), desc="Generating", disable=len(texts) == 1):
-        batch = texts[start : start + options.batch_size]
-        results += answer(model, tokenizer, batch, settings, options.show_intermediates, options.trace_file)
+        prompts = texts[start : start + options.batch_size]
+        output, answers = generate(model, tokenizer, prompts, settings, streamer)
+        results += [
+            {"prompt": prompt, "answer": decode(tokens, tokenizer), "forward_passes": output.num_forward_passes}
+            for prompt, tokens in zip(prompts, answers)
+        ]
+        if options.trace_file:
+            trace = output.refinement_trace
+            (trace.to_html if options.trace_file.endswith(".html") else trace.to_json)(options.trace_file, tokenizer)
     write_results(results, options.output_file)
 
 
@@ -70,38 +83,6 @@ def read_prompts(path: str) -> list[str]:
     if not prompts:
         raise ValueError(f"{path} holds no prompts.")
     return prompts
-
-
-def check_options(options: argparse.Namespace, texts: list[str], settings: dict[str, Any]) -> None:
-    """Raises ValueError or FileNotFoundError for what can be seen to be wrong before the model is loaded."""
-    check_generation(settings, texts)
-    if options.batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {options.batch_size}.")
-    check_output_file(options.output_file)
-    check_output_file(options.trace_file, ".html", ".json")
-    if len(texts) > 1 and (options.show_intermediates or options.trace_file):
-        raise ValueError("--show_intermediates and --trace_file take one prompt.")
-
-
-def answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    settings: dict[str, Any],
-    show_intermediates: bool = False,
-    trace_file: str | None = None,
-) -> list[dict[str, Any]]:
-    """Answers a batch of prompts: a dictionary with prompt, answer and forward passes for each."""
-    streamer = TextDiffusionStreamer(tokenizer, skip_prompt=True) if show_intermediates else None
-    settings = {**settings, "output_refinement_trace": trace_file is not None}
-    output, answers = generate(model, tokenizer, prompts, settings, streamer)
-    if trace_file is not None:
-        trace = output.refinement_trace
-        (trace.to_html if trace_file.endswith(".html") else trace.to_json)(trace_file, tokenizer)
-    return [
-        {"prompt": prompt, "answer": decode(tokens, tokenizer), "forward_passes": output.num_forward_passes}
-        for prompt, tokens in zip(prompts, answers)
-    ]
 
 
 def write_results(results: list[dict[str, Any]], path: str | None) -> None:

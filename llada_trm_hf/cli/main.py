@@ -90,9 +90,10 @@ def _explain(error: Exception) -> tuple[str | None, int]:
     if isinstance(error, OSError):
         # transformers raises a bare OSError for a model that cannot be found; the system's have a number.
         return message, 2 if isinstance(error, MISTAKES) or error.errno is None else 1
-    if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)) or _raised_for_the_user(error):
-        if isinstance(error, (*MISTAKES, *FAILURES)):
-            return message, 2 if isinstance(error, MISTAKES) else 1
+    if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
+        return message, 2
+    if isinstance(error, (*MISTAKES, *FAILURES)) and _raised_for_the_user(error):
+        return message, 2 if isinstance(error, MISTAKES) else 1
     return None, 1
 
 

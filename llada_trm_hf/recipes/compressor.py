@@ -96,11 +96,8 @@ def _check_settings(script_args: CompressorScriptArguments) -> list[int | None]:
         )
     if script_args.compressed_sizes and (script_args.init == "checkpoint" or script_args.compressed_size is not None):
         raise ValueError("compressed_sizes are trained from the start: leave out compressed_size and init=checkpoint.")
-    if (
-        script_args.streaming
-        and script_args.pca_batches is None
-        and (script_args.init == "pca" or script_args.compressed_sizes)
-    ):
+    needs_pca = script_args.init == "pca" or script_args.compressed_sizes
+    if script_args.streaming and needs_pca and script_args.pca_batches is None:
         raise ValueError("A stream may not end: say with pca_batches how much of it PCA sees.")
     check_folders(script_args.compressor)
     if script_args.pca_batches is not None and script_args.pca_batches < 1:
@@ -113,14 +110,13 @@ def _check_settings(script_args: CompressorScriptArguments) -> list[int | None]:
 def _new_compressor(
     script_args: CompressorScriptArguments, size: int | None, hidden_size: int | None = None
 ) -> DimensionCompressor:
-    if script_args.init == "checkpoint":
-        compressor = DimensionCompressor.from_pretrained(script_args.compressor)
-        if size not in (None, compressor.config.compressed_size):
-            raise ValueError(
-                f"{script_args.compressor} compresses to {compressor.config.compressed_size}, not to {size}."
-            )
-        return compressor
-    return DimensionCompressor(DimensionCompressorConfig(hidden_size=hidden_size, compressed_size=size or 256))
+    if script_args.init != "checkpoint":
+        return DimensionCompressor(DimensionCompressorConfig(hidden_size=hidden_size, compressed_size=size or 256))
+    compressor = DimensionCompressor.from_pretrained(script_args.compressor)
+    width = compressor.config.compressed_size
+    if size not in (None, width):
+        raise ValueError(f"{script_args.compressor} compresses to {width}, not to {size}.")
+    return compressor
 
 
 def _datasets(
@@ -131,10 +127,8 @@ def _datasets(
     def samples(split: str, path: str | None) -> Rows:
         if script_args.dataset_name in SOURCES or script_args.text_column is None:
             return reasoning_samples(script_args, tokenizer, split, path)
-        texts = load_text_dataset(
-            script_args.dataset_name, split, path, script_args.text_column, script_args.streaming
-        )
-        return tokenize_texts(texts, tokenizer, script_args.max_length)
+        source = (script_args.dataset_name, split, path, script_args.text_column, script_args.streaming)
+        return tokenize_texts(load_text_dataset(*source), tokenizer, script_args.max_length)
 
     train, held_out = train_and_eval(script_args, samples)
     number = script_args.num_eval_samples
@@ -174,9 +168,7 @@ def _sweep(
         finished = resuming and os.path.isfile(os.path.join(arguments.output_dir, "trainer_state.json"))
         if finished:
             compressor = DimensionCompressor.from_pretrained(arguments.output_dir)
-        elif resuming and (
-            not os.path.isdir(arguments.output_dir) or get_last_checkpoint(arguments.output_dir) is None
-        ):
+        elif resuming and not (os.path.isdir(arguments.output_dir) and get_last_checkpoint(arguments.output_dir)):
             arguments.resume_from_checkpoint = None
         trainer = new_trainer(compressor, arguments)
         if pca is None:

@@ -89,11 +89,7 @@ def run_latent_answer(
     model.thinker.trm.halt_head.requires_grad_(False)
     with sole_run(training_args.output_dir):
         trainer = LatentAnswerTrainer(
-            model,
-            training_args,
-            train_dataset=train,
-            eval_dataset=held_out,
-            processing_class=tokenizer,
+            model, training_args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
         )
         trainer.data_description = describe_data(script_args)
         train_and_save(trainer, resume_from)

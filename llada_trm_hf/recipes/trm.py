@@ -61,12 +61,7 @@ def run_trm(script_args: TRMScriptArguments, training_args: TRMTrainingArguments
     lm_head = None if script_args.backbone is None else _load_lm_head(script_args.backbone, script_args.dtype)
     with sole_run(training_args.output_dir):
         trainer = TRMTrainer(
-            model,
-            training_args,
-            train_dataset=train,
-            eval_dataset=held_out,
-            lm_head=lm_head,
-            compressor=compressor,
+            model, training_args, train_dataset=train, eval_dataset=held_out, lm_head=lm_head, compressor=compressor
         )
         train_and_save(trainer, resume_from)
 
