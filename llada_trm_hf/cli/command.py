@@ -6,7 +6,6 @@ import sys
 from dataclasses import fields
 from typing import Any, NoReturn
 
-from accelerate import PartialState
 from transformers import HfArgumentParser
 
 
@@ -55,6 +54,8 @@ def finish_distributed() -> None:
     Ends the processes of a run together: one that leaves while others still write would bring them down. They skip
     the interpreter's clean-up, in which torch's background threads now and then abort a process whose work is done.
     """
+    from accelerate import PartialState  # not in the base install, which `push` does with
+
     processes = PartialState()
     if processes.num_processes > 1:
         processes.wait_for_everyone()
