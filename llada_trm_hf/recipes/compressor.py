@@ -58,6 +58,7 @@ def run_compressor(script_args: CompressorScriptArguments, training_args: Compre
     Raises the same errors as `run_masked_diffusion`.
     """
     sizes = _check_settings(script_args)
+    assert script_args.backbone is not None
     resume_from = None if script_args.compressed_sizes else checkpoint_to_resume(training_args)
     compressors = [_new_compressor(script_args, size) for size in sizes] if script_args.init == "checkpoint" else []
     tokenizer = pretrained_tokenizer(script_args.tokenizer or script_args.backbone)
