@@ -20,9 +20,9 @@ import torch
 from record import circumstances, write_result
 
 import llada_trm_hf.evaluation.harness  # noqa: F401  (registers the model)
-from llada_trm_hf.cli.demo import NUM_TERMS
 from llada_trm_hf.data import load_reasoning_dataset
 from llada_trm_hf.evaluation.evaluate import EvaluationSettings, run_evaluation
+from llada_trm_hf.recipes.demo import NUM_TERMS
 
 HELD_OUT = "test"
 ROWS = {"bare backbone": False, "refined": True}

@@ -32,8 +32,8 @@ from llada_trm_hf import (
     RecursiveRefinementHeadConfig,
     SlotTRMRefinerConfig,
 )
-from llada_trm_hf.cli.demo import NUM_TERMS, Demo, DemoSize
 from llada_trm_hf.evaluation import exact_match_accuracy
+from llada_trm_hf.recipes.demo import NUM_TERMS, Demo, DemoSize
 from llada_trm_hf.training import set_trainable
 
 matplotlib.use("Agg")

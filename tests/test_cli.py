@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_training import new_backbone
+from transformers import AutoConfig
 
 from llada_trm_hf import (
     LLaDATRMForMaskedDiffusion,
+    MaskedDiffusionGenerationConfig,
     RecursiveRefinementHeadConfig,
     RefinementTrace,
 )
@@ -149,12 +151,39 @@ def test_trace_needs_a_folder_and_matplotlib(checkpoint, tmp_path, capsys, monke
     assert not (tmp_path / "other").exists()
 
 
-def test_a_failure_shows_its_traceback_in_debug_mode_only(checkpoint, capsys, monkeypatch):
-    monkeypatch.setattr("llada_trm_hf.cli.generate.load", lambda *_: 1 / 0)
-    for value, shown in (("0", False), ("1", True)):
-        monkeypatch.setenv("DEBUG", value)
-        assert generate(checkpoint, "--prompt", "1") == 1
-        assert ("Traceback" in capsys.readouterr().err) == shown
+def mistake(*_):
+    MaskedDiffusionGenerationConfig(top_p=2.0)  # raised by the package, for the user
+
+
+def failed_assertion(*_):
+    assert not "a bug"
+
+
+@pytest.mark.parametrize(
+    "raising, code, is_bug",
+    [
+        (mistake, 2, False),
+        (lambda *_: AutoConfig.for_model("no such model"), 2, False),  # raised by a library that checks what it gets
+        (lambda *_: json.loads("{"), 2, False),
+        (lambda *_: b"\xff".decode(), 2, False),
+        (lambda *_: int("x"), 1, True),  # a ValueError too, but of the interpreter
+        (lambda *_: torch.nn.functional.cross_entropy(torch.ones(2, 3), torch.ones(3).long()), 1, True),
+        (lambda *_: 1 / 0, 1, True),
+        (lambda *_: {}["key"], 1, True),
+        (failed_assertion, 1, True),
+    ],
+)
+def test_a_bug_shows_a_traceback_and_a_mistake_in_debug_mode_only(
+    checkpoint, capsys, monkeypatch, raising, code, is_bug
+):
+    monkeypatch.setattr("llada_trm_hf.cli.generate.load", raising)
+    monkeypatch.setitem(raising.__globals__, "__name__", "llada_trm_hf.test")  # as if it stood in the package
+    for value in ("0", "1"):
+        monkeypatch.setenv("LLADA_TRM_DEBUG", value)
+        assert generate(checkpoint, "--prompt", "1") == code
+        error = capsys.readouterr().err
+        assert ("Traceback" in error) == (is_bug or value == "1")
+        assert error.splitlines()[-1].startswith("llada-trm generate: ")
 
 
 @pytest.mark.parametrize(

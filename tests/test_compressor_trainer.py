@@ -14,8 +14,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from llada_trm_hf import DimensionCompressor, DimensionCompressorConfig, reconstruction_metrics
 from llada_trm_hf.cli.main import main
-from llada_trm_hf.cli.recipe import load_recipe
 from llada_trm_hf.data import TextCollator, byte_tokenizer, load_text_dataset, tokenize_texts
+from llada_trm_hf.recipes.recipe import load_recipe
 from llada_trm_hf.training import CompressorTrainer, CompressorTrainingArguments
 from llada_trm_hf.training.language_model import compare_next_tokens, last_layer_states
 
@@ -425,7 +425,7 @@ def test_sweep_puts_pca_and_trained_side_by_side(tmp_path, lm_folder, capsys):
         (["--text_column", "body"], "has no column 'body', it has text"),
         (["--init", "zeros"], "init must be one of orthogonal, pca, checkpoint"),
         (["--init", "checkpoint"], "name it with --compressor"),
-        (["--compressor", "somewhere"], "is used with init=checkpoint only"),
+        (["--compressor", "somewhere"], "got init=orthogonal"),
         (["--init", "checkpoint", "--compressor", "/nowhere"], "There is no folder /nowhere"),
         (["--compressed_size", "17"], "compressed_size must be between 1 and hidden_size=16, got 17"),
         (["--compressed_sizes", "2", "4"], "leave out compressed_size"),

@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoModelForMaskedLM
 from llada_trm_hf import DimensionCompressor, DimensionCompressorConfig
 from llada_trm_hf.cli.main import main
 from llada_trm_hf.hub import import_legacy, push_checkpoint
-from llada_trm_hf.training.output_folder import train_and_save
+from llada_trm_hf.recipes.run_setup import train_and_save
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from llada_trm_hf import (
     SlotTRMRefinerConfig,
 )
 from llada_trm_hf.cli.main import main
-from llada_trm_hf.cli.recipe import load_recipe
+from llada_trm_hf.recipes.recipe import load_recipe
 
 STATISTICS = {
     *(

@@ -12,9 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from llada_trm_hf.cli.main import main
 from llada_trm_hf.data import byte_tokenizer, load_reasoning_dataset, tokenize_reasoning
+from llada_trm_hf.recipes.masked_diffusion import MaskedDiffusionScriptArguments, run_masked_diffusion
 from llada_trm_hf.training import MaskedDiffusionTrainingArguments
-from llada_trm_hf.training.recipe_arguments import RecipeArguments
-from llada_trm_hf.training.run import run_training
 
 RESPONSE = "{reasoning}\n#### {answer}"
 
@@ -179,7 +178,7 @@ def files_of_a_run(folder: Path) -> dict[str, str]:
 def test_the_recipes_flag_takes_the_chunk_size_of_the_model(tmp_path):
     def tokens(run: str, **what) -> list[list[int]]:
         training = MaskedDiffusionTrainingArguments(output_dir=str(tmp_path / run), max_steps=1, use_cpu=True)
-        return list(run_training(RecipeArguments(**what), training).train_dataset["input_ids"])
+        return list(run_masked_diffusion(MaskedDiffusionScriptArguments(**what), training).train_dataset["input_ids"])
 
     files = files_of_a_run(tmp_path)
     dataset, _ = load_reasoning_dataset(files["dataset_name"])

@@ -9,10 +9,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import SIZES, TOKENIZER, losses, new_backbone, new_hybrid, trainer
-from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, HfArgumentParser
 
 from llada_trm_hf.cli.main import main
-from llada_trm_hf.cli.recipe import load_recipe
+from llada_trm_hf.recipes.recipe import load_recipe, load_settings, parse_recipe
 from llada_trm_hf.training import MaskedDiffusionTrainer, set_trainable
 from llada_trm_hf.training.freezing import last_layers
 
@@ -145,6 +145,25 @@ def test_set_trainable_reports_and_refuses_a_pattern_that_matches_nothing(capsys
 def test_recipes_of_the_package_load(name, values):
     recipe = load_recipe(name)
     assert {key: recipe[key] for key in values} == values
+
+
+def test_every_value_of_a_recipe_gets_the_type_of_its_field_and_flags_override_it(tmp_path):
+    settings = "learning_rate: 1e-4\nweight_decay: 1\nmax_length: '64'\nlearn_padding: false\nuse_cpu: true\n"
+    settings += "trainable: [refiner]\npreset: null\nbf16: false\nsave_backbone: true\nmin_confidence: 0.9\n"
+    (tmp_path / "r.yaml").write_text(f"{settings}output_dir: {tmp_path}\n")
+    method, values = load_settings(config=str(tmp_path / "r.yaml"))
+    parser = HfArgumentParser((method.script_arguments, method.training_arguments))
+    flags = ["--no_save_backbone", "--min_confidence", "1", "--lr=2e-4", "--trainable", "a", "b"]
+    for arguments, changed in (([], {}), (flags, {"save_backbone": False, "min_confidence": 1.0})):
+        script_args, training_args = parse_recipe(parser, arguments, values)
+        found = {**vars(script_args), **vars(training_args)}
+        expected = {"weight_decay": 1.0, "max_length": 64, "learn_padding": False, "use_cpu": True, "preset": None}
+        expected |= {"save_backbone": True, "min_confidence": 0.9, **changed}
+        expected |= {"learning_rate": 2e-4 if changed else 1e-4, "trainable": ["a", "b"] if changed else ["refiner"]}
+        assert {name: found[name] for name in expected} == expected
+        assert all(type(found[name]) is type(value) for name, value in expected.items())
+    with pytest.raises(ValueError, match=r"--max_lenght.*--max_length"):
+        parse_recipe(parser, ["--max_lenght", "3"], values)
 
 
 def test_recipe_errors(tmp_path):

@@ -16,9 +16,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from llada_trm_hf import DimensionCompressor, DimensionCompressorConfig, SequenceTRM, SequenceTRMConfig
 from llada_trm_hf.cli.main import main
-from llada_trm_hf.cli.recipe import load_recipe
 from llada_trm_hf.hidden_pairs import HiddenPairsCollator
 from llada_trm_hf.hub import import_legacy
+from llada_trm_hf.recipes.recipe import load_recipe
 from llada_trm_hf.storage import write_atomically
 from llada_trm_hf.training import TRMTrainer, TRMTrainingArguments
 from llada_trm_hf.training.supervision_sampler import SupervisionSampler

@@ -1,53 +1,25 @@
 """`llada-trm datagen`: hidden pairs, the states of a language model before and after it thinks."""
 
-import os
-
 import torch
 
 from ..data.reasoning import column_mapping
 from ..hidden_pairs import DatagenSettings, TraceSettings, export_legacy_hidden_pairs, run_datagen
 from ..hidden_pairs.settings import DTYPES, STAGES
-from .parser import CommandParser
+from .command import CommandParser, check_output_file, options_for
 
 
 def run(arguments: list[str]) -> None:
     options = _parser().parse_args(arguments)
-    columns = column_mapping(options.columns)
-    if options.export_legacy:
-        folder = os.path.dirname(os.path.abspath(options.export_legacy))
-        if options.stage == "traces":
-            raise ValueError("--export_legacy writes hidden pairs; --stage traces makes none.")
-        if not os.path.isdir(folder):
-            raise FileNotFoundError(f"There is no folder {folder} to write {options.export_legacy} in.")
-    summary = run_datagen(
-        DatagenSettings(
-            model=options.model,
-            output_dir=options.output_dir,
-            stage=options.stage,
-            dataset=[name.strip() for name in options.dataset.split(",") if name.strip()],
-            split=options.split,
-            num_samples=options.num_samples,
-            columns=columns,
-            num_terms=options.num_terms,
-            traces_file=options.traces_file,
-            traces=TraceSettings(
-                max_new_tokens=options.max_new_tokens,
-                temperature=options.temperature,
-                top_k=options.top_k,
-                top_p=options.top_p,
-                seed=options.seed,
-            ),
-            think_start=options.think_start,
-            think_end=options.think_end,
-            batch_size=options.batch_size,
-            checkpoint_every=options.checkpoint_every,
-            auto_resume=not options.no_auto_resume,
-            compressor=options.compressor,
-            dtype=options.dtype,
-            device=options.device,
-        )
-    )
-    if summary is None:  # the first process of several speaks for all
+    check_output_file(options.export_legacy)
+    if options.export_legacy and options.stage == "traces":
+        raise ValueError("--export_legacy writes hidden pairs; --stage traces makes none.")
+    settings = options_for(DatagenSettings, options)
+    settings["dataset"] = [name.strip() for name in options.dataset.split(",") if name.strip()]
+    settings["columns"] = column_mapping(options.columns)
+    settings["traces"] = TraceSettings(**options_for(TraceSettings, options))
+    settings["auto_resume"] = not options.no_auto_resume
+    summary = run_datagen(DatagenSettings(**settings))
+    if summary is None:  # in all processes but the first
         return
     print(summary)
     if options.export_legacy:

@@ -1,43 +1,19 @@
-"""`llada-trm evaluate`: what a model gets right. Also what `torchrun` and `accelerate launch` run."""
+"""`llada-trm evaluate`, `llada-trm compare` and `llada-trm lm-eval`."""
+
+import json
+import sys
 
 from ..data.reasoning import column_mapping
 from ..evaluation.code_execution import ExecutionLimits
+from ..evaluation.comparison import compare_results
 from ..evaluation.evaluate import EvaluationSettings, run_evaluation
-from .generation_flags import add_generation_flags, generation_settings
-from .parser import CommandParser
-from .processes import part
+from ..storage import write_atomically
+from .command import CommandParser, check_output_file, finish_distributed, options_for
+from .generation import add_generation_flags, generation_settings
 
 
-def run(arguments: list[str]) -> None:
-    options = _parser().parse_args(arguments)
-    if options.batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {options.batch_size}.")
-    summary = run_evaluation(
-        EvaluationSettings(
-            model=options.model,
-            output_dir=options.output_dir,
-            dataset_name=options.dataset_name,
-            split=options.split,
-            data_files=options.data_files,
-            columns=column_mapping(options.columns),
-            num_terms=options.num_terms,
-            data_seed=options.data_seed,
-            prompt_format=options.prompt_format,
-            generation=generation_settings(options) | ({"enable_thinking": False} if options.no_thinking else {}),
-            batch_size=options.batch_size,
-            seed=options.seed,
-            dtype=options.dtype,
-            device=options.device,
-            allow_code_execution=options.allow_code_execution,
-            limits=ExecutionLimits(options.code_seconds, options.code_memory),
-        )
-    )
-    if summary is not None:  # the first process of several speaks for all
-        print(f"{summary}\nEvery problem, and the summary, are in {options.output_dir}")
-    part()
-
-
-def _parser() -> CommandParser:
+def run_evaluate(arguments: list[str]) -> None:
+    """What a model gets right. Also what `torchrun` and `accelerate launch` run."""
     parser = CommandParser(
         prog="llada-trm evaluate",
         description="Accuracy of a hybrid, a masked-diffusion model or a causal language model on a dataset, with a "
@@ -62,4 +38,52 @@ def _parser() -> CommandParser:
     parser.add_argument("--code_memory", type=int, default=1024, help="memory limit of such a program, in MB")
     add_generation_flags(parser)
     parser.add_argument("--batch_size", type=int, default=8, help="problems at a time")
-    return parser
+    options = parser.parse_args(arguments)
+
+    settings = options_for(EvaluationSettings, options)
+    settings["columns"] = column_mapping(options.columns)
+    settings["generation"] = generation_settings(options)
+    if options.no_thinking:
+        settings["generation"]["enable_thinking"] = False
+    settings["limits"] = ExecutionLimits(options.code_seconds, options.code_memory)
+    summary = run_evaluation(EvaluationSettings(**settings))
+    if summary is not None:  # it is None in all processes but the first
+        print(f"{summary}\nEvery problem, and the summary, are in {options.output_dir}")
+    finish_distributed()
+
+
+def run_compare(arguments: list[str]) -> None:
+    """Evaluations of the same problems side by side."""
+    parser = CommandParser(
+        prog="llada-trm compare",
+        description="Compares evaluations with the first one, problem by problem: the difference in accuracy with its "
+        "95% interval, and McNemar's exact test.",
+    )
+    parser.add_argument("results", nargs="+", metavar="RESULT", help="a folder that llada-trm evaluate wrote")
+    parser.add_argument("--common_only", action="store_true", help="of different problems, compare those all have")
+    parser.add_argument("--plot", help="draw accuracies and differences to this .png file")
+    parser.add_argument("--output_file", help="write all numbers to this .json file")
+    options = parser.parse_args(arguments)
+    check_output_file(options.plot, ".png")
+    check_output_file(options.output_file, ".json")
+    comparison = compare_results(options.results, options.common_only)
+    print(comparison.table())
+    if options.plot:
+        comparison.plot(options.plot)
+    if options.output_file:
+
+        def write(temporary: str) -> None:
+            with open(temporary, "w", encoding="utf-8") as file:
+                json.dump(comparison.to_dict(), file, indent=2, ensure_ascii=False)
+
+        write_atomically(options.output_file, write)
+
+
+def run_lm_eval(arguments: list[str]) -> None:
+    """The command of lm-evaluation-harness, with the models of this package registered."""
+    from lm_eval.__main__ import cli_evaluate
+
+    from ..evaluation import harness  # noqa: F401  (registers the models)
+
+    sys.argv = ["llada-trm lm-eval", *arguments]
+    cli_evaluate()

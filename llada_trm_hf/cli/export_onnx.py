@@ -5,7 +5,7 @@ import os
 
 from ..evaluation.language_models import load_weights
 from ..hub.onnx import TOLERANCE, check_export, export_onnx
-from .parser import CommandParser
+from .command import CommandParser
 
 
 def run(arguments: list[str]) -> None:

@@ -6,20 +6,20 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextDiffusionStreamer
+from transformers import TextDiffusionStreamer
 
 from ..evaluation.language_models import decode
-from .generation import check_generation, generate, load
-from .generation_flags import add_generation_flags, generation_settings
-from .parser import CommandParser
+from ..storage import write_atomically
+from .command import CommandParser, check_output_file
+from .generation import add_generation_flags, check_generation, generate, generation_settings, load
 
 
 def run(arguments: list[str]) -> None:
     parser = CommandParser(prog="llada-trm generate", description="Generates text by masked diffusion.")
     parser.add_argument("--checkpoint", required=True, help="folder or repository of a hybrid or a backbone")
-    prompts = parser.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompt", help="one prompt")
-    prompts.add_argument("--prompts_file", help="a .json list, a .jsonl with a prompt a line, or a .txt")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="one prompt")
+    source.add_argument("--prompts_file", help="a .json list, a .jsonl with a prompt a line, or a .txt")
     add_generation_flags(parser)
     parser.add_argument("--output_file", help="where to write a JSON line for each prompt; printed otherwise")
     parser.add_argument("--batch_size", type=int, default=8, help="prompts at a time")
@@ -27,15 +27,29 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--trace_file", help="write a refinement trace: .html or .json")
     options = parser.parse_args(arguments)
     texts = [options.prompt] if options.prompt is not None else read_prompts(options.prompts_file)
-    settings = generation_settings(options)
-    check_options(options, texts, settings)
+    settings = generation_settings(options) | {"output_refinement_trace": options.trace_file is not None}
+    check_generation(settings, texts)
+    if options.batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {options.batch_size}.")
+    check_output_file(options.output_file)
+    check_output_file(options.trace_file, ".html", ".json")
+    if len(texts) > 1 and (options.show_intermediates or options.trace_file):
+        raise ValueError("--show_intermediates and --trace_file take one prompt.")
 
     torch.manual_seed(options.seed)
     model, tokenizer = load(options.checkpoint, options.dtype, options.device)
+    streamer = TextDiffusionStreamer(tokenizer, skip_prompt=True) if options.show_intermediates else None
     results = []
     for start in tqdm(range(0, len(texts), options.batch_size), desc="Generating", disable=len(texts) == 1):
-        batch = texts[start : start + options.batch_size]
-        results += answer(model, tokenizer, batch, settings, options.show_intermediates, options.trace_file)
+        prompts = texts[start : start + options.batch_size]
+        output, answers = generate(model, tokenizer, prompts, settings, streamer)
+        results += [
+            {"prompt": prompt, "answer": decode(tokens, tokenizer), "forward_passes": output.num_forward_passes}
+            for prompt, tokens in zip(prompts, answers)
+        ]
+        if options.trace_file:
+            trace = output.refinement_trace
+            (trace.to_html if options.trace_file.endswith(".html") else trace.to_json)(options.trace_file, tokenizer)
     write_results(results, options.output_file)
 
 
@@ -71,48 +85,16 @@ def read_prompts(path: str) -> list[str]:
     return prompts
 
 
-def check_options(options: Any, texts: list[str], settings: dict[str, Any]) -> None:
-    """Raises ValueError for what can be seen to be wrong before the model is loaded."""
-    check_generation(settings, texts)
-    if options.batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {options.batch_size}.")
-    for path in (options.output_file, options.trace_file):
-        if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-            raise FileNotFoundError(f"There is no folder {os.path.dirname(os.path.abspath(path))} to write {path} in.")
-    if options.trace_file and not options.trace_file.endswith((".html", ".json")):
-        raise ValueError(f"trace_file must end in .html or .json, got {options.trace_file}.")
-    if len(texts) > 1 and (options.show_intermediates or options.trace_file):
-        raise ValueError("--show_intermediates and --trace_file take one prompt.")
-
-
-def answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    settings: dict[str, Any],
-    show_intermediates: bool = False,
-    trace_file: str | None = None,
-) -> list[dict[str, Any]]:
-    """Answers a batch of prompts: a dictionary with prompt, answer and forward passes for each."""
-    streamer = TextDiffusionStreamer(tokenizer, skip_prompt=True) if show_intermediates else None
-    settings = {**settings, "output_refinement_trace": trace_file is not None}
-    output, answers = generate(model, tokenizer, prompts, settings, streamer)
-    if trace_file is not None:
-        trace = output.refinement_trace
-        (trace.to_html if trace_file.endswith(".html") else trace.to_json)(trace_file, tokenizer)
-    return [
-        {"prompt": prompt, "answer": decode(tokens, tokenizer), "forward_passes": output.num_forward_passes}
-        for prompt, tokens in zip(prompts, answers)
-    ]
-
-
 def write_results(results: list[dict[str, Any]], path: str | None) -> None:
-    """Prints the answers, or writes a JSON line for each; the file appears when it is complete."""
+    """Prints the answers, or writes a JSON line for each to the file."""
     if path is None:
         for result in results:
             print(result["answer"] if len(results) == 1 else f"{result['prompt']}\n{result['answer']}\n")
         return
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
-    os.replace(path + ".tmp", path)
+
+    def write(temporary: str) -> None:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
+
+    write_atomically(path, write)
     print(f"Wrote {len(results)} answers to {path}")

@@ -1,5 +1,6 @@
-"""What the commands that generate share: the checkpoint, and a run whose numbers are looked at."""
+"""What the commands that generate share: flags, the checkpoint, generation that stops at NaN."""
 
+import argparse
 from typing import Any
 
 import torch
@@ -10,6 +11,40 @@ from ..data import prompt_tokens
 from ..evaluation.language_models import load_model
 from ..inspection import generate_finite
 from ..models import MaskedDiffusionGenerationConfig, MaskedDiffusionGenerationMixin
+from .command import CommandParser
+
+
+def add_generation_flags(parser: CommandParser) -> None:
+    """Adds the settings of generation to a command, and where and how the model runs."""
+    parser.add_argument("--max_length", type=int, help="tokens of prompt and answer together")
+    parser.add_argument("--max_new_tokens", type=int, help="tokens of the answer")
+    parser.add_argument("--num_diffusion_steps", type=int, help="denoising steps, shared equally among blocks")
+    parser.add_argument("--block_length", type=int, help="tokens decoded together")
+    parser.add_argument("--temperature", type=float, help="0 takes the most probable token")
+    parser.add_argument("--top_k", type=int)
+    parser.add_argument("--top_p", type=float)
+    parser.add_argument("--cfg_scale", type=float, help="classifier-free guidance")
+    parser.add_argument("--remasking", help="low_confidence, random, entropy, margin or refiner")
+    parser.add_argument("--confidence_threshold", type=float, help="commit every token that reaches it")
+    parser.add_argument("--confidence_factor", type=float, help="commit more, the surer the model is of all of them")
+    parser.add_argument("--kv_cache", help="none, prefix or dual: what a step does not compute again")
+    parser.add_argument("--remask_committed", type=float, help="mask committed tokens again below this probability")
+    parser.add_argument("--remask_budget", type=int, help="how often a token can be masked again")
+    parser.add_argument("--stop_at_eos", action="store_true", default=None, help="end an answer at its end token")
+    parser.add_argument("--compile", action="store_true", default=None, help="run through torch.compile")
+    parser.add_argument("--no_refinement", action="store_true", help="the bare backbone")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto")
+
+
+def generation_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings given on the command line; the model's own hold for the rest."""
+    known = vars(MaskedDiffusionGenerationConfig())
+    settings = {name: value for name, value in vars(options).items() if name in known and value is not None}
+    if options.no_refinement:
+        settings["enable_refinement"] = False
+    return settings
 
 
 def check_generation(settings: dict[str, Any], texts: list[str]) -> None:

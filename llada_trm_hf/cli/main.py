@@ -1,27 +1,47 @@
 """`llada-trm COMMAND ...`: finds the command and turns mistakes into one clear line."""
 
+import dis
 import importlib
+import json
 import sys
 import traceback
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from ..inspection.debug_report import debug_enabled
 
+# Name of the command: its module and function, and what it does.
 COMMANDS = {
-    "demo": "train a small model from scratch and watch the refiner help (no download, no GPU)",
-    "train": "train a refiner, or a backbone with it, from a recipe",
-    "generate": "generate text from prompts",
-    "trace": "show how the answer to a prompt came about: a page, a picture, data",
-    "evaluate": "accuracy on a dataset, with an interval and a line for every problem",
-    "compare": "evaluations of the same problems side by side",
-    "lm-eval": "lm-evaluation-harness, with --model llada_trm and --model latent_thinking",
-    "export-onnx": "the forward pass of a hybrid or a backbone as an ONNX graph",
-    "push": "upload a checkpoint to the Hub, with a model card",
-    "datagen": "make hidden pairs: a language model's states before and after it thinks",
+    "demo": ("train:run_demo", "train a small model from scratch and watch the refiner help (no download, no GPU)"),
+    "train": ("train:run_train", "train a refiner, or a backbone with it, from a recipe"),
+    "generate": ("generate:run", "generate text from prompts"),
+    "trace": ("trace:run", "show how the answer to a prompt came about: a page, a picture, data"),
+    "evaluate": ("evaluate:run_evaluate", "accuracy on a dataset, with an interval and a line for every problem"),
+    "compare": ("evaluate:run_compare", "evaluations of the same problems side by side"),
+    "lm-eval": (
+        "evaluate:run_lm_eval",
+        "lm-evaluation-harness, with --model llada_trm and --model latent_thinking",
+    ),
+    "export-onnx": ("export_onnx:run", "the forward pass of a hybrid or a backbone as an ONNX graph"),
+    "push": ("push:run", "upload a checkpoint to the Hub, with a model card"),
+    "datagen": ("datagen:run", "make hidden pairs: a language model's states before and after it thinks"),
 }
-# What a user can get wrong; anything else that is raised is a failure of ours.
-USER_MISTAKES = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, IsADirectoryError)
+# What a user can get wrong, if it was raised for the user.
+MISTAKES = (
+    ValueError,
+    StrictDataclassError,  # a config's field of the wrong type
+    FileNotFoundError,
+    NotADirectoryError,
+    PermissionError,
+    IsADirectoryError,
+)
+# What else has a message for the user, if it was raised for the user: a folder another run writes to, a NaN loss.
+FAILURES = (RuntimeError, FloatingPointError)
+# These check what users hand in; transformers_modules is a checkpoint's own code.
+CHECKING_PACKAGES = (
+    "llada_trm_hf transformers transformers_modules huggingface_hub datasets accelerate peft trl lm_eval"
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,7 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     Runs one command.
 
     Returns:
-        0 on success; 2 for a user's mistake, with one line on stderr; 1 for a failure; 130 when interrupted.
+        0 on success; 2 for a user's mistake, with one line on stderr; 1 for a failure, with a traceback if it is a
+        bug (with LLADA_TRM_DEBUG=1 always); 130 when interrupted.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -39,39 +60,58 @@ def main(arguments: list[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"llada-trm: unknown command {command!r}; one of {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
+    module, _, function = COMMANDS[command][0].partition(":")
     try:
-        importlib.import_module(f".{command.replace('-', '_')}", __package__).run(arguments[1:])
+        getattr(importlib.import_module(f".{module}", __package__), function)(arguments[1:])
     except SystemExit as exit:  # argparse: --help or a wrong flag
         return int(exit.code or 0)
     except KeyboardInterrupt:
         print("\nllada-trm: interrupted.", file=sys.stderr)
         return 130
-    except USER_MISTAKES as error:
-        return _report(command, error, 2)
-    except SafetensorError as error:
-        damaged = f"a weights file is damaged or cut short ({error}): copy or download the checkpoint again."
-        return _report(command, OSError(damaged), 2)
-    except ModuleNotFoundError as error:
-        hint = "the command needs more than the base install: pip install 'llada-trm-hf[train,demo,eval]'"
-        return _report(command, ImportError(f"{error}; {hint}."), 2)
-    except ImportError as error:  # which says itself what to install
-        return _report(command, error, 2)
-    except OSError as error:
-        # transformers raises a bare OSError for a model that cannot be found; the system's have a number.
-        return _report(command, error, 2 if error.errno is None else 1)
     except Exception as error:
-        if debug_enabled():
-            traceback.print_exc()
-        return _report(command, error, 1)
+        message, code = _explain(error)
+        if message is None or debug_enabled():
+            traceback.print_exception(error)
+        text = message or str(error) or type(error).__name__
+        print(f"llada-trm {command}: {' '.join(text.split())}", file=sys.stderr)
+        return code
     return 0
 
 
-def _report(command: str, error: BaseException, code: int) -> int:
-    text = " ".join(str(error).split()) or type(error).__name__
-    print(f"llada-trm {command}: {text}", file=sys.stderr)
-    return code
+def _explain(error: Exception) -> tuple[str | None, int]:
+    """The message for the user, None for a bug, and the exit code."""
+    message = str(error) or type(error).__name__
+    if isinstance(error, SafetensorError):
+        return f"a weights file is damaged or cut short ({error}): copy or download the checkpoint again.", 2
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error}; this command needs an extra: pip install 'llada-trm-hf[train,demo,eval]'.", 2
+    if isinstance(error, ImportError):  # says itself what to install
+        return message, 2
+    if isinstance(error, OSError):
+        # transformers raises a bare OSError for a model that cannot be found; the system's have a number.
+        return message, 2 if isinstance(error, MISTAKES) or error.errno is None else 1
+    if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
+        return message, 2
+    if isinstance(error, (*MISTAKES, *FAILURES)) and _raised_for_the_user(error):
+        return message, 2 if isinstance(error, MISTAKES) else 1
+    return None, 1
+
+
+def _raised_for_the_user(error: Exception) -> bool:
+    """
+    Whether the error comes from a `raise` in this package or another that checks what users hand in. From torch or
+    the interpreter (`int("x")`, a wrong unpacking), it is a bug in our code.
+    """
+    innermost = error.__traceback__
+    while innermost is not None and innermost.tb_next is not None:
+        innermost = innermost.tb_next
+    if innermost is None:
+        return False
+    frame = innermost.tb_frame
+    raised = frame.f_code.co_code[innermost.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return raised and str(frame.f_globals.get("__name__")).partition(".")[0] in CHECKING_PACKAGES.split()
 
 
 def _help() -> str:
-    commands = "\n".join(f"  {name:<11} {what}" for name, what in COMMANDS.items())
+    commands = "\n".join(f"  {name:<11} {description}" for name, (_, description) in COMMANDS.items())
     return f"usage: llada-trm COMMAND [options]\n\n{commands}\n\nllada-trm COMMAND --help lists a command's options."

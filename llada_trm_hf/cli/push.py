@@ -4,7 +4,7 @@ import os
 
 from ..cards import files_to_publish
 from ..hub.push import custom_generate_files, folder_of, push_checkpoint, push_custom_generate
-from .parser import CommandParser
+from .command import CommandParser
 
 
 def run(arguments: list[str]) -> None:

@@ -8,9 +8,8 @@ import torch
 from ..evaluation.language_models import decode
 from ..inspection import trace_summary
 from ..storage import write_atomically
-from .generation import check_generation, generate, load
-from .generation_flags import add_generation_flags, generation_settings
-from .parser import CommandParser
+from .command import CommandParser
+from .generation import add_generation_flags, check_generation, generate, generation_settings, load
 
 
 def run(arguments: list[str]) -> None:
@@ -29,7 +28,7 @@ def run(arguments: list[str]) -> None:
     folder = options.output_dir
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise NotADirectoryError(f"{folder} is a file: choose another --output_dir.")
-    importlib.import_module("matplotlib")  # missing, it is missed before the work
+    importlib.import_module("matplotlib")  # if it is missing, say so before the work
 
     torch.manual_seed(options.seed)
     model, tokenizer = load(options.checkpoint, options.dtype, options.device)

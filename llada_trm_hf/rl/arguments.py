@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from trl import GRPOConfig
 
 from ..training.arguments import CommonTrainingArguments
-from ..training.recipe_arguments import DataArguments
 
 # What does not fit: checkpointing needs training mode, a synchronised reference would overwrite the backbone that it
 # shares, and the others replace the model's own generation or look for an `lm_head`.
@@ -62,15 +61,3 @@ class LatentGRPOTrainingArguments(CommonTrainingArguments, GRPOConfig):
             raise ValueError(f"curriculum_samples must be at least 1, got {self.curriculum_samples}.")
         if not self.curriculum and (self.drop_uninformative or self.curriculum_samples is not None):
             raise ValueError("drop_uninformative and curriculum_samples have no effect without curriculum.")
-
-
-@dataclass
-class GRPORecipeArguments(DataArguments):
-    """What is rewarded for right answers. The rest are [`LatentGRPOTrainingArguments`]."""
-
-    checkpoint: str | None = field(default=None, metadata={"help": "The latent-thinking model to go on from."})
-    allow_code_execution: bool = field(
-        default=False, metadata={"help": "Run programs the model writes, which datasets of code need."}
-    )
-    code_seconds: float = field(default=10.0, metadata={"help": "Time limit of such a program."})
-    code_memory: int = field(default=1024, metadata={"help": "Memory limit of such a program, in MB."})

@@ -1,4 +1,4 @@
-"""Trainers, freezing, metrics and recipes."""
+"""Trainers, freezing and metrics."""
 
 from .arguments import (
     CompressorTrainingArguments,

@@ -1,4 +1,4 @@
-"""`llada-trm demo`: the whole journey on generated arithmetic, from scratch, in a few minutes on two cores."""
+"""The demo: the whole journey on generated arithmetic, from scratch, in a few minutes on two cores."""
 
 import copy
 import json
@@ -25,10 +25,10 @@ from ..models import (
     RecursiveRefinementHeadConfig,
 )
 from ..training import MaskedDiffusionTrainer, MaskedDiffusionTrainingArguments, set_trainable
-from .parser import CommandParser
+from .run_setup import vocabulary_settings
 
 
-class _LossOnTheBar(ProgressCallback):
+class _LossProgressCallback(ProgressCallback):
     """A progress bar that shows the loss, instead of lines of logs."""
 
     def __init__(self, name: str):
@@ -55,35 +55,38 @@ class DemoSize:
     head_steps: int = 1_500
 
 
-SMALLEST = DemoSize(problems=2_000, held_out=50, backbone_steps=20, head_steps=10)
+SMOKE_TEST = DemoSize(problems=2_000, held_out=50, backbone_steps=20, head_steps=10)
 NUM_TERMS = 7
-# What someone runs who has transformers but not this package.
-STRANGER = """
+STEPS_COMPARED = (1, 2, 4)
+# Loads a checkpoint with transformers alone, as on a machine without this package.
+REMOTE_CODE_SCRIPT = """
 import json, sys, torch
 sys.modules["llada_trm_hf"] = None
 from transformers import AutoModelForMaskedLM
 model = AutoModelForMaskedLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 print(json.dumps(model.generate(torch.tensor(json.loads(sys.argv[2]))).tolist()))
 """
-STEPS_COMPARED = (1, 2, 4)
 
 
-def run(arguments: list[str]) -> None:
-    parser = CommandParser(
-        prog="llada-trm demo",
-        description="Trains a masked-diffusion model from scratch, then a recursive head on top of it, and compares.",
-    )
-    parser.add_argument("--output_dir", default="outputs/demo", help="a new folder for checkpoint, trace and results")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, data and masks")
-    parser.add_argument("--smoke_test", action="store_true", help="a few steps only, to see that everything runs")
-    options = parser.parse_args(arguments)
-    found = os.listdir(options.output_dir) if os.path.isdir(options.output_dir) else []
+def run_demo(output_dir: str, seed: int = 0, smoke_test: bool = False) -> None:
+    """
+    Trains a backbone, then a head on it, compares them with a control, and saves checkpoint, trace and results.
+
+    Args:
+        output_dir: a new folder, or one that holds an earlier demo.
+        seed: of weights, data and masks.
+        smoke_test: a few steps only.
+
+    Raises:
+        ValueError: if the folder holds something else.
+    """
+    found = os.listdir(output_dir) if os.path.isdir(output_dir) else []
     if found and "results.json" not in found:
-        raise ValueError(f"{options.output_dir} is not empty and holds no earlier demo: choose another --output_dir.")
+        raise ValueError(f"{output_dir} is not empty and holds no earlier demo: choose another --output_dir.")
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # those of loading and saving
     disable_progress_bars()
-    Demo(options.output_dir, options.seed, SMALLEST if options.smoke_test else DemoSize()).run()
+    Demo(output_dir, seed, SMOKE_TEST if smoke_test else DemoSize()).run()
 
 
 class Demo:
@@ -106,9 +109,7 @@ class Demo:
         self.timed("train the backbone", lambda: self.train(backbone, train, "backbone", self.size.backbone_steps))
 
         hybrid = self.make_hybrid(backbone)
-        print(
-            f"\n2. A recursive head of {hybrid.refiner.num_parameters():,} parameters learns on top; nothing else does"
-        )
+        print(f"\n2. A recursive head of {hybrid.refiner.num_parameters():,} parameters learns on a frozen backbone")
         set_trainable(hybrid, ["refiner"])
         self.timed("train the head", lambda: self.train(hybrid, train, "head", self.size.head_steps))
 
@@ -137,7 +138,6 @@ class Demo:
 
     def backbone_config(self) -> LLaDAConfig:
         return LLaDAConfig(
-            vocab_size=len(self.tokenizer),
             hidden_size=64,
             intermediate_size=192,
             num_hidden_layers=2,
@@ -145,10 +145,7 @@ class Demo:
             max_position_embeddings=64,
             rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
             initializer_range=0.1,  # about 1 / sqrt(width): so narrow a model hardly starts to learn at 0.02
-            mask_token_id=self.tokenizer.mask_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
-            bos_token_id=self.tokenizer.bos_token_id,
+            **vocabulary_settings(self.tokenizer),
         )
 
     def make_hybrid(self, backbone: LLaDAForMaskedDiffusion) -> LLaDATRMForMaskedDiffusion:
@@ -167,7 +164,6 @@ class Demo:
         return LLaDATRMForMaskedDiffusion.from_backbone(copy.deepcopy(backbone), head, min_confidence=0.95)
 
     def steps_in_the_same_time(self) -> int:
-        """How many steps the backbone trains in the time the head took."""
         seconds_per_step = self.seconds["train the backbone"] / self.size.backbone_steps
         return max(round(self.seconds["train the head"] / seconds_per_step), 1)
 
@@ -191,7 +187,7 @@ class Demo:
         )
         trainer = MaskedDiffusionTrainer(model, arguments, train_dataset=samples, processing_class=self.tokenizer)
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(_LossOnTheBar(name))
+        trainer.add_callback(_LossProgressCallback(name))
         trainer.train()
         model.eval()
 
@@ -211,27 +207,27 @@ class Demo:
         }
 
     def save(self, hybrid: LLaDATRMForMaskedDiffusion, test: Any) -> bool:
-        """Saves checkpoint and trace. Whether a stranger's process, without this package, generates the same."""
+        """Saves checkpoint and trace; whether a process without this package generates the same from them."""
         checkpoint = os.path.join(self.folder, "checkpoint")
         hybrid.generation_config.max_new_tokens = NUM_TERMS + 1
         hybrid.generation_config.num_diffusion_steps = 2
         hybrid.save_pretrained(checkpoint)
         self.tokenizer.save_pretrained(checkpoint)
-        prompts = self.turned_around(hybrid, test)
+        prompts = self.prompts_the_head_fixes(hybrid, test)
         output = hybrid.generate(prompts, output_refinement_trace=True, return_dict_in_generate=True)
         output.refinement_trace.to_html(os.path.join(self.folder, "trace.html"), self.tokenizer)
         with tempfile.TemporaryDirectory() as cache:
-            stranger = subprocess.run(
-                [sys.executable, "-c", STRANGER, checkpoint, json.dumps(prompts.tolist())],
+            process = subprocess.run(
+                [sys.executable, "-c", REMOTE_CODE_SCRIPT, checkpoint, json.dumps(prompts.tolist())],
                 env={**os.environ, "HF_MODULES_CACHE": cache, "HF_HUB_OFFLINE": "1"},
                 capture_output=True,
                 text=True,
             )
-        if stranger.returncode:
-            raise RuntimeError(f"The checkpoint does not load as remote code: {stranger.stderr[-2000:]}")
-        return json.loads(stranger.stdout.splitlines()[-1]) == hybrid.generate(prompts).tolist()
+        if process.returncode:
+            raise RuntimeError(f"The checkpoint does not load as remote code: {process.stderr[-2000:]}")
+        return json.loads(process.stdout.splitlines()[-1]) == hybrid.generate(prompts).tolist()
 
-    def turned_around(self, hybrid: LLaDATRMForMaskedDiffusion, test: Any, number: int = 3) -> torch.Tensor:
+    def prompts_the_head_fixes(self, hybrid: LLaDATRMForMaskedDiffusion, test: Any, number: int = 3) -> torch.Tensor:
         """Prompts `[number, L]` of held-out problems that the head gets right and the bare backbone wrong, if any."""
         expected = torch.tensor([sample["input_ids"] for sample in test])
         prompts = expected[:, : NUM_TERMS + 1]
@@ -250,7 +246,7 @@ class Demo:
         print(f"\ncheckpoint {os.path.join(self.folder, 'checkpoint')}")
         print(f"           (loaded without this package, it generates the same: {reloaded})")
         print(f"trace      {os.path.join(self.folder, 'trace.html')}")
-        print("           (open it in a browser: three problems the head turned around)")
+        print("           (open it in a browser: three problems that the head fixes)")
         with open(os.path.join(self.folder, "results.json"), "w", encoding="utf-8") as file:
             table = {name: [asdict(accuracy) for accuracy in row] for name, row in results.items()}
             json.dump({"steps": STEPS_COMPARED, "accuracy": table, "seconds": self.seconds}, file, indent=2)

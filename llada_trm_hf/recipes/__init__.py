@@ -1,0 +1,1 @@
+"""Recipes: one module per training method beside its YAML files; `llada-trm train` runs them."""

@@ -1,0 +1,204 @@
+"""Training of a refiner, of a masked-diffusion model with it, or of the model alone."""
+
+import json
+import os
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.hf_argparser import HfArg
+
+from ..data import byte_tokenizer
+from ..models import LLaDAConfig, LLaDATRMForMaskedDiffusion
+from ..models.backbones import BACKBONES, build_backbone, load_backbone
+from ..models.refiner_registry import REFINER_CONFIGS
+from ..storage import output_dir_lock
+from ..training.arguments import MaskedDiffusionTrainingArguments
+from ..training.freezing import last_layers, set_trainable
+from ..training.trainer import MaskedDiffusionTrainer
+from .run_setup import (
+    DataArguments,
+    TrainingMethod,
+    check_length,
+    checkpoint_to_resume,
+    describe_data,
+    pretrained_tokenizer,
+    reasoning_samples,
+    train_and_eval,
+    train_and_save,
+    vocabulary_settings,
+)
+
+# Settings that every kind of refiner may have: a recipe sets them for whichever it is used with.
+_SHARED_REFINER_SETTINGS = ("chunk_size", "max_recursive_steps", "convergence_threshold")
+
+
+@dataclass
+class MaskedDiffusionScriptArguments(DataArguments):
+    """What is trained on what. The rest of a recipe are [`MaskedDiffusionTrainingArguments`]."""
+
+    backbone: str | None = HfArg(
+        default=None, aliases=["--model"], help="Name or folder of a model, or a config .json for a new one."
+    )
+    checkpoint: str | None = HfArg(default=None, help="A hybrid to go on from, instead of a backbone.")
+    refiner: str = HfArg(
+        default="recursive_refinement_head",
+        help="Kind of refiner, or folder of one; several with commas; 'none' to train the backbone alone.",
+    )
+    integration: str | None = HfArg(default=None, help="How several refiners work together: cascade or mix.")
+    chunk_size: int | None = HfArg(default=None, help="Tokens refined together; 16.")
+    align_steps_to_chunks: bool = HfArg(
+        default=False, help="Start every reasoning step, and the answer, in a new chunk."
+    )
+    max_recursive_steps: int | None = HfArg(default=None, help="Most updates of a chunk; 8, of a slot refiner 4.")
+    convergence_threshold: float | None = HfArg(default=None, help="When a chunk stops, 0 never; 0.01, of slots 1e-4.")
+    head_hidden_size: int | None = HfArg(default=None, help="Width of a chunk's code in a recursive head; 512.")
+    head_layers: int | None = HfArg(default=None, help="SwiGLU layers of a recursive head; 2.")
+    step_size: float | None = HfArg(default=None, help="Factor of a recursive head's updates; 0.1.")
+    preset: str | None = HfArg(default=None, help="Size of a slot refiner: tiny, base or large; base.")
+    context_slot_size: int | None = HfArg(default=None, help="Of a slot refiner's context slot; half the width.")
+    reasoning_slot_size: int | None = HfArg(default=None, help="Of its reasoning slot; a quarter.")
+    refinement_slot_size: int | None = HfArg(default=None, help="Of its refinement slot; a quarter.")
+    confidence_slot_size: int | None = HfArg(default=None, help="Of its confidence slot; an eighth.")
+    use_gating: bool | None = HfArg(default=None, help="Whether its slots have gates; true.")
+    delta_scale: float | None = HfArg(default=None, help="Factor of a slot refiner's updates; 0.1.")
+    dropout: float | None = HfArg(default=None, help="Dropout of a slot refiner; 0.")
+    min_confidence: float = HfArg(default=0.5, help="Chunks below it are refined.")
+    deep_supervision_weight: float = HfArg(default=0.3, help="Weight of the loss over the steps.")
+    deep_supervision_schedule: str = HfArg(default="constant", help="constant, linear or exponential.")
+    confidence_loss_weight: float = HfArg(default=0.05, help="Weight of the confidence's calibration.")
+    orthogonality_weight: float = HfArg(default=0.01, help="Weight of the overlap between slots.")
+    freeze_backbone: bool = HfArg(default=False, help="Train the refiner only.")
+    trainable: list[str] | None = HfArg(default=None, help="Patterns of module names that train.")
+    train_last_layers: int | None = HfArg(default=None, help="Train this many of the backbone's last layers as well.")
+    train_layer_norms: bool = HfArg(default=False, help="Train all normalisation layers as well.")
+
+
+def run_masked_diffusion(
+    script_args: MaskedDiffusionScriptArguments, training_args: MaskedDiffusionTrainingArguments
+) -> MaskedDiffusionTrainer:
+    """
+    Trains as the settings say, from the last checkpoint in `training_args.output_dir` if
+    `training_args.resume_from_checkpoint` is set, and saves the final model and tokenizer in that folder.
+
+    Raises:
+        ValueError, OSError: for settings that cannot work, before anything is written.
+        RuntimeError: if another run is writing to the folder.
+        FloatingPointError: if the loss becomes NaN.
+    """
+    resume_from = checkpoint_to_resume(training_args)
+    torch.manual_seed(training_args.seed)
+    tokenizer = _load_tokenizer(script_args)
+    model = _load_model(script_args, tokenizer)
+    check_length(script_args.max_length, model)
+    # A checkpoint has its own chunk size; a backbone trained alone is laid out for the refiner it will get.
+    chunk_size = getattr(model.config, "chunk_size", script_args.chunk_size or 16)
+    align = chunk_size if script_args.align_steps_to_chunks else None
+    train, held_out = train_and_eval(
+        script_args, lambda split, path: reasoning_samples(script_args, tokenizer, split, path, align)
+    )
+    set_trainable(model, _trainable_patterns(script_args, model), train_layer_norms=script_args.train_layer_norms)
+
+    with output_dir_lock(training_args.output_dir):
+        trainer = MaskedDiffusionTrainer(
+            model, training_args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
+        )
+        trainer.data_description = describe_data(script_args)
+        train_and_save(trainer, resume_from)
+    return trainer
+
+
+def _trainable_patterns(script_args: MaskedDiffusionScriptArguments, model: PreTrainedModel) -> list[str]:
+    if script_args.trainable is None and not script_args.freeze_backbone:
+        if script_args.train_last_layers is not None:
+            raise ValueError("Without freeze_backbone or trainable, everything trains: leave out train_last_layers.")
+        return ["*"]
+    patterns = ["refiner"] if script_args.trainable is None else script_args.trainable
+    if script_args.train_last_layers is None:
+        return patterns
+    return [*patterns, *last_layers(model, script_args.train_last_layers)]
+
+
+def _load_tokenizer(script_args: MaskedDiffusionScriptArguments) -> PreTrainedTokenizerBase:
+    """The named tokenizer, or the model's own, or the byte tokenizer for a new model."""
+    source = script_args.tokenizer or script_args.checkpoint or script_args.backbone
+    if source is None or (script_args.tokenizer is None and source.endswith(".json")):
+        return byte_tokenizer()
+    return pretrained_tokenizer(source)
+
+
+def _load_model(script_args: MaskedDiffusionScriptArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A hybrid from a checkpoint, or a new refiner on a backbone, or the backbone alone."""
+    if script_args.checkpoint is not None:
+        return LLaDATRMForMaskedDiffusion.from_pretrained(script_args.checkpoint, dtype=script_args.dtype)
+    if script_args.backbone is None:
+        raise ValueError(
+            "Say what to train: --backbone with the name or folder of a masked-diffusion model, a config .json for a "
+            "new one, or --checkpoint with a hybrid to go on from."
+        )
+    backbone: Any = script_args.backbone
+    if script_args.backbone.endswith(".json"):
+        backbone = _new_backbone(script_args.backbone, tokenizer)
+    if script_args.refiner == "none":
+        return load_backbone(backbone, dtype=script_args.dtype) if isinstance(backbone, str) else backbone
+    config = AutoConfig.from_pretrained(backbone) if isinstance(backbone, str) else backbone.config
+    return LLaDATRMForMaskedDiffusion.from_backbone(
+        backbone,
+        refiner_configs(script_args, config.get_text_config().hidden_size),
+        freeze_backbone=False,
+        integration=script_args.integration,
+        min_confidence=script_args.min_confidence,
+        deep_supervision_weight=script_args.deep_supervision_weight,
+        deep_supervision_schedule=script_args.deep_supervision_schedule,
+        confidence_loss_weight=script_args.confidence_loss_weight,
+        orthogonality_weight=script_args.orthogonality_weight,
+        **({"dtype": script_args.dtype} if isinstance(backbone, str) else {}),
+    )
+
+
+def _new_backbone(config_file: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A LLaDA model with random weights; sizes from a .json file, vocabulary and token ids from the tokenizer."""
+    if not os.path.isfile(config_file):
+        raise FileNotFoundError(f"There is no config file {config_file}.")
+    with open(config_file, encoding="utf-8") as file:
+        try:
+            sizes = json.load(file)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{config_file} is not valid JSON: {error}.") from error
+    if not isinstance(sizes, dict) or sizes.get("model_type", "llada") not in BACKBONES:
+        raise ValueError(f"{config_file} must hold the fields of a config of {', '.join(BACKBONES)}.")
+    return build_backbone(LLaDAConfig.from_dict({**sizes, **vocabulary_settings(tokenizer)}))
+
+
+def refiner_configs(script_args: MaskedDiffusionScriptArguments, hidden_size: int) -> list[PreTrainedConfig | str]:
+    """
+    For each refiner in `script_args.refiner` its config, for a backbone of width `hidden_size`; or the name itself if
+    it is the folder of a refiner, which has a config.
+
+    Raises:
+        ValueError: for a setting that only other kinds of refiners have, or a value out of range.
+    """
+    given = {name: value for name, value in vars(script_args).items() if value is not None}
+    unused = {name for kind in REFINER_CONFIGS.values() for name in _settings_of(kind) & set(given)}
+    unused -= set(_SHARED_REFINER_SETTINGS)
+    configs: list[PreTrainedConfig | str] = []
+    for name in script_args.refiner.split(","):
+        kind = REFINER_CONFIGS.get(name)
+        if kind is None:
+            configs.append(name)
+            continue
+        settings = {field: given[field] for field in _settings_of(kind) if field in given}
+        unused -= set(settings)
+        configs.append(kind(**{**settings, "hidden_size": hidden_size}))
+    if unused:
+        raise ValueError(f"{', '.join(sorted(unused))}: not a setting of {script_args.refiner}. Leave it out.")
+    return configs
+
+
+def _settings_of(kind: type[PreTrainedConfig]) -> set[str]:
+    """The fields of this kind of config that other configs do not have."""
+    return {field.name for field in fields(kind)} - {field.name for field in fields(PreTrainedConfig)}
+
+
+METHOD = TrainingMethod(MaskedDiffusionScriptArguments, MaskedDiffusionTrainingArguments, run_masked_diffusion)

@@ -1,0 +1,158 @@
+"""What every training method shares: its data, its tokenizer, its output folder."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.hf_argparser import HfArg
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..data import load_reasoning_dataset, tokenize_reasoning
+from ..data.reasoning import column_mapping
+from ..data.reasoning_sources import SOURCES
+from ..data.rows import Rows, is_data_file
+
+T = TypeVar("T")
+
+
+@dataclass
+class DataArguments:
+    """Text to train on, and the tokenizer that reads it."""
+
+    tokenizer: str | None = HfArg(default=None, help="Name or folder; the model's own, or bytes for a new model.")
+    dtype: str = HfArg(default="float32", help="Of the weights: float32, bfloat16, float16 or auto.")
+    dataset_name: str = HfArg(
+        default="arithmetic",
+        help="arithmetic, gsm8k, natural_reasoning, math, aime, humaneval, mbpp, apps, or a .json, .jsonl, .csv or "
+        ".parquet file.",
+    )
+    data_files: str | None = HfArg(default=None, help="A local file with the rows of dataset_name.")
+    columns: list[str] | None = HfArg(default=None, help="Columns of a local file: prompt=question ...")
+    split: str = HfArg(default="train", help="Split or slice to train on, e.g. train[:1000].")
+    eval_split: str | None = HfArg(default=None, help="Split or slice to evaluate on, as for split.")
+    eval_data_files: str | None = HfArg(default=None, help="A local file with the rows to evaluate on.")
+    streaming: bool = HfArg(default=False, help="Read rows as they are needed; needs max_steps.")
+    num_terms: int = HfArg(default=8, help="Difficulty of generated arithmetic.")
+    max_length: int = HfArg(default=512, help="Tokens of prompt and response together.")
+
+
+@dataclass(frozen=True)
+class TrainingMethod:
+    """Dataclasses of what is trained on what and of the trainer's arguments, and the function that takes both."""
+
+    script_arguments: type
+    training_arguments: type
+    run: Callable[[Any, Any], Any]
+
+    def option_names(self) -> list[str]:
+        """The keys of a recipe, which are the options of the command line too."""
+        return [field.name for cls in (self.script_arguments, self.training_arguments) for field in fields(cls)]
+
+
+def pretrained_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder or repository; without a padding token, it pads with the end of the sequence."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def vocabulary_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The fields of a new model's config that follow from its tokenizer."""
+    names = ("mask_token_id", "pad_token_id", "eos_token_id", "bos_token_id")
+    return {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in names}}
+
+
+def check_length(max_length: int, model: PreTrainedModel) -> None:
+    """Raises ValueError if samples could be longer than the model's context."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and max_length > longest:
+        raise ValueError(f"max_length={max_length} is more than the model's context of {longest} tokens.")
+
+
+def check_folders(*names: str | None) -> None:
+    """Raises FileNotFoundError for a name that is neither a folder nor, as owner/name, a repository."""
+    for name in names:
+        if name is not None and not os.path.isdir(name) and (os.path.isabs(name) or name.count("/") != 1):
+            raise FileNotFoundError(f"There is no folder {name}.")
+
+
+def train_and_eval(script_args: DataArguments, load: Callable[[str, str | None], T]) -> tuple[T, T | None]:
+    """What `load` makes of split and local file: of the training data, and of the evaluation data if there is any."""
+    train = load(script_args.split, script_args.data_files)
+    if script_args.eval_split is None and script_args.eval_data_files is None:
+        return train, None
+    return train, load(script_args.eval_split or "test", script_args.eval_data_files or script_args.data_files)
+
+
+def load_problems(
+    script_args: DataArguments, split: str, path: str | None, streaming: bool = False
+) -> tuple[Rows, str]:
+    """Problems, and the template of their response; see `load_reasoning_dataset`."""
+    return load_reasoning_dataset(
+        script_args.dataset_name,
+        split,
+        data_files=path,
+        columns=column_mapping(script_args.columns),
+        num_terms=script_args.num_terms,
+        streaming=streaming,
+    )
+
+
+def reasoning_samples(
+    script_args: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str,
+    path: str | None,
+    align_steps_to_chunks: int | None = None,
+) -> Rows:
+    """Prompt, reasoning and answer of each problem as tokens; see `tokenize_reasoning`."""
+    problems, response = load_problems(script_args, split, path, script_args.streaming)
+    return tokenize_reasoning(problems, tokenizer, response, script_args.max_length, align_steps_to_chunks)
+
+
+def describe_data(script_args: DataArguments) -> dict[str, str]:
+    """The dataset, for a trainer's `data_description`; the name of a local file would mean nothing to others."""
+    source = SOURCES.get(script_args.dataset_name)
+    is_local = script_args.data_files is not None or is_data_file(script_args.dataset_name)
+    described = {"name": "a local file" if is_local else script_args.dataset_name, "split": script_args.split}
+    hub_name = script_args.dataset_name if source is None else source.hub_name
+    if hub_name and not is_local:
+        described["hub_name"] = hub_name
+    if script_args.eval_split is not None:
+        described["eval_split"] = script_args.eval_split
+    return described
+
+
+def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
+    """
+    The checkpoint to resume from, if any.
+
+    Raises:
+        ValueError: if the output folder holds an earlier run that is not resumed, or there is nothing to resume.
+    """
+    folder, wanted = training_args.output_dir, training_args.resume_from_checkpoint
+    last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+    if wanted is None or str(wanted).lower() == "false":
+        if last is not None or os.path.exists(os.path.join(folder, "trainer_state.json")):
+            raise ValueError(
+                f"{folder} holds an earlier run. Go on from it with --resume_from_checkpoint true, or choose another "
+                f"--output_dir."
+            )
+        return None
+    if str(wanted).lower() == "true":
+        if last is None:
+            raise ValueError(f"{folder} holds no checkpoint to resume from.")
+        return last
+    if not os.path.isfile(os.path.join(wanted, "trainer_state.json")):
+        raise ValueError(f"{wanted} is not a checkpoint of a training run: it has no trainer_state.json.")
+    return str(wanted)
+
+
+def train_and_save(trainer: Trainer, resume_from: str | None) -> None:
+    """Trains, from the checkpoint `resume_from` if there is one, and leaves the model in the output folder."""
+    trainer.train(resume_from_checkpoint=resume_from)
+    trainer.save_model()
+    trainer.save_state()

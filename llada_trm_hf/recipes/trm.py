@@ -1,0 +1,122 @@
+"""Training of a SequenceTRM on hidden pairs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Subset
+from transformers import AutoModelForCausalLM
+from transformers.hf_argparser import HfArg
+
+from ..data import HiddenPairsDataset
+from ..models import DimensionCompressor, SequenceTRM, SequenceTRMConfig
+from ..storage import output_dir_lock
+from ..training.arguments import TRMTrainingArguments
+from ..training.trm_trainer import TRMTrainer
+from .run_setup import TrainingMethod, check_folders, checkpoint_to_resume, train_and_save
+
+
+@dataclass
+class TRMScriptArguments:
+    """A SequenceTRM, and the hidden pairs it learns. The rest are [`TRMTrainingArguments`]."""
+
+    pairs_dir: str | None = HfArg(default=None, help="Folder or file of hidden pairs.")
+    eval_pairs_dir: str | None = HfArg(default=None, help="Hidden pairs to evaluate on.")
+    eval_fraction: float = HfArg(default=0.0, help="Share of the pairs held out, without eval_pairs_dir.")
+    compressor: str | None = HfArg(default=None, help="Of the pairs, if they are uncompressed or for --backbone.")
+    backbone: str | None = HfArg(
+        default=None, aliases=["--model"], help="The pairs' language model: report how often its head agrees."
+    )
+    checkpoint: str | None = HfArg(default=None, help="A SequenceTRM to go on from.")
+    n_layers: int = HfArg(default=2, help="Blocks of a new network.")
+    n_heads: int = HfArg(default=8, help="Attention heads of a new network.")
+    block_style: str = HfArg(default="trm", help="trm (the paper's block) or llm_trm.")
+    dropout: float = HfArg(default=0.1, help="Dropout of a new network.")
+    dtype: str = HfArg(default="float32", help="Of the language model: float32, bfloat16, float16 or auto.")
+
+
+def run_trm(script_args: TRMScriptArguments, training_args: TRMTrainingArguments) -> None:
+    """
+    Trains a SequenceTRM as the settings say and saves it in `training_args.output_dir`.
+    Raises the same errors as `run_masked_diffusion`.
+    """
+    if script_args.pairs_dir is None:
+        raise ValueError("Say what to learn: --pairs_dir with a folder or file of hidden pairs.")
+    if not 0 <= script_args.eval_fraction < 1:
+        raise ValueError(f"eval_fraction must be at least 0 and below 1, got {script_args.eval_fraction}.")
+    check_folders(script_args.compressor, script_args.checkpoint)
+    resume_from = checkpoint_to_resume(training_args)
+    torch.manual_seed(training_args.seed)
+    compressor = (
+        None if script_args.compressor is None else DimensionCompressor.from_pretrained(script_args.compressor)
+    )
+    pairs = _load_pairs(script_args.pairs_dir, compressor)
+    train, held_out = _train_and_held_out(script_args, pairs, training_args.seed, compressor)
+    model = _new_model(script_args, pairs.hidden_size)
+    compressed_from = None if compressor is None else compressor.config.backbone_name_or_path
+    model.config.backbone_name_or_path = (
+        pairs.model_name or compressed_from or script_args.backbone or model.config.backbone_name_or_path
+    )
+    lm_head = None if script_args.backbone is None else _load_lm_head(script_args.backbone, script_args.dtype)
+    with output_dir_lock(training_args.output_dir):
+        trainer = TRMTrainer(
+            model, training_args, train_dataset=train, eval_dataset=held_out, lm_head=lm_head, compressor=compressor
+        )
+        train_and_save(trainer, resume_from)
+
+
+def _train_and_held_out(
+    script_args: TRMScriptArguments, pairs: HiddenPairsDataset, seed: int, compressor: DimensionCompressor | None
+) -> tuple[Any, Any]:
+    """Pairs to train on, and held-out ones if there are any."""
+    if script_args.eval_pairs_dir is not None:
+        return pairs, _load_pairs(script_args.eval_pairs_dir, compressor)
+    if not script_args.eval_fraction:
+        return pairs, None
+    number = round(script_args.eval_fraction * len(pairs))
+    if number < 2 or number == len(pairs):
+        raise ValueError(
+            f"eval_fraction={script_args.eval_fraction} of {len(pairs)} hidden pairs is {number}: evaluation needs "
+            f"two, and training the rest."
+        )
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Subset(pairs, order[number:]), Subset(pairs, order[:number])
+
+
+def _load_pairs(pairs_dir: str, compressor: DimensionCompressor | None) -> HiddenPairsDataset:
+    """The pairs, compressed by `compressor` unless they are stored so."""
+    pairs = HiddenPairsDataset(pairs_dir)
+    if not len(pairs):
+        raise ValueError(f"{pairs_dir} holds no hidden pairs.")
+    if compressor is None or pairs[0]["context"].shape[-1] == compressor.config.compressed_size:
+        return pairs
+    return HiddenPairsDataset(pairs_dir, compressor=compressor)
+
+
+def _new_model(script_args: TRMScriptArguments, width: int) -> SequenceTRM:
+    if script_args.checkpoint is None:
+        return SequenceTRM(
+            SequenceTRMConfig(
+                hidden_size=width,
+                n_layers=script_args.n_layers,
+                n_heads=script_args.n_heads,
+                block_style=script_args.block_style,
+                dropout=script_args.dropout,
+            )
+        )
+    model = SequenceTRM.from_pretrained(script_args.checkpoint)
+    if model.config.hidden_size != width:
+        raise ValueError(
+            f"{script_args.checkpoint} has hidden_size={model.config.hidden_size}, but the pairs are {width} wide: "
+            f"name the --compressor it was trained with."
+        )
+    return model
+
+
+def _load_lm_head(name_or_path: str, dtype: str) -> nn.Module:
+    """The LM head alone: the rest of the language model is freed."""
+    return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype).get_output_embeddings()
+
+
+METHOD = TrainingMethod(TRMScriptArguments, TRMTrainingArguments, run_trm)
