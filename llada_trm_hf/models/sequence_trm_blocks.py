@@ -43,21 +43,6 @@ class SequenceTRMAttention(nn.Module):
         return group.pack(attended.transpose(1, 2))
 
 
-class Dropout(nn.Dropout):
-    """
-    `nn.Dropout`, with cheaper masks on a CPU: drawing them one number at a time took a tenth of a training step. A
-    mask needs 16 random bits for each element, so `p` is rounded to a multiple of 2^-16.
-    """
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        if not self.training or not self.p or states.device.type != "cpu":
-            return super().forward(states)
-        bits = torch.empty(-(-states.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        threshold = round(self.p * 2**16)
-        kept = bits[: states.numel()].view(states.shape) >= threshold - 2**15
-        return states * kept * (2**16 / (2**16 - threshold))
-
-
 class TRMBlock(nn.Module):
     """
     The block of the TRM paper (arXiv 2510.04871): RoPE, SwiGLU, no biases, and after each residual sum an RMSNorm
@@ -71,7 +56,7 @@ class TRMBlock(nn.Module):
         self.gate_up_proj = nn.Linear(size, 2 * width, bias=False)
         self.down_proj = nn.Linear(width, size, bias=False)
         self.norm = nn.RMSNorm(size, eps=1e-5, elementwise_affine=False)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, states: torch.Tensor, sequences: PackedSequences, rotary: Rotary | None) -> torch.Tensor:
         states = self.norm(states + self.dropout(self.self_attn(states, sequences, rotary)))

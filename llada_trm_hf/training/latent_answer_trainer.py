@@ -10,15 +10,15 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from ..data import LatentAnswerCollator
 from ..models import LatentThinkingForCausalLM
 from .arguments import LatentAnswerTrainingArguments
-from .backbone_saving import BackboneSavingTrainer
+from .recording_trainer import BaseTrainer
 
 
-class LatentAnswerTrainer(BackboneSavingTrainer):
+class LatentAnswerTrainer(BaseTrainer):
     """
-    Answer supervision: the cross-entropy of the answer, given the prompt and the latents thought from it. What trains
-    is what requires gradients, as a rule the thinker (`from_backbone` freezes the backbone).
+    Answer supervision: the cross-entropy of the answer, given the prompt and the latents thought from it. It trains
+    whatever requires gradients, as a rule the thinker (`from_backbone` freezes the backbone).
 
-    Besides the loss it logs `answer_accuracy`, the share of answers each of whose tokens is the most likely one after
+    Besides the loss it logs `answer_accuracy`, the share of answers whose every token is the most likely one after
     those before it, and `reasoning_steps`.
 
     Args:
@@ -29,7 +29,7 @@ class LatentAnswerTrainer(BackboneSavingTrainer):
         callbacks: as in `Trainer`.
 
     Raises:
-        ValueError: if checkpoints are to leave out a backbone nobody could find again, or one that trains.
+        ValueError: if checkpoints would leave out a backbone that nobody could find again, or one that trains.
     """
 
     args: LatentAnswerTrainingArguments
@@ -62,7 +62,7 @@ class LatentAnswerTrainer(BackboneSavingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The model's own loss; how many answers are right goes to the next log."""
+        """The model's own loss; the share of right answers goes to the next log."""
         labels = inputs["labels"][:, 1:]
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         right = (outputs["logits"][:, :-1].argmax(-1) == labels) | (labels == -100)

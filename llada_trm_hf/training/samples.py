@@ -41,7 +41,7 @@ def splits(what: DataArguments) -> list[tuple[str, str | None]]:
 
 
 def describe_data(what: DataArguments) -> dict[str, str]:
-    """The dataset, for `RecordingTrainer.data_description`; the name of a local file would mean nothing to others."""
+    """The dataset, for `BaseTrainer.data_description`; the name of a local file would mean nothing to others."""
     source = SOURCES.get(what.dataset_name)
     is_local = what.data_files is not None or is_data_file(what.dataset_name)
     described = {"name": "a local file" if is_local else what.dataset_name, "split": what.split}

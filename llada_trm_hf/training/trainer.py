@@ -9,17 +9,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from ..data.masking import MaskedDiffusionCollator
 from .arguments import MaskedDiffusionTrainingArguments
-from .averaging_trainer import AveragingTrainer
-from .backbone_saving import without_backbone
+from .averaging_trainer import EMATrainer
 from .calibration import NOT_REFINED, chunk_calibration
 from .muon import muon_with_adamw
 
 
-class MaskedDiffusionTrainer(AveragingTrainer):
+class MaskedDiffusionTrainer(EMATrainer):
     """
     The HF `Trainer` with the forward process of masked diffusion: training draws new masks every epoch, evaluation
-    always uses the same, so two evaluations of the same weights agree. Masks depend on the seed, the epoch and a
-    sample's number only: a resumed run, another batch size or more processes see the same ones.
+    always uses the same ones. Masks depend only on the seed, the epoch and a sample's number: a resumed run, another
+    batch size or more processes see the same ones.
 
     Besides the loss it logs every component of it, the share of chunks refined, the refinement steps, the confidences
     and what the refiner reports of itself (slot norms, gates, ...), to `report_to` and to `training_metrics.csv` and
@@ -35,7 +34,7 @@ class MaskedDiffusionTrainer(AveragingTrainer):
         callbacks: as in `Trainer`.
 
     Raises:
-        ValueError: for settings that do not go together.
+        ValueError: without a padding token, for Muon with FSDP or DeepSpeed, and as in [`EMATrainer`].
     """
 
     args: MaskedDiffusionTrainingArguments
@@ -51,10 +50,6 @@ class MaskedDiffusionTrainer(AveragingTrainer):
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ):
-        if not args.save_backbone and not getattr(model.config, "backbone_name_or_path", None):
-            raise ValueError(
-                "save_backbone=False needs a hybrid whose config.backbone_name_or_path says where its backbone is."
-            )
         self._collators = {fixed: self._collator(model, args, processing_class, fixed) for fixed in (False, True)}
         super().__init__(
             model=model,
@@ -92,9 +87,9 @@ class MaskedDiffusionTrainer(AveragingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The model's own loss, whose components are kept for the next log."""
+        """The model's own loss; its components go to the next log."""
         if not model.training:
-            # Evaluation needs the loss only: no logits beyond it.
+            # Evaluation needs only the loss: no logits are returned.
             inputs = {**inputs, "logits_to_keep": torch.zeros(0, dtype=torch.long, device=inputs["labels"].device)}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         self._record_components("" if model.training else "eval_", outputs)
@@ -115,13 +110,6 @@ class MaskedDiffusionTrainer(AveragingTrainer):
             return loss, None, None
         refined = outputs["refinement_steps"] > 0
         return loss, outputs["refiner_confidence"], outputs["chunk_accuracy"].where(refined, NOT_REFINED)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.args.save_backbone or not hasattr(self.model, "refiner"):
-            super()._save(output_dir, state_dict)
-            return
-        with without_backbone(self.model):
-            super()._save(output_dir, state_dict)
 
     def _record_components(self, prefix: str, outputs: Any) -> None:
         for name, value in (outputs.get("loss_components") or {}).items():

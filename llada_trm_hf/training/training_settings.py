@@ -28,7 +28,7 @@ def training_settings(
     Args:
         model: with gradients where it trains.
         args: of the run.
-        data: describes the dataset; see `RecordingTrainer.data_description`.
+        data: describes the dataset; see `BaseTrainer.data_description`.
     """
     settings = {name: getattr(args, name, None) for name in _SETTINGS}
     if not settings["use_ema"]:
