@@ -8,6 +8,10 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 
+def _learning_rate(default: float) -> Any:
+    return field(default=default, metadata={"aliases": ["--lr"], "help": "The initial learning rate of AdamW."})
+
+
 @dataclass
 class CommonTrainingArguments(TrainingArguments):
     """
@@ -22,9 +26,7 @@ class CommonTrainingArguments(TrainingArguments):
         hub_strategy: only `"end"`: `push_to_hub` uploads the finished model, not the checkpoints before it.
     """
 
-    learning_rate: float = field(
-        default=5e-5, metadata={"aliases": ["--lr"], "help": "The initial learning rate of AdamW."}
-    )
+    learning_rate: float = _learning_rate(5e-5)
     per_device_train_batch_size: int = field(
         default=8, metadata={"aliases": ["--batch_size"], "help": "The batch size per device in training."}
     )
@@ -138,9 +140,7 @@ class MaskedDiffusionTrainingArguments(EMATrainingArguments):
 class CompressorTrainingArguments(CommonTrainingArguments):
     """[`CommonTrainingArguments`] with the defaults for a compressor: AdamW, learning rate 1e-3, weight decay 0.01."""
 
-    learning_rate: float = field(
-        default=1e-3, metadata={"aliases": ["--lr"], "help": "The initial learning rate of AdamW."}
-    )
+    learning_rate: float = _learning_rate(1e-3)
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
 
     def __post_init__(self):
@@ -159,9 +159,7 @@ class LatentAnswerTrainingArguments(CommonTrainingArguments):
         save_backbone: whether checkpoints hold the backbone too. Without it they need the one they name.
     """
 
-    learning_rate: float = field(
-        default=1e-4, metadata={"aliases": ["--lr"], "help": "The initial learning rate of AdamW."}
-    )
+    learning_rate: float = _learning_rate(1e-4)
     save_backbone: bool = field(default=True, metadata={"help": "Whether checkpoints hold the backbone too."})
 
 
@@ -181,9 +179,7 @@ class TRMTrainingArguments(EMATrainingArguments):
         halt_loss_weight, n_latent_steps, n_deep_recursions, n_supervision_steps: the fields of the same names.
     """
 
-    learning_rate: float = field(
-        default=1e-4, metadata={"aliases": ["--lr"], "help": "The initial learning rate of AdamW."}
-    )
+    learning_rate: float = _learning_rate(1e-4)
     weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of AdamW."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
     per_step_updates: bool = field(

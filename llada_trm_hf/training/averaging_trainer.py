@@ -37,47 +37,42 @@ class EMATrainer(BaseTrainer):
         super().__init__(args=args, callbacks=[_UpdateEMA(self), *(callbacks or [])], **kwargs)
         if args.use_ema and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("use_ema averages whole weights, FSDP and DeepSpeed shard them: leave out one of them.")
-        self._ema_names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        self._trainable = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
         self.ema: AveragedModel | None = None
         if args.use_ema:
-            weights = self._ema_parameters().values()
+            weights = (w.detach().to(torch.promote_types(w.dtype, torch.float32)) for w in self._trainable.values())
             self.ema = AveragedModel(
-                nn.ParameterList(w.detach().to(torch.promote_types(w.dtype, torch.float32)) for w in weights),
+                nn.ParameterList(weights),
                 avg_fn=lambda average, weight, _: average.lerp(weight.to(average.dtype), 1 - args.ema_decay),
             )
             self.update_ema()  # AveragedModel takes over the first weights as they are
 
     def update_ema(self) -> None:
         """Takes the weights as they are into the average; to be called after every optimizer step."""
-        assert self.ema is not None
-        self.ema.update_parameters(nn.ParameterList(self._ema_parameters().values()))
+        if self.ema is not None:
+            self.ema.update_parameters(nn.ParameterList(self._trainable.values()))
 
     def averages(self) -> dict[str, torch.Tensor]:
         """The averages by the names of their parameters; empty without EMA."""
-        return {} if self.ema is None else dict(zip(self._ema_names, (a.detach() for a in self.ema.parameters())))
+        return {} if self.ema is None else dict(zip(self._trainable, (a.detach() for a in self.ema.parameters())))
 
     @torch.no_grad()
     def copy_ema_to_model(self) -> None:
         """Replaces the weights by their average."""
-        parameters = self._ema_parameters()
         for name, average in self.averages().items():
-            parameters[name].copy_(average)
-
-    def _ema_parameters(self) -> dict[str, nn.Parameter]:
-        parameters = dict(self.model.named_parameters())
-        return {name: parameters[name] for name in self._ema_names}
+            self._trainable[name].copy_(average)
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:
         """Inside, the model has the averages; afterwards its own weights again."""
-        weights = {name: self._ema_parameters()[name].detach().clone() for name in self.averages()}
+        weights = {name: self._trainable[name].detach().clone() for name in self.averages()}
         self.copy_ema_to_model()
         try:
             yield
         finally:
             with torch.no_grad():
                 for name, weight in weights.items():
-                    self._ema_parameters()[name].copy_(weight)
+                    self._trainable[name].copy_(weight)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         with self._averaged_weights():
@@ -91,7 +86,7 @@ class EMATrainer(BaseTrainer):
         """Also the weights and their average; the Trainer calls this on every process for every checkpoint."""
         super()._save_rng_state(output_dir)
         if self.ema is not None and self.args.should_save:
-            state = {f"weights.{name}": parameter.detach() for name, parameter in self._ema_parameters().items()}
+            state = {f"weights.{name}": weight.detach() for name, weight in self._trainable.items()}
             state |= {f"average.{name}": average for name, average in self.averages().items()}
             save_file(state, os.path.join(output_dir, EMA_FILE))
 
@@ -105,11 +100,10 @@ class EMATrainer(BaseTrainer):
         if self.ema is None:
             return
         state = load_file(path)
-        if {name for name in state if name.startswith("average.")} != {f"average.{name}" for name in self._ema_names}:
+        if {name for name in state if name.startswith("average.")} != {f"average.{name}" for name in self._trainable}:
             raise ValueError("The checkpoint was made with other weights trainable: go on the same way.")
-        parameters = self._ema_parameters()
         for name, average in self.averages().items():
-            parameters[name].copy_(state[f"weights.{name}"])
+            self._trainable[name].copy_(state[f"weights.{name}"])
             average.copy_(state[f"average.{name}"])
 
     def _load_best_model(self) -> None:
@@ -124,7 +118,7 @@ class _UpdateEMA(TrainerCallback):
         self.trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.ema is not None and not self.trainer.accelerator.optimizer_step_was_skipped:
+        if not self.trainer.accelerator.optimizer_step_was_skipped:
             self.trainer.update_ema()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

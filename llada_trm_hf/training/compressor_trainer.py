@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, PreTrainedModel, TrainerCallback
+from transformers import EvalPrediction, PreTrainedModel
 
 from ..data import TextCollator
 from ..models import DimensionCompressor, PCAFit, reconstruction_metrics
@@ -33,7 +33,7 @@ class CompressorTrainer(BaseTrainer):
         args: [`CompressorTrainingArguments`].
         language_model: any causal language model; frozen here. Its hidden size is the compressor's.
         train_dataset, eval_dataset: samples with `input_ids`, of `tokenize_texts` or `tokenize_reasoning`.
-        callbacks: as in `Trainer`.
+        kwargs: as in `Trainer`.
 
     Raises:
         ValueError: if the sizes differ.
@@ -47,8 +47,6 @@ class CompressorTrainer(BaseTrainer):
         args: CompressorTrainingArguments,
         language_model: PreTrainedModel,
         train_dataset: Any = None,
-        eval_dataset: Any = None,
-        callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ):
         width = head_width(language_model.get_output_embeddings())
@@ -66,9 +64,7 @@ class CompressorTrainer(BaseTrainer):
             args=args,
             data_collator=TextCollator(),
             train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
             compute_metrics=self._held_out_metrics,
-            callbacks=callbacks,
             **kwargs,
         )
         self.language_model = freeze(language_model, self.args.device)
@@ -95,11 +91,7 @@ class CompressorTrainer(BaseTrainer):
         return batches, self.accelerator.gather(tokens.to(device).reshape(1)).sum()
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The share of this micro-batch in the mean squared error over all real tokens of the step."""
         mask = inputs["attention_mask"]
@@ -112,11 +104,7 @@ class CompressorTrainer(BaseTrainer):
 
     @torch.no_grad()
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[None, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """Reconstruction, agreement and divergence of each token; the states themselves and the mask."""
         inputs = self._prepare_inputs(inputs)

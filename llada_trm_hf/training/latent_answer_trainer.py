@@ -4,8 +4,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from ..data import LatentAnswerCollator
 from ..models import LatentThinkingForCausalLM
@@ -26,7 +24,7 @@ class LatentAnswerTrainer(BaseTrainer):
         args: [`LatentAnswerTrainingArguments`].
         train_dataset, eval_dataset: of `tokenize_latent_answers`.
         processing_class: the tokenizer, saved with every checkpoint.
-        callbacks: as in `Trainer`.
+        kwargs: as in `Trainer`.
 
     Raises:
         ValueError: if checkpoints would leave out a backbone that nobody could find again, or one that trains.
@@ -34,33 +32,12 @@ class LatentAnswerTrainer(BaseTrainer):
 
     args: LatentAnswerTrainingArguments
 
-    def __init__(
-        self,
-        model: LatentThinkingForCausalLM,
-        args: LatentAnswerTrainingArguments,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        **kwargs: Any,
-    ):
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=LatentAnswerCollator(model.config.get_text_config().pad_token_id or 0),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            **kwargs,
-        )
+    def __init__(self, model: LatentThinkingForCausalLM, args: LatentAnswerTrainingArguments, **kwargs: Any):
+        collator = LatentAnswerCollator(model.config.get_text_config().pad_token_id or 0)
+        super().__init__(model=model, args=args, data_collator=collator, **kwargs)
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The model's own loss; the share of right answers goes to the next log."""
         labels = inputs["labels"][:, 1:]
@@ -72,10 +49,6 @@ class LatentAnswerTrainer(BaseTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         return super().prediction_step(model, inputs, prediction_loss_only=True, ignore_keys=ignore_keys)

@@ -173,12 +173,15 @@ class BaseTrainer(Trainer):
         return upload(uploads, self.hub_model_id, private, revision, token, commit_message or "Upload model")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self._save_backbone:  # an argument that the Trainer cannot pass on
-            self.model.save_pretrained = partial(self.model.save_pretrained, save_backbone=False)
-        try:
+        if self._save_backbone:
             super()._save(output_dir, state_dict)
-        finally:
-            vars(self.model).pop("save_pretrained", None)
+        else:
+            # The Trainer cannot pass this argument on.
+            self.model.save_pretrained = partial(self.model.save_pretrained, save_backbone=False)
+            try:
+                super()._save(output_dir, state_dict)
+            finally:
+                del self.model.save_pretrained
         if not self.args.should_save:
             return
         folder = output_dir or self.args.output_dir

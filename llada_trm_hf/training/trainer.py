@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..data.masking import MaskedDiffusionCollator
@@ -31,7 +30,7 @@ class MaskedDiffusionTrainer(EMATrainer):
         args: [`MaskedDiffusionTrainingArguments`].
         train_dataset, eval_dataset: of `tokenize_reasoning`.
         processing_class: the tokenizer, saved with every checkpoint.
-        callbacks: as in `Trainer`.
+        callbacks, kwargs: as in `Trainer`.
 
     Raises:
         ValueError: without a padding token, for Muon with FSDP or DeepSpeed, and as in [`EMATrainer`].
@@ -44,8 +43,6 @@ class MaskedDiffusionTrainer(EMATrainer):
         self,
         model: PreTrainedModel,
         args: MaskedDiffusionTrainingArguments,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
@@ -55,8 +52,6 @@ class MaskedDiffusionTrainer(EMATrainer):
             model=model,
             args=args,
             data_collator=self._collators[False],
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
             processing_class=processing_class,
             compute_metrics=chunk_calibration,
             callbacks=[_NewMasksEveryEpoch(self._collators[False]), *(callbacks or [])],
@@ -81,11 +76,7 @@ class MaskedDiffusionTrainer(EMATrainer):
             self.data_collator = self._collators[False]
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The model's own loss; its components go to the next log."""
         if not model.training:
@@ -97,11 +88,7 @@ class MaskedDiffusionTrainer(EMATrainer):
 
     @torch.no_grad()
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """The loss; with a refiner, the confidence and the accuracy of chunks `[B, N]`, the latter or NOT_REFINED."""
         with self.compute_loss_context_manager():

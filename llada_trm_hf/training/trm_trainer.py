@@ -48,7 +48,7 @@ class TRMTrainer(EMATrainer):
             `target` [B, D'] and `ids`.
         lm_head: linear, from the language model's hidden states to logits.
         compressor: the one that compressed the pairs, if any; `lm_head` needs it.
-        callbacks: as in `Trainer`.
+        callbacks, kwargs: as in `Trainer`.
 
     Raises:
         ValueError: for an LM head of another width, or sharded training (the model is small: processes hold it whole).
@@ -61,8 +61,6 @@ class TRMTrainer(EMATrainer):
         self,
         model: SequenceTRM,
         args: TRMTrainingArguments,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
         data_collator: Any = None,
         lm_head: nn.Module | None = None,
         compressor: DimensionCompressor | None = None,
@@ -78,8 +76,6 @@ class TRMTrainer(EMATrainer):
             model=model,
             args=args,
             data_collator=data_collator or HiddenPairsCollator(),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
             compute_metrics=self._held_out_metrics,
             callbacks=[_SupervisionSteps(self), *(callbacks or [])],
             **kwargs,
@@ -134,17 +130,13 @@ class TRMTrainer(EMATrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of a supervision step; without per-step updates the mean over all of them."""
         batch = {name: inputs[name] for name in BATCH_FIELDS if name in inputs}
         losses: list[torch.Tensor] = []
         for _ in range(1 if self.args.per_step_updates else self.model.config.n_supervision_steps):
-            outputs: SequenceTRMOutput = model(**batch)
+            outputs = model(**batch)
             self._record_step(outputs)
             batch |= {"y": outputs.y, "z": outputs.z}
             losses.append(outputs["loss"])
@@ -153,9 +145,9 @@ class TRMTrainer(EMATrainer):
         loss = torch.stack(losses).mean()
         return (loss, outputs) if return_outputs else loss
 
-    def _record_step(self, outputs: SequenceTRMOutput) -> None:
+    def _record_step(self, outputs: Any) -> None:
         cosines = outputs.cosine_similarity
-        self._cosines += torch.stack([cosines.double().sum(), cosines.new_full((), len(cosines)).double()])
+        self._cosines += torch.stack([cosines.double().sum(), self._cosines.new_full((), len(cosines))])
         for name, value in outputs.loss_components.items():
             self.record(f"{name}_loss", value)
         self.record("cosine_similarity", cosines.mean())
@@ -171,29 +163,18 @@ class TRMTrainer(EMATrainer):
         advice = " Look at their hidden states." if len(broken) < len(errors) else ""
         return f"It is not finite for {len(broken)} of {len(errors)} samples: {', '.join(broken[:8])}.{advice}"
 
-    def begin(self) -> None:
-        """Forgets the batch with which an earlier run ended."""
-        self._carry.clear()
+    def _end_epoch(self) -> None:
+        total, number = self.accelerator.reduce(self._cosines).tolist()
+        config = self.model.config
+        if self.args.adaptive_halt_threshold and config.halt_loss == "bce":
+            config.cosine_threshold = max(config.cosine_threshold, 0.95 * total / number)
         self._cosines.zero_()
-
-    def after_step(self) -> None:
-        """At the end of an epoch, raises the threshold."""
-        if self.state.epoch is not None and self.state.epoch == int(self.state.epoch):
-            total, number = self.accelerator.reduce(self._cosines).tolist()
-            if self.args.adaptive_halt_threshold and self.model.config.halt_loss == "bce":
-                config = self.model.config
-                config.cosine_threshold = max(config.cosine_threshold, 0.95 * total / number)
-            self._cosines.zero_()
 
     # --- Evaluation ---
 
     @torch.no_grad()
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[None, tuple[torch.Tensor, ...], torch.Tensor]:
         """Prediction, halting probability and steps, the top tokens of prediction and target; the target."""
         inputs = self._prepare_inputs(inputs)
@@ -268,11 +249,13 @@ class _SupervisionSteps(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not state.global_step:
-            self.trainer.begin()
+        if not state.global_step:  # forget the batch with which an earlier run ended
+            self.trainer._carry.clear()
+            self.trainer._cosines.zero_()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.after_step()
+        if state.epoch == int(state.epoch):  # not in on_epoch_end: a checkpoint is written in between
+            self.trainer._end_epoch()
 
 
 def _check_width(lm_head: nn.Module, model: SequenceTRM, compressor: DimensionCompressor | None) -> None:
