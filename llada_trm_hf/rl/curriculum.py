@@ -44,11 +44,11 @@ class PassRates:
         """
         path = os.path.join(folder, PASS_RATES_FILE)
         if not os.path.isfile(path):
-            raise ValueError(f"There is no {path}: the run had no curriculum. Go on without one.")
+            raise ValueError(f"There is no {path}: the run had no curriculum. Resume without one.")
         saved = cls(**json.loads(Path(path).read_text(encoding="utf-8")))
         count = len(saved.rates)
         if count > len(problems) or fingerprint(problems.select(range(count))) != saved.sha256_of_problems:
-            raise ValueError(f"{path} is about other problems: go on with those of the run, and its seed.")
+            raise ValueError(f"{path} is about other problems: resume with those of the run, and its seed.")
         return saved
 
     def easy_to_hard(self, problems: Dataset, drop_uninformative: bool) -> Dataset:

@@ -201,8 +201,8 @@ class LatentGRPOTrainer(BaseTrainer, GRPOTrainer):
             broken = len(non_finite_weights(self.accelerator.unwrap_model(self.model)))
             raise FloatingPointError(
                 f"After step {self.state.global_step} the probabilities of the answers are NaN or infinite, and so "
-                f"are {broken} of the parameters and buffers. Lower the learning rate or max_grad_norm, and go on "
-                f"from the last checkpoint in {self.args.output_dir}."
+                f"are {broken} of the parameters and buffers. Lower the learning rate or max_grad_norm, and "
+                f"resume from the last checkpoint in {self.args.output_dir}."
             ) from error
 
     def _get_per_token_logps_and_entropies(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -204,8 +204,8 @@ class TRMTrainingArguments(EMATrainingArguments):
             raise ValueError(f"halt_threshold is a cosine, between -1 and 1; got {self.halt_threshold}.")
 
     def config_fields(self) -> dict[str, object]:
-        """The fields of `SequenceTRMConfig` that are given here."""
-        given: dict[str, object] = {
+        """The fields of `SequenceTRMConfig` that are set here."""
+        fields: dict[str, object] = {
             "cosine_threshold": self.halt_threshold,
             "halt_loss_weight": self.halt_loss_weight,
             "n_latent_steps": self.n_latent_steps,
@@ -213,5 +213,5 @@ class TRMTrainingArguments(EMATrainingArguments):
             "n_supervision_steps": self.n_supervision_steps,
         }
         if self.bce_halt_loss is not None:
-            given["halt_loss"] = "bce" if self.bce_halt_loss else "mse"
-        return {name: value for name, value in given.items() if value is not None}
+            fields["halt_loss"] = "bce" if self.bce_halt_loss else "mse"
+        return {name: value for name, value in fields.items() if value is not None}

@@ -96,12 +96,12 @@ class EMATrainer(BaseTrainer):
         path = os.path.join(resume_from_checkpoint, EMA_FILE)
         if os.path.isfile(path) != (self.ema is not None):
             made = "with" if os.path.isfile(path) else "without"
-            raise ValueError(f"The checkpoint {resume_from_checkpoint} was made {made} use_ema: go on the same way.")
+            raise ValueError(f"The checkpoint {resume_from_checkpoint} was made {made} use_ema: resume it likewise.")
         if self.ema is None:
             return
         state = load_file(path)
         if {name for name in state if name.startswith("average.")} != {f"average.{name}" for name in self._trainable}:
-            raise ValueError("The checkpoint was made with other weights trainable: go on the same way.")
+            raise ValueError("The checkpoint was made with other weights trainable: resume with the same ones.")
         for name, average in self.averages().items():
             self._trainable[name].copy_(state[f"weights.{name}"])
             average.copy_(state[f"average.{name}"])

@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 class CSVMetricsCallback(TrainerCallback):
     """
     Writes `training_metrics.csv` and `validation_metrics.csv`, one row per log. A resumed run rebuilds both from the
-    log history in its checkpoint and goes on with them.
+    log history in its checkpoint before it adds to them.
     """
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..data import LatentAnswerCollator
@@ -42,13 +41,8 @@ class LatentAnswerTrainer(BaseTrainer):
         """The model's own loss; the share of right answers goes to the next log."""
         labels = inputs["labels"][:, 1:]
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        right = (outputs["logits"][:, :-1].argmax(-1) == labels) | (labels == -100)
+        correct = (outputs["logits"][:, :-1].argmax(-1) == labels) | (labels == -100)
         prefix = "" if model.training else "eval_"
-        self.record(f"{prefix}answer_accuracy", right.all(-1).float().mean())
+        self.record(f"{prefix}answer_accuracy", correct.all(-1).float().mean())
         self.record(f"{prefix}reasoning_steps", outputs["reasoning_steps"].float().mean())
         return (loss, outputs) if return_outputs else loss
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        return super().prediction_step(model, inputs, prediction_loss_only=True, ignore_keys=ignore_keys)

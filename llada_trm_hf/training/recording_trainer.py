@@ -21,7 +21,7 @@ from .training_settings import training_settings
 
 class BaseTrainer(Trainer):
     """
-    The HF `Trainer` with `record`: what it was given since the last log is averaged into the next one, over steps and
+    The HF `Trainer` with `record`: values recorded since the last log are averaged into the next one, over steps and
     processes. Logs also go to `training_metrics.csv` and `validation_metrics.csv`. Saved models come with
     `training_settings.json`, from which the model card is made, and with `args.save_backbone=False` without their
     backbone. A loss that is NaN or infinite stops training before it reaches the weights.
@@ -86,7 +86,7 @@ class BaseTrainer(Trainer):
                 became = f"became {wrong.item()}" if broken else "is NaN or infinite on another process"
                 raise FloatingPointError(
                     f"The loss {became} in step {self.state.global_step + 1}. {origin} Lower the learning rate or "
-                    f"max_grad_norm, and go on from the last checkpoint in {self.args.output_dir}."
+                    f"max_grad_norm, and resume from the last checkpoint in {self.args.output_dir}."
                 )
         return loss
 
@@ -117,7 +117,7 @@ class BaseTrainer(Trainer):
         return super().evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean of what was recorded since the last log."""
+        """Adds the means of the values recorded since the last log."""
         if "eval_loss" in logs or "loss" in logs:
             for name in [name for name in self._records if name.startswith("eval_") == ("eval_loss" in logs)]:
                 values = torch.stack(self._records.pop(name)).float()
@@ -150,8 +150,8 @@ class BaseTrainer(Trainer):
         **kwargs: Any,
     ) -> Any:
         """
-        As in `Trainer`, but uploads what `llada-trm push` does: the model, its code and its card, neither pickles
-        (`training_args.bin`) nor logs.
+        As in `Trainer`, but uploads the same files as `llada-trm push`: the model, its code and its card, neither
+        pickles (`training_args.bin`) nor logs.
 
         Returns:
             `CommitInfo`, or a `Future` of it unless `blocking`; None in all processes but the first.

@@ -66,9 +66,9 @@ class SupervisionSampler(Sampler[list[int]]):
                 return
             group += islice(cycle(indices), -len(group) % self.num_parts)
             size = len(group) // self.num_parts
-            parts = [group[part : part + size] for part in range(0, len(group), size)]
+            micro_batches = [group[first : first + size] for first in range(0, len(group), size)]
             for _ in range(self.num_repeats):
-                yield from parts
+                yield from micro_batches
 
     def __len__(self) -> int:
         assert isinstance(self.sampler, Sized)

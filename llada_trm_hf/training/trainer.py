@@ -20,7 +20,7 @@ class MaskedDiffusionTrainer(EMATrainer):
     batch size or more processes see the same ones.
 
     Besides the loss it logs every component of it, the share of chunks refined, the refinement steps, the confidences
-    and what the refiner reports of itself (slot norms, gates, ...), to `report_to` and to `training_metrics.csv` and
+    and the refiner's own statistics (slot norms, gates, ...), to `report_to` and to `training_metrics.csv` and
     `validation_metrics.csv`. Evaluation also reports `eval_expected_calibration_error`: of the refiner's confidence in
     a chunk against the share of the chunk's masked tokens it gets right, over all refined chunks of the evaluation
     set, in 10 bins.

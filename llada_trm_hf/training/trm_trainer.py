@@ -24,7 +24,7 @@ BATCH_FIELDS = ("context", "mask", "target", "y", "z")
 
 class TRMTrainer(EMATrainer):
     """
-    Trains a [`SequenceTRM`] on pairs of a context and what the language model's state became after thinking.
+    Trains a [`SequenceTRM`] on pairs of a context and the language model's state after thinking.
 
     Each batch comes `n_supervision_steps` times in a row. Every supervision step is a step of the trainer, with an
     optimizer step on its loss (TRM, arXiv 2510.04871, figure 3): `max_steps`, the schedule, clipping, accumulation,
@@ -214,8 +214,8 @@ class TRMTrainer(EMATrainer):
             "cosines": self._cosines,
             "cosine_threshold": torch.tensor(self.model.config.cosine_threshold, dtype=torch.float64),
         }
-        for part, (y, z) in enumerate(self._carry):
-            state |= {f"y.{part}": y, f"z.{part}": z}
+        for index, (y, z) in enumerate(self._carry):
+            state |= {f"y.{index}": y, f"z.{index}": z}
         save_file({name: value.contiguous() for name, value in state.items()}, self._state_file(output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -234,10 +234,10 @@ class TRMTrainer(EMATrainer):
         self._cosines = state["cosines"]
         self.model.config.cosine_threshold = state["cosine_threshold"].item()
         number = sum(name.startswith("y.") for name in state)
-        self._carry = deque((state[f"y.{part}"], state[f"z.{part}"]) for part in range(number))
+        self._carry = deque((state[f"y.{index}"], state[f"z.{index}"]) for index in range(number))
 
     def _layout(self) -> torch.Tensor:
-        """What must stay the same for a run to go on in the middle of a batch."""
+        """What must stay the same for a run to resume in the middle of a batch."""
         return torch.tensor([self.args.world_size, self.args.gradient_accumulation_steps, self.num_steps_per_batch])
 
     def _state_file(self, folder: str) -> str:
