@@ -47,6 +47,7 @@ class CompressorTrainer(BaseTrainer):
         args: CompressorTrainingArguments,
         language_model: PreTrainedModel,
         train_dataset: Any = None,
+        eval_dataset: Any = None,
         **kwargs: Any,
     ):
         width = head_width(language_model.get_output_embeddings())
@@ -64,6 +65,7 @@ class CompressorTrainer(BaseTrainer):
             args=args,
             data_collator=TextCollator(),
             train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             compute_metrics=self._held_out_metrics,
             **kwargs,
         )

@@ -43,6 +43,7 @@ class MaskedDiffusionTrainer(EMATrainer):
         self,
         model: PreTrainedModel,
         args: MaskedDiffusionTrainingArguments,
+        *,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,

@@ -61,6 +61,7 @@ class TRMTrainer(EMATrainer):
         self,
         model: SequenceTRM,
         args: TRMTrainingArguments,
+        *,
         data_collator: Any = None,
         lm_head: nn.Module | None = None,
         compressor: DimensionCompressor | None = None,
