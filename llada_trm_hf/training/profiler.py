@@ -56,5 +56,5 @@ class ProfilerCallback(TrainerCallback):
         device = "device" if any(event.self_device_time_total for event in events) else "cpu"
         table = events.table(sort_by=f"self_{device}_time_total", row_limit=40, max_name_column_width=60)
         title = f"{self.num_steps} training steps, sorted by the operations' own time on the {device}"
-        (folder / "profile.txt").write_text(f"{title}\n\n{table}\n")
+        (folder / "profile.txt").write_text(f"{title}\n\n{table}\n", encoding="utf-8")
         profiler.export_chrome_trace(str(folder / "profile.json"))
