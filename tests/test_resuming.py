@@ -56,12 +56,14 @@ class Weights(TrainerCallback):
 def test_the_average_is_evaluated_and_saved(tmp_path, samples):
     model, weights = new_hybrid(), Weights()
     average = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    exact = dict(average)
     arguments = {"max_steps": 6, "save_strategy": "steps", "save_steps": 6, "use_ema": True, "ema_decay": 0.7}
     run = trainer(model, tmp_path, samples, eval_strategy="steps", eval_steps=6, **arguments)
     run.add_callback(weights)
     run.train()
     for seen in weights.seen:
         average = {name: 0.7 * average[name] + 0.3 * seen[name] for name in average}
+        exact = {name: exact[name].lerp(seen[name], 1 - 0.7) for name in exact}
     saved = AutoModelForMaskedLM.from_pretrained(tmp_path / "checkpoint-6")
     saved.backbone.requires_grad_(False)
     state = load_file(tmp_path / "checkpoint-6" / "ema_state.safetensors")
@@ -71,11 +73,26 @@ def test_the_average_is_evaluated_and_saved(tmp_path, samples):
         assert (f"average.{name}" in state) == name.startswith("refiner."), name  # what is frozen has no average
         if name.startswith("refiner."):
             assert torch.equal(state[f"weights.{name}"], weights.seen[-1][name])
+            assert torch.equal(state[f"average.{name}"], exact[name])
     logged = [row["eval_loss"] for row in run.state.log_history if "eval_loss" in row]
     assert logged == [pytest.approx(trainer(saved, tmp_path / "again", samples).evaluate()["eval_loss"], rel=1e-5)]
     raw = new_hybrid()
     raw.load_state_dict(weights.seen[-1])
     assert logged[0] != pytest.approx(trainer(raw, tmp_path / "raw", samples).evaluate()["eval_loss"], rel=1e-4)
+
+
+def test_the_average_of_bfloat16_weights_is_float32(tmp_path, samples):
+    model, weights = new_hybrid().bfloat16(), Weights()
+    average = {name: parameter.detach().float() for name, parameter in model.refiner.named_parameters()}
+    run = trainer(model, tmp_path, samples, max_steps=3, use_ema=True, ema_decay=0.9)
+    run.add_callback(weights)
+    run.train()
+    for seen in weights.seen:
+        average = {name: average[name].lerp(seen[f"refiner.{name}"].float(), 1 - 0.9) for name in average}
+    assert set(run.averages()) == {f"refiner.{name}" for name in average}
+    for name, parameter in model.refiner.named_parameters():
+        assert torch.equal(run.averages()[f"refiner.{name}"], average[name])
+        assert torch.equal(parameter, average[name].bfloat16())
 
 
 def test_another_choice_of_what_is_averaged_is_refused(tmp_path, samples):

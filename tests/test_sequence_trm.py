@@ -16,7 +16,6 @@ from transformers import AutoModel
 from llada_trm_hf.hub import import_legacy
 from llada_trm_hf.models import DimensionCompressor, DimensionCompressorConfig, SequenceTRM, SequenceTRMConfig
 from llada_trm_hf.models.sequence_packing import PackedSequences
-from llada_trm_hf.models.sequence_trm_blocks import Dropout
 
 WIDTH, HEADS, LENGTH = 8, 2, 7
 STYLES = ["trm", "llm_trm"]
@@ -678,25 +677,6 @@ def test_loads_where_the_package_is_not_installed(context, tmp_path):
         model = models[name.removesuffix(" again")]
         expected = model(context).reconstructed if "comp" in name else model.reason(context).prediction
         torch.testing.assert_close(found, expected.detach())
-
-
-def test_dropout_masks():
-    dropout = Dropout(0.3).train()
-    states = torch.full((250, 403), 2.0, requires_grad=True)  # not a multiple of the elements a random number serves
-    torch.manual_seed(0)
-    dropped = dropout(states)
-    kept = dropped != 0
-    torch.testing.assert_close(dropped[kept], torch.full_like(dropped[kept], 2 / 0.7), rtol=1e-4, atol=0)
-    assert abs(kept.float().mean() - 0.7) < 0.005
-    # Neighbours share a random number, but not their fate: 0.7 of the kept ones have a kept neighbour at any distance.
-    flat = kept.flatten()
-    for distance in (1, 2, 3, 4, 403):
-        assert abs(flat[distance:][flat[:-distance]].float().mean() - 0.7) < 0.01
-    dropped.sum().backward()
-    assert torch.equal(states.grad != 0, kept)
-    assert not torch.equal(dropout(states) != 0, kept)
-    assert dropout.eval()(states) is states
-    assert Dropout(0.0).train()(states) is states
 
 
 def test_packing():

@@ -109,6 +109,34 @@ def test_nan_stops_the_run_with_a_reason(tmp_path, samples):
         trainer(model, tmp_path, samples).train()
 
 
+def test_nan_in_one_micro_batch_stops_before_the_optimizer_step(tmp_path, samples):
+    """The losses of all micro-batches are checked together, once per optimizer step."""
+    run = trainer(new_hybrid(), tmp_path, samples, max_steps=4, gradient_accumulation_steps=3)
+    batches, checks, compute_loss, reduce = [], [], run.compute_loss, run.accelerator.reduce
+
+    def broken_loss(model, inputs, return_outputs=False, **options):
+        loss, outputs = compute_loss(model, inputs, return_outputs=True, **options)
+        batches.append((inputs["input_ids"], [parameter.detach().clone() for parameter in model.parameters()]))
+        loss = loss * torch.nan if len(batches) == 5 else loss  # the second of the second step
+        return (loss, outputs) if return_outputs else loss
+
+    run.compute_loss = broken_loss
+    run.accelerator.reduce = lambda *arguments: checks.append(1) or reduce(*arguments)
+    with pytest.raises(FloatingPointError, match="loss became nan in step 2"):
+        run.train()
+    assert len(checks) == 2
+    assert len(batches) == 7 and torch.equal(batches[6][0], batches[4][0])  # it was run again to find the module
+    assert not all(map(torch.equal, batches[0][1], batches[3][1]))
+    assert all(map(torch.equal, batches[3][1], run.model.parameters()))
+
+
+def test_leaving_out_a_backbone_that_trains_is_refused(tmp_path, samples):
+    model = new_hybrid(freeze_backbone=False)
+    model.config.backbone_name_or_path = str(tmp_path)
+    with pytest.raises(ValueError, match="would lose what the backbone learns"):
+        trainer(model, tmp_path, samples, save_backbone=False)
+
+
 def test_set_trainable_reports_and_refuses_a_pattern_that_matches_nothing(capsys):
     model = new_hybrid()
     report = set_trainable(model, ["refiner", "backbone.model.layers.1.*"], train_layer_norms=True)

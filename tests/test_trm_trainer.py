@@ -440,14 +440,14 @@ def test_held_out_metrics_are_those_of_the_averaged_weights(tmp_path):
     trainer.lm_head, trainer.compressor = head, compressor
     trainer.train()
     with torch.no_grad():  # raw weights that are far away, and some samples that halt early
-        trainer.ema.average["halt_head.bias"].fill_(-1.0)
-        trainer.ema.average["halt_head.weight"].normal_()
+        trainer.averages()["halt_head.bias"].fill_(-1.0)
+        trainer.averages()["halt_head.weight"].normal_()
         for parameter in trainer.model.parameters():
             parameter.normal_()
     metrics = trainer.evaluate(held_out)
 
     model = make_model(cosine_threshold=0.1, n_supervision_steps=4).eval()
-    model.load_state_dict(trainer.ema.average)
+    model.load_state_dict(trainer.averages())
     predictions, probabilities, steps = [], [], []
     for pair in held_out:  # one by one
         y = z = None
@@ -483,7 +483,7 @@ def test_held_out_metrics_are_those_of_the_averaged_weights(tmp_path):
     for name, value in expected.items():
         assert metrics[f"eval_{name}"] == pytest.approx(float(value), rel=1e-4), name
     # Evaluating has left the weights alone.
-    assert (next(iter(trainer.model.parameters())) - next(iter(trainer.ema.average.values()))).abs().max() > 0.1
+    assert (next(iter(trainer.model.parameters())) - next(iter(trainer.averages().values()))).abs().max() > 0.1
 
 
 def test_the_best_model_is_the_best_average(tmp_path):

@@ -51,8 +51,11 @@ def check_output_file(path: str | None, *endings: str) -> None:
 
 def finish_distributed() -> None:
     """
-    Ends the processes of a run together: one that leaves while others still write would bring them down. They skip
-    the interpreter's clean-up, in which torch's background threads now and then abort a process whose work is done.
+    Ends the processes of a run together: one that leaves while others still write would bring them down.
+
+    `destroy_process_group` drops only torch's own references. A DDP model holds the group too, and the trainer around
+    it is in reference cycles: without a collection, gloo's worker threads outlive `main`, and one that releases a
+    tensor while the interpreter shuts down aborts the process (pytorch issue 179291).
     """
     from accelerate import PartialState  # not in the base install, which `push` does with
 
@@ -60,6 +63,4 @@ def finish_distributed() -> None:
     if processes.num_processes > 1:
         processes.wait_for_everyone()
         processes.destroy_process_group()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        gc.collect()

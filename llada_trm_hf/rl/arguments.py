@@ -6,9 +6,9 @@ from trl import GRPOConfig
 
 from ..training.arguments import CommonTrainingArguments
 
-# What does not fit: checkpointing needs training mode, a synchronised reference would overwrite the backbone that it
-# shares, and the others replace the model's own generation or look for an `lm_head`.
-_UNUSABLE = (
+# Checkpointing needs training mode, a synchronised reference would overwrite the backbone it shares, and the others
+# replace the model's own generation or expect an `lm_head`.
+_UNSUPPORTED = (
     "gradient_checkpointing",
     "sync_ref_model",
     "use_vllm",
@@ -21,19 +21,19 @@ _UNUSABLE = (
 @dataclass
 class LatentGRPOTrainingArguments(CommonTrainingArguments, GRPOConfig):
     """
-    TRL's `GRPOConfig` (`num_generations`, `max_completion_length`, `temperature`, `beta`, `num_iterations`, ...) with
-    what all trainers of the package share, whose defaults count.
+    TRL's `GRPOConfig` (`num_generations`, `max_completion_length`, `temperature`, `beta`, `num_iterations`, ...) and
+    [`CommonTrainingArguments`], whose defaults win.
 
     Args:
-        curriculum: order the problems from easy to hard, by the share of samples of the model at the start that are
-            right. Where `max_steps` is given, of as many problems as the run will see.
-        curriculum_samples: samples of each problem for that; `num_generations` by default.
-        drop_uninformative: leave out problems which all or none of these samples solve: there is nothing to compare.
+        curriculum: order the problems from easy to hard, by the initial model's share of right samples. With
+            `max_steps`, only as many problems as the run will see.
+        curriculum_samples: samples of each problem for this; `num_generations` by default.
+        drop_uninformative: leave out problems that all or none of these samples solve: there is nothing to compare.
         save_backbone: whether checkpoints hold the backbone too. Without it they need the one they name.
 
     Raises:
-        ValueError: for fewer than 2 samples, batches that do not divide into groups of samples, and for settings of
-            TRL that a model with latent thoughts cannot use.
+        ValueError: for fewer than 2 samples, batches that do not divide into groups of samples, and settings of TRL
+            that do not work with latent thoughts.
     """
 
     learning_rate: float = field(
@@ -53,7 +53,7 @@ class LatentGRPOTrainingArguments(CommonTrainingArguments, GRPOConfig):
     def __post_init__(self):
         if self.num_generations < 2:
             raise ValueError(f"num_generations must be at least 2, answers to compare; got {self.num_generations}.")
-        for name in _UNUSABLE:
+        for name in _UNSUPPORTED:
             if getattr(self, name):
                 raise ValueError(f"{name} does not work with latent thoughts: leave it out.")
         super().__post_init__()

@@ -1,8 +1,9 @@
-"""Problems from easy to hard, by how often the model itself solves them."""
+"""Problems from easy to hard, by the model's own pass rate."""
 
 import json
 import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from datasets import Dataset
 
@@ -18,9 +19,9 @@ class PassRates:
     How often a model solved each problem.
 
     Attributes:
-        rates: share of right samples, for each problem.
-        num_samples: of a problem.
-        sha256_of_problems: of those that were measured.
+        rates: the share of right samples of each problem.
+        num_samples: samples per problem.
+        sha256_of_problems: fingerprint of the problems.
     """
 
     rates: list[float]
@@ -29,34 +30,29 @@ class PassRates:
 
     def save(self, folder: str) -> None:
         """Writes `pass_rates.json`."""
-
-        def write(path: str) -> None:
-            with open(path, "w", encoding="utf-8") as file:
-                json.dump(asdict(self), file)
-
         os.makedirs(folder, exist_ok=True)
-        write_atomically(os.path.join(folder, PASS_RATES_FILE), write)
+        content = json.dumps(asdict(self))
+        write_atomically(os.path.join(folder, PASS_RATES_FILE), lambda path: Path(path).write_text(content))
 
     @classmethod
     def load(cls, folder: str, problems: Dataset) -> "PassRates":
         """
-        Those of the run in `folder`, for the first of `problems`.
+        Reads the pass rates of the run in `folder`, which are those of the first of `problems`.
 
         Raises:
-            ValueError: if they were measured on other problems, or not at all.
+            ValueError: if there are none, or they belong to other problems.
         """
         path = os.path.join(folder, PASS_RATES_FILE)
         if not os.path.isfile(path):
-            raise ValueError(f"There is no {path}: the run had no curriculum. Go on without one.")
-        with open(path, encoding="utf-8") as file:
-            found = cls(**json.load(file))
-        count = len(found.rates)
-        if count > len(problems) or fingerprint(problems.select(range(count))) != found.sha256_of_problems:
-            raise ValueError(f"{path} is about other problems: go on with those of the run, and its seed.")
-        return found
+            raise ValueError(f"There is no {path}: the run had no curriculum. Resume without one.")
+        saved = cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        count = len(saved.rates)
+        if count > len(problems) or fingerprint(problems.select(range(count))) != saved.sha256_of_problems:
+            raise ValueError(f"{path} is about other problems: resume with those of the run, and its seed.")
+        return saved
 
     def easy_to_hard(self, problems: Dataset, drop_uninformative: bool) -> Dataset:
-        """The problems that were measured, those with the highest rate first and equal ones in the order they have."""
+        """The measured problems by falling rate; those with equal rates keep their order."""
         order = sorted(range(len(self.rates)), key=lambda i: -self.rates[i])
         if drop_uninformative:
             order = [i for i in order if 0 < self.rates[i] < 1]

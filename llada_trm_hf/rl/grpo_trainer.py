@@ -22,36 +22,35 @@ from ..data import latent_thinking_prompt
 from ..data.rows import fingerprint
 from ..inspection.non_finite import non_finite_weights
 from ..models import LatentThinkingForCausalLM
-from ..training.backbone_saving import BackboneSavingTrainer
+from ..training.recording_trainer import BaseTrainer
 from .arguments import LatentGRPOTrainingArguments
 from .curriculum import PassRates
 
 
-class LatentGRPOTrainer(BackboneSavingTrainer, GRPOTrainer):
+class LatentGRPOTrainer(BaseTrainer, GRPOTrainer):
     """
-    TRL's `GRPOTrainer` (arXiv 2402.03300) for a model that thinks in latent space: the thinker learns from what its
-    thoughts make the frozen backbone answer. Problems are plain prompts; a thought is put after each.
+    TRL's `GRPOTrainer` (arXiv 2402.03300) for a model that thinks in latent space: the thinker learns from the answers
+    that the frozen backbone gives after its thoughts. Problems are plain prompts, each followed by a thought.
 
     The policy is the model as `generate` runs it. Answers are sampled, and their probabilities computed, in evaluation
-    mode, so that both have the same dropout (none) and the same halting; before the first update of a batch of answers
-    the ratio of new and old probability is 1. Gradients reach compressor, SequenceTRM and projector through the last
-    latent recursion of each thought. The latent token, which is never sampled, keeps its share of the probabilities.
+    mode: both without dropout and with the same halting, so before the first update on a batch of answers the ratio of
+    new and old probability is 1. Gradients reach compressor, SequenceTRM and projector through the last latent
+    recursion of each thought. The latent token, which is never sampled, keeps its share of the probabilities.
 
-    With `beta`, the reference of the KL term is a copy of the thinker as it is now, on the same backbone.
-
-    Checkpoints hold the answers that later steps still learn from, so a resumed run goes on exactly.
+    With `beta`, the reference of the KL term is a copy of the initial thinker on the same backbone. Checkpoints hold
+    the answers that later steps still learn from, so a resumed run goes on exactly.
 
     Args:
         model: with a frozen backbone, and without `noise_std`.
-        reward_funcs: one or several, as in TRL; see [`correctness_reward`].
+        reward_funcs: one or several, as in TRL, such as [`correctness_reward`].
         args: [`LatentGRPOTrainingArguments`].
-        train_dataset, eval_dataset: problems, with a column `prompt` (text) and those the rewards read.
+        train_dataset, eval_dataset: problems, with a column `prompt` (text) and the columns that rewards read.
         processing_class: the tokenizer, saved with every checkpoint.
         callbacks: as in `Trainer`.
 
     Raises:
         ValueError: for a backbone that trains, noisy thoughts, fewer problems than a batch takes, or checkpoints that
-            are to leave out a backbone nobody could find again.
+            would leave out a backbone that nobody could find again.
     """
 
     args: LatentGRPOTrainingArguments
@@ -74,7 +73,7 @@ class LatentGRPOTrainer(BackboneSavingTrainer, GRPOTrainer):
                 f"With noise_std={model.config.noise_std} a thought differs from pass to pass, and answers have no "
                 f"probability of their own: set model.config.noise_std = 0."
             )
-        # TRL would load the reference from where the model came from, with a second backbone.
+        # TRL would load the reference from the model's name, with a second backbone.
         beta, args.beta = args.beta, 0.0
         super().__init__(
             model=model,
@@ -89,41 +88,43 @@ class LatentGRPOTrainer(BackboneSavingTrainer, GRPOTrainer):
         if beta:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise ValueError("The reference shares the backbone, FSDP and DeepSpeed shard it: use beta=0, or DDP.")
-            self.ref_model = _frozen_copy(model)
+            thinker = copy.deepcopy(model.thinker)
+            reference = LatentThinkingForCausalLM(model.config, model.backbone, thinker)
+            self.ref_model = reference.requires_grad_(False).eval()
             add_fused_lm_head(self.ref_model, temperature=args.temperature)
         self._check_number_of_problems()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As in `Trainer`, after the problems have been put in order if `args.curriculum` asks for it."""
+        """As in `Trainer`; with `args.curriculum`, orders the problems first."""
         if self.args.curriculum:
             self._order_problems(resume_from_checkpoint)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in `Trainer`; `eval_reward` is the mean reward. The same weights are given the same samples."""
-        with _own_randomness(self.args.seed):
+        """As in `Trainer`; `eval_reward` is the mean reward. The same weights get the same samples."""
+        with _seeded(self.args.seed):
             return super().evaluate(*args, **kwargs)
 
     @torch.no_grad()
     def pass_rates(self, problems: Dataset, num_samples: int) -> list[float]:
         """
-        The mean reward of `num_samples` samples of each problem; with [`correctness_reward`], the share that is right.
-        Processes share the problems; their number changes nothing.
+        The mean reward of `num_samples` answers to each problem; with [`correctness_reward`], the share of right ones.
+        Processes divide the problems among them; their number does not change the result.
         """
         size = max(1, self.args.per_device_eval_batch_size // num_samples)
         starts = list(range(0, len(problems), size))
-        mine = starts[self.args.process_index :: self.args.world_size]
-        found: list[tuple[int, list[float]]] = []
-        for start in tqdm(mine, desc="Pass rates", disable=self.args.disable_tqdm):
+        local_starts = starts[self.args.process_index :: self.args.world_size]
+        local_rates: list[tuple[int, list[float]]] = []
+        for start in tqdm(local_starts, desc="Pass rates", disable=self.args.disable_tqdm):
             batch = problems.select(range(start, min(start + size, len(problems))))
             rows = [row for row in batch for _ in range(num_samples)]
-            with _own_randomness(self.args.seed + start):
+            with _seeded(self.args.seed + start):
                 rewards = self._rewards_of_samples(rows)
-            found.append((start, rewards.view(-1, num_samples).mean(1).tolist()))
-        return [rate for _, rates in sorted(gather_object(found)) for rate in rates]
+            local_rates.append((start, rewards.view(-1, num_samples).mean(1).tolist()))
+        return [rate for _, rates in sorted(gather_object(local_rates)) for rate in rates]
 
     def _rewards_of_samples(self, rows: list[dict[str, Any]]) -> torch.Tensor:
-        """An answer to each problem, and its reward, `[rows]`."""
+        """The reward of one sampled answer to each problem, `[rows]`."""
         prompts = [row["prompt"] for row in rows]
         answers, _ = self._generate_single_turn(self._tokenize_prompts(prompts)[0], None, {}, 1)
         texts = self.processing_class.batch_decode(answers, skip_special_tokens=True)
@@ -139,20 +140,20 @@ class LatentGRPOTrainer(BackboneSavingTrainer, GRPOTrainer):
         problems = self.train_dataset.shuffle(seed=args.seed)
         if resume_from:
             folder = os.path.dirname(os.path.abspath(resume_from)) if isinstance(resume_from, str) else args.output_dir
-            measured = PassRates.load(folder, problems)
+            pass_rates = PassRates.load(folder, problems)
         else:
             if args.max_steps > 0:
                 problems = problems.select(range(min(len(problems), self._problems_in(args.max_steps))))
             num_samples = args.curriculum_samples or args.num_generations
-            measured = PassRates(self.pass_rates(problems, num_samples), num_samples, fingerprint(problems))
+            pass_rates = PassRates(self.pass_rates(problems, num_samples), num_samples, fingerprint(problems))
         if self.is_world_process_zero():
-            print(f"Before training: {measured}.")
-            measured.save(args.output_dir)
-        self.train_dataset = measured.easy_to_hard(problems, args.drop_uninformative)
+            print(f"Before training: {pass_rates}.")
+            pass_rates.save(args.output_dir)
+        self.train_dataset = pass_rates.easy_to_hard(problems, args.drop_uninformative)
         self._check_number_of_problems()
 
     def _problems_in(self, num_steps: int) -> int:
-        """How many problems so many optimizer steps take."""
+        """The number of problems in `num_steps` optimizer steps."""
         args = self.args
         steps_per_batch = args.steps_per_generation * args.num_iterations
         batches = math.ceil(num_steps * args.gradient_accumulation_steps / steps_per_batch)
@@ -179,7 +180,7 @@ class LatentGRPOTrainer(BackboneSavingTrainer, GRPOTrainer):
         )
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[Any], None, dict[str, Any]]:
-        """The tokens of each problem and of the thought after it; TRL has it several times in a row."""
+        """The tokens of each problem and the thought after it; TRL repeats each problem several times."""
         tokens = {
             prompt: latent_thinking_prompt(prompt, self.processing_class, self.model.config)
             for prompt in dict.fromkeys(prompts)
@@ -189,7 +190,7 @@ class LatentGRPOTrainer(BackboneSavingTrainer, GRPOTrainer):
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         """
         Raises:
-            FloatingPointError: if there is nothing to sample from, since weights have become NaN.
+            FloatingPointError: if weights have become NaN, so that there is nothing to sample from.
         """
         try:
             with _evaluation_mode(self.model):
@@ -200,8 +201,8 @@ class LatentGRPOTrainer(BackboneSavingTrainer, GRPOTrainer):
             broken = len(non_finite_weights(self.accelerator.unwrap_model(self.model)))
             raise FloatingPointError(
                 f"After step {self.state.global_step} the probabilities of the answers are NaN or infinite, and so "
-                f"are {broken} of the parameters and buffers. Lower the learning rate or max_grad_norm, and go on "
-                f"from the last checkpoint in {self.args.output_dir}."
+                f"are {broken} of the parameters and buffers. Lower the learning rate or max_grad_norm, and "
+                f"resume from the last checkpoint in {self.args.output_dir}."
             ) from error
 
     def _get_per_token_logps_and_entropies(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -209,14 +210,14 @@ class LatentGRPOTrainer(BackboneSavingTrainer, GRPOTrainer):
             return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
-        """As elsewhere, of a model that is in the output folder: TRL asks for a card before every checkpoint."""
+        """Only once the model is in the output folder: TRL asks for a card before every checkpoint."""
         if os.path.isfile(os.path.join(self.args.output_dir, "config.json")):
             super().create_model_card(model_name, **kwargs)
 
     def _origin_of_non_finite(self, *batch: Any) -> str:
         return "Look at the rewards: the answers were sampled from finite probabilities."
 
-    # --- Answers that are still in use when a checkpoint is written ---
+    # --- Answers in use when a checkpoint is written ---
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Also the answers; the Trainer calls this on every process for every checkpoint."""
@@ -243,17 +244,11 @@ class LatentGRPOTrainer(BackboneSavingTrainer, GRPOTrainer):
 
 
 class _EpochSampler(RepeatSampler):
-    """TRL's, with an order that depends on the epoch, not on how often it was asked: a resumed run has it too."""
+    """TRL's, with an order that depends on the epoch, not on the number of calls, so that resuming keeps it."""
 
     def set_epoch(self, epoch: int) -> None:
         if self.shuffle:
             self.generator.manual_seed(self.seed + epoch)
-
-
-def _frozen_copy(model: LatentThinkingForCausalLM) -> LatentThinkingForCausalLM:
-    """The model as it is now: a thinker of its own, on the same backbone."""
-    thinker = copy.deepcopy(model.thinker)
-    return LatentThinkingForCausalLM(model.config, model.backbone, thinker).requires_grad_(False).eval()
 
 
 @contextmanager
@@ -267,8 +262,8 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _own_randomness(seed: int) -> Iterator[None]:
-    """In it, random numbers come from `seed`; after it, they go on as if nothing had been drawn."""
+def _seeded(seed: int) -> Iterator[None]:
+    """Inside, random numbers come from `seed`; afterwards they go on as if none had been drawn."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from ..evaluation.code_execution import ExecutionLimits
 from ..evaluation.scoring import score_output
 
-# Programs run in processes of their own, each for a tenth of a second or longer.
+# Each program runs in its own process, for a tenth of a second or longer.
 _PROGRAMS_AT_A_TIME = 8
 
 
@@ -15,11 +15,11 @@ def correctness_reward(
     kind: Literal["answer", "code"] = "answer", limits: ExecutionLimits | None = None
 ) -> Callable[..., list[float]]:
     """
-    A reward function for TRL's trainers: 1 for a completion that is right, 0 for another.
+    A reward function for TRL's trainers: 1 for a right completion, 0 for a wrong one.
 
     Args:
-        kind: `answer` compares the answer found in the completion with the column `answer`, as `extract_answer` and
-            `answers_match` do; `code` runs the program in it with the column `tests`, in a limited process.
+        kind: `answer` compares the completion's answer with the column `answer`, as `extract_answer` and
+            `answers_match` do; `code` runs its program with the column `tests` in a limited process.
         limits: of that process.
     """
 

@@ -8,7 +8,6 @@ from .arguments import (
 )
 from .compressor_trainer import CompressorTrainer
 from .csv_metrics import CSVMetricsCallback
-from .ema import ExponentialMovingAverage
 from .freezing import TrainableReport, set_trainable
 from .latent_answer_trainer import LatentAnswerTrainer
 from .trainer import MaskedDiffusionTrainer
@@ -18,7 +17,6 @@ __all__ = [
     "CSVMetricsCallback",
     "CompressorTrainer",
     "CompressorTrainingArguments",
-    "ExponentialMovingAverage",
     "LatentAnswerTrainer",
     "LatentAnswerTrainingArguments",
     "MaskedDiffusionTrainer",

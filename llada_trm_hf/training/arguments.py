@@ -8,23 +8,25 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 
+def _learning_rate(default: float) -> Any:
+    return field(default=default, metadata={"aliases": ["--lr"], "help": "The initial learning rate of AdamW."})
+
+
 @dataclass
 class CommonTrainingArguments(TrainingArguments):
     """
-    `TrainingArguments` with what all trainers of the package share. `--lr`, `--batch_size` and `--num_epochs` are
-    short for `learning_rate`, `per_device_train_batch_size` and `num_train_epochs`.
+    `TrainingArguments` with what the package's trainers share. `--lr`, `--batch_size` and `--num_epochs` are short for
+    `learning_rate`, `per_device_train_batch_size` and `num_train_epochs`.
 
     Args:
         early_stopping_patience: stop after this many evaluations without a better `metric_for_best_model`.
         early_stopping_threshold: how much better it has to be.
-        profile_steps: record so many optimizer steps, from the third on, with `torch.profiler`; they leave the table
+        profile_steps: record this many optimizer steps, from the third on, with `torch.profiler`: the table
             `profile.txt` and the trace `profile.json` in the output folder.
-        hub_strategy: `"end"`: with `push_to_hub`, the finished model is uploaded, not the checkpoints before it.
+        hub_strategy: only `"end"`: `push_to_hub` uploads the finished model, not the checkpoints before it.
     """
 
-    learning_rate: float = field(
-        default=5e-5, metadata={"aliases": ["--lr"], "help": "The initial learning rate of AdamW."}
-    )
+    learning_rate: float = _learning_rate(5e-5)
     per_device_train_batch_size: int = field(
         default=8, metadata={"aliases": ["--batch_size"], "help": "The batch size per device in training."}
     )
@@ -49,7 +51,7 @@ class CommonTrainingArguments(TrainingArguments):
     )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the token of the Hub: the Trainer pickles its arguments into checkpoints."""
+        """Without the Hub token: the Trainer pickles its arguments into checkpoints."""
         return {**self.__dict__, "hub_token": None}
 
     def __post_init__(self):
@@ -59,8 +61,8 @@ class CommonTrainingArguments(TrainingArguments):
         strategy = HubStrategy(self.hub_strategy)
         if self.push_to_hub and strategy != HubStrategy.END:
             raise ValueError(
-                f"hub_strategy must be 'end', got {strategy.value!r}: what it would upload before then lacks the "
-                f"model's code, and optimizer states are pickles. Upload a checkpoint with llada-trm push."
+                f"hub_strategy must be 'end', got {strategy.value!r}: earlier uploads would lack the model's code and "
+                f"hold pickles. Upload a checkpoint with llada-trm push."
             )
         if self.early_stopping_patience is None:
             return
@@ -74,13 +76,13 @@ class CommonTrainingArguments(TrainingArguments):
 
 
 @dataclass
-class AveragingTrainingArguments(CommonTrainingArguments):
+class EMATrainingArguments(CommonTrainingArguments):
     """
-    [`CommonTrainingArguments`] of a trainer that can average the weights.
+    [`CommonTrainingArguments`] of [`EMATrainer`].
 
     Args:
-        use_ema: keep an average of the weights that train, and evaluate and save that one.
-        ema_decay: of that average; after every optimizer step `average = decay * average + (1 - decay) * weights`.
+        use_ema: keep an exponential moving average of the weights that train; evaluate and save the average.
+        ema_decay: after every optimizer step `average = decay * average + (1 - decay) * weights`.
     """
 
     use_ema: bool = field(default=False, metadata={"help": "Evaluate and save an average of the weights."})
@@ -93,17 +95,17 @@ class AveragingTrainingArguments(CommonTrainingArguments):
 
 
 @dataclass
-class MaskedDiffusionTrainingArguments(AveragingTrainingArguments):
+class MaskedDiffusionTrainingArguments(EMATrainingArguments):
     """
-    [`AveragingTrainingArguments`] with the settings of the forward process and the optimizer.
+    [`EMATrainingArguments`] with the settings of the forward process and the optimizer.
 
     Args:
         mask_epsilon: smallest masking probability; `p_mask = (1 - eps) t + eps`.
         learn_padding: pad responses with the end-of-sequence token and learn it, as LLaDA's fine-tuning does.
         random_length_probability: share of rows cut to a random length; 0.01 in LLaDA's pre-training.
         save_backbone: whether checkpoints of a hybrid hold the backbone too.
-        use_muon: train the matrices of the hidden layers with Muon (`torch.optim.Muon`), and embeddings, LM head,
-            norms, biases and stacked experts as `optim` says.
+        use_muon: train the matrices of the hidden layers with `torch.optim.Muon`, and embeddings, LM head, norms,
+            biases and stacked experts as `optim` says.
         muon_learning_rate: of Muon, whose updates are scaled to the size of AdamW's; `learning_rate` by default.
     """
 
@@ -138,14 +140,12 @@ class MaskedDiffusionTrainingArguments(AveragingTrainingArguments):
 class CompressorTrainingArguments(CommonTrainingArguments):
     """[`CommonTrainingArguments`] with the defaults for a compressor: AdamW, learning rate 1e-3, weight decay 0.01."""
 
-    learning_rate: float = field(
-        default=1e-3, metadata={"aliases": ["--lr"], "help": "The initial learning rate of AdamW."}
-    )
+    learning_rate: float = _learning_rate(1e-3)
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
 
     def __post_init__(self):
         super().__post_init__()
-        # Held-out hidden states are collected batch by batch on the CPU, each with its own length.
+        # Evaluation collects hidden states on the CPU, batch by batch, since lengths differ.
         self.eval_do_concat_batches = False
         self.eval_accumulation_steps = 1
 
@@ -159,31 +159,27 @@ class LatentAnswerTrainingArguments(CommonTrainingArguments):
         save_backbone: whether checkpoints hold the backbone too. Without it they need the one they name.
     """
 
-    learning_rate: float = field(
-        default=1e-4, metadata={"aliases": ["--lr"], "help": "The initial learning rate of AdamW."}
-    )
+    learning_rate: float = _learning_rate(1e-4)
     save_backbone: bool = field(default=True, metadata={"help": "Whether checkpoints hold the backbone too."})
 
 
 @dataclass
-class TRMTrainingArguments(AveragingTrainingArguments):
+class TRMTrainingArguments(EMATrainingArguments):
     """
-    [`AveragingTrainingArguments`] with the settings of [`TRMTrainer`]. Those that are None by default belong to the
-    model's config and, where given, replace what it says.
+    [`EMATrainingArguments`] with the settings of [`TRMTrainer`]. Those that are None by default override a field of
+    the model's config.
 
     Args:
         per_step_updates: an optimizer step after every supervision step; otherwise one per batch, on the mean loss of
             its supervision steps.
         adaptive_halt_threshold: raise the threshold after each epoch to 0.95 times its mean cosine similarity.
-        bce_halt_loss: whether halting learns if the prediction's cosine similarity to the target is above a threshold
-            (binary cross-entropy), or the similarity itself (squared error). `config.halt_loss`.
+        bce_halt_loss: the halting head learns whether the prediction's cosine similarity to the target is above a
+            threshold (binary cross-entropy); if False, the similarity itself (squared error). `config.halt_loss`.
         halt_threshold: that threshold. `config.cosine_threshold`.
-        halt_loss_weight, n_latent_steps, n_deep_recursions, n_supervision_steps: the same in the config.
+        halt_loss_weight, n_latent_steps, n_deep_recursions, n_supervision_steps: the fields of the same names.
     """
 
-    learning_rate: float = field(
-        default=1e-4, metadata={"aliases": ["--lr"], "help": "The initial learning rate of AdamW."}
-    )
+    learning_rate: float = _learning_rate(1e-4)
     weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of AdamW."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
     per_step_updates: bool = field(
@@ -208,8 +204,8 @@ class TRMTrainingArguments(AveragingTrainingArguments):
             raise ValueError(f"halt_threshold is a cosine, between -1 and 1; got {self.halt_threshold}.")
 
     def config_fields(self) -> dict[str, object]:
-        """The fields of `SequenceTRMConfig` that are given here."""
-        given: dict[str, object] = {
+        """The fields of `SequenceTRMConfig` that are set here."""
+        fields: dict[str, object] = {
             "cosine_threshold": self.halt_threshold,
             "halt_loss_weight": self.halt_loss_weight,
             "n_latent_steps": self.n_latent_steps,
@@ -217,5 +213,5 @@ class TRMTrainingArguments(AveragingTrainingArguments):
             "n_supervision_steps": self.n_supervision_steps,
         }
         if self.bce_halt_loss is not None:
-            given["halt_loss"] = "bce" if self.bce_halt_loss else "mse"
-        return {name: value for name, value in given.items() if value is not None}
+            fields["halt_loss"] = "bce" if self.bce_halt_loss else "mse"
+        return {name: value for name, value in fields.items() if value is not None}

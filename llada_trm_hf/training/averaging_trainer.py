@@ -1,47 +1,82 @@
-"""What the trainers that can average the weights share."""
+"""A trainer that keeps an exponential moving average (EMA) of the weights."""
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from transformers import TrainerCallback
 
-from .arguments import AveragingTrainingArguments
-from .ema import ExponentialMovingAverage
-from .recording_trainer import RecordingTrainer
+from .arguments import EMATrainingArguments
+from .recording_trainer import BaseTrainer
 
 EMA_FILE = "ema_state.safetensors"
 
 
-class AveragingTrainer(RecordingTrainer):
+class EMATrainer(BaseTrainer):
     """
-    A [`RecordingTrainer`] that keeps an average of the weights that train, if `args.use_ema` asks for it. Evaluation,
-    the choice of the best model and saved models use the average, while training goes on from the weights themselves;
-    checkpoints hold both. After training the model holds the average.
+    A [`BaseTrainer`] that, with `args.use_ema`, keeps an average of the weights that train. Evaluation, the choice of
+    the best model and saved models use the average; training goes on from the weights themselves, and checkpoints hold
+    both. After training the model holds the average.
+
+    Attributes:
+        ema: torch's `AveragedModel` of the parameters that required gradients when the trainer was made, in float32 or
+            better, or None. A frozen backbone is not copied.
 
     Raises:
         ValueError: for sharded training: the average is one of whole weights.
     """
 
-    args: AveragingTrainingArguments
+    args: EMATrainingArguments
 
-    def __init__(
-        self, *, args: AveragingTrainingArguments, callbacks: list[TrainerCallback] | None = None, **kwargs: Any
-    ):
-        super().__init__(args=args, callbacks=[_Averaging(self), *(callbacks or [])], **kwargs)
+    def __init__(self, *, args: EMATrainingArguments, callbacks: list[TrainerCallback] | None = None, **kwargs: Any):
+        super().__init__(args=args, callbacks=[_UpdateEMA(self), *(callbacks or [])], **kwargs)
         if args.use_ema and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("use_ema averages whole weights, FSDP and DeepSpeed shard them: leave out one of them.")
-        self.ema = ExponentialMovingAverage(self.model, args.ema_decay) if args.use_ema else None
+        self._trainable = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        self.ema: AveragedModel | None = None
+        if args.use_ema:
+            weights = (w.detach().to(torch.promote_types(w.dtype, torch.float32)) for w in self._trainable.values())
+            self.ema = AveragedModel(
+                nn.ParameterList(weights),
+                avg_fn=lambda average, weight, _: average.lerp(weight.to(average.dtype), 1 - args.ema_decay),
+            )
+            self.update_ema()  # AveragedModel takes over the first weights as they are
+
+    def update_ema(self) -> None:
+        """Takes the weights as they are into the average; to be called after every optimizer step."""
+        if self.ema is not None:
+            self.ema.update_parameters(nn.ParameterList(self._trainable.values()))
+
+    def averages(self) -> dict[str, torch.Tensor]:
+        """The averages by the names of their parameters; empty without EMA."""
+        return {} if self.ema is None else dict(zip(self._trainable, (a.detach() for a in self.ema.parameters())))
+
+    @torch.no_grad()
+    def copy_ema_to_model(self) -> None:
+        """Replaces the weights by their average."""
+        for name, average in self.averages().items():
+            self._trainable[name].copy_(average)
+
+    @contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        """Inside, the model has the averages; afterwards its own weights again."""
+        weights = {name: self._trainable[name].detach().clone() for name in self.averages()}
+        self.copy_ema_to_model()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    self._trainable[name].copy_(weight)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         with self._averaged_weights():
             return super().evaluation_loop(*args, **kwargs)
-
-    def _averaged_weights(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.ema is None else self.ema.applied()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with self._averaged_weights():
@@ -51,41 +86,40 @@ class AveragingTrainer(RecordingTrainer):
         """Also the weights and their average; the Trainer calls this on every process for every checkpoint."""
         super()._save_rng_state(output_dir)
         if self.ema is not None and self.args.should_save:
-            state = {f"weights.{name}": parameter.detach() for name, parameter in self.ema.parameters()}
-            state |= {f"average.{name}": average for name, average in self.ema.average.items()}
+            state = {f"weights.{name}": weight.detach() for name, weight in self._trainable.items()}
+            state |= {f"average.{name}": average for name, average in self.averages().items()}
             save_file(state, os.path.join(output_dir, EMA_FILE))
 
+    @torch.no_grad()
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = os.path.join(resume_from_checkpoint, EMA_FILE)
         if os.path.isfile(path) != (self.ema is not None):
             made = "with" if os.path.isfile(path) else "without"
-            raise ValueError(f"The checkpoint {resume_from_checkpoint} was made {made} use_ema: go on the same way.")
-        if self.ema is not None:
-            self._load_ema(load_file(path), self.ema)
-
-    @torch.no_grad()
-    def _load_ema(self, state: dict[str, torch.Tensor], ema: ExponentialMovingAverage) -> None:
-        if {name for name in state if name.startswith("average.")} != {f"average.{name}" for name in ema.average}:
-            raise ValueError("The checkpoint was made with other weights trainable: go on the same way.")
-        for name, parameter in ema.parameters():
-            parameter.copy_(state[f"weights.{name}"])
-            ema.average[name].copy_(state[f"average.{name}"])
+            raise ValueError(f"The checkpoint {resume_from_checkpoint} was made {made} use_ema: resume it likewise.")
+        if self.ema is None:
+            return
+        state = load_file(path)
+        if {name for name in state if name.startswith("average.")} != {f"average.{name}" for name in self._trainable}:
+            raise ValueError("The checkpoint was made with other weights trainable: resume with the same ones.")
+        for name, average in self.averages().items():
+            self._trainable[name].copy_(state[f"weights.{name}"])
+            average.copy_(state[f"average.{name}"])
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
         if self.ema is not None:
-            self.ema.reset()  # what was loaded is the average already
+            self.ema.n_averaged.zero_()  # what was loaded is the average already: start again from it
+            self.update_ema()
 
 
-class _Averaging(TrainerCallback):
-    def __init__(self, trainer: AveragingTrainer):
+class _UpdateEMA(TrainerCallback):
+    def __init__(self, trainer: EMATrainer):
         self.trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.ema is not None and not self.trainer.accelerator.optimizer_step_was_skipped:
-            self.trainer.ema.update()
+        if not self.trainer.accelerator.optimizer_step_was_skipped:
+            self.trainer.update_ema()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.ema is not None:
-            self.trainer.ema.copy_to_model()
+        self.trainer.copy_ema_to_model()

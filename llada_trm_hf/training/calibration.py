@@ -1,20 +1,20 @@
-"""How far a refiner's confidence is from what it gets right."""
+"""How well a refiner's confidence predicts its accuracy."""
 
 import torch
 from transformers import EvalPrediction
 
 NUM_BINS = 10
-NOT_REFINED = -100.0  # an accuracy; the Trainer, too, pads with -100 where a batch has fewer chunks than another
+NOT_REFINED = -100.0  # in place of an accuracy; the Trainer also pads with -100 where a batch has fewer chunks
 
 
 def expected_calibration_error(confidence: torch.Tensor, accuracy: torch.Tensor, num_bins: int = NUM_BINS) -> float:
     """
-    The expected calibration error (Guo et al., arXiv 1706.04599, equation 3): over `num_bins` bins of equal width, the
-    distance between mean confidence and mean accuracy, each bin weighted by the share of predictions in it.
+    The expected calibration error (Guo et al., arXiv 1706.04599, equation 3): the distance between mean confidence and
+    mean accuracy in each of `num_bins` bins of equal width, weighted by the share of predictions in the bin.
 
     Args:
         confidence: `[M]` in [0, 1], of each prediction.
-        accuracy: `[M]` in [0, 1], how right each was.
+        accuracy: `[M]` in [0, 1], of each prediction.
         num_bins: the bins are `[0, 1/n), [1/n, 2/n), ..., [(n - 1)/n, 1]`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The trainer of the compressor of hidden states."""
+"""The trainer of [`DimensionCompressor`]."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -8,32 +8,32 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, PreTrainedModel, TrainerCallback
+from transformers import EvalPrediction, PreTrainedModel
 
 from ..data import TextCollator
 from ..models import DimensionCompressor, PCAFit, reconstruction_metrics
 from .arguments import CompressorTrainingArguments
 from .language_model import compare_next_tokens, freeze, head_width, last_layer_states
-from .recording_trainer import RecordingTrainer
+from .recording_trainer import BaseTrainer
 
 
-class CompressorTrainer(RecordingTrainer):
+class CompressorTrainer(BaseTrainer):
     """
-    Trains a [`DimensionCompressor`] on the last-layer hidden states that a frozen language model has on text. Each
-    real token counts the same, however a batch is divided into micro-batches and processes. Checkpoints hold the
-    compressor and name the language model.
+    Trains a [`DimensionCompressor`] on a frozen language model's last-layer hidden states of text. Every real token
+    counts the same, however a batch is divided into micro-batches and processes. Checkpoints hold the compressor and
+    name the language model.
 
-    On held-out text it reports `reconstruction_metrics`, and what the LM head makes of the reconstruction:
-    `eval_top_token_agreement`, the share of tokens whose most likely successor stays the same, and
-    `eval_kl_divergence`. `eval_loss` is the mean squared error. (The held-out states are kept in memory for this:
-    tokens x hidden size x 4 bytes, a few times over.)
+    On held-out text it reports `reconstruction_metrics`, and how the LM head reads the reconstruction:
+    `eval_top_token_agreement`, the share of tokens with the same most likely successor, and `eval_kl_divergence`.
+    `eval_loss` is the mean squared error. (The held-out states stay in memory for this: tokens x hidden size x 4
+    bytes, a few times over.)
 
     Args:
         model: the compressor.
         args: [`CompressorTrainingArguments`].
         language_model: any causal language model; frozen here. Its hidden size is the compressor's.
         train_dataset, eval_dataset: samples with `input_ids`, of `tokenize_texts` or `tokenize_reasoning`.
-        callbacks: as in `Trainer`.
+        kwargs: as in `Trainer`.
 
     Raises:
         ValueError: if the sizes differ.
@@ -48,7 +48,6 @@ class CompressorTrainer(RecordingTrainer):
         language_model: PreTrainedModel,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ):
         width = head_width(language_model.get_output_embeddings())
@@ -58,7 +57,7 @@ class CompressorTrainer(RecordingTrainer):
                 f"hidden_size={model.config.hidden_size}."
             )
         if train_dataset is not None and not hasattr(train_dataset, "__len__"):
-            # Each process reads its own share: one cannot cut batches for the others, whose lengths would differ.
+            # Each process reads its own share: lengths differ, so one cannot cut batches for the others.
             args.accelerator_config.dispatch_batches = False
         model.config.backbone_name_or_path = language_model.config.name_or_path or None
         super().__init__(
@@ -68,11 +67,10 @@ class CompressorTrainer(RecordingTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             compute_metrics=self._held_out_metrics,
-            callbacks=callbacks,
             **kwargs,
         )
         self.language_model = freeze(language_model, self.args.device)
-        self.model_accepts_loss_kwargs = True  # the loss is divided by the tokens of all micro-batches here
+        self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of all micro-batches
 
     def fit_pca(self, num_batches: int | None = None) -> PCAFit:
         """Sets the compressor to the optimum for the training data, or for its first batches. See its `fit_pca`."""
@@ -95,28 +93,20 @@ class CompressorTrainer(RecordingTrainer):
         return batches, self.accelerator.gather(tokens.to(device).reshape(1)).sum()
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The mean squared error of this micro-batch, as its share of the mean over all real tokens."""
+        """The share of this micro-batch in the mean squared error over all real tokens of the step."""
         mask = inputs["attention_mask"]
         outputs = model(last_layer_states(self.language_model, inputs["input_ids"], mask), attention_mask=mask)
         loss = outputs.loss
         if num_items_in_batch is not None:
-            # Processes average their gradients; here they are to add up.
+            # Processes average their gradients; this undoes it, since the shares have to add up.
             loss = loss * mask.sum() * self.accelerator.num_processes / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[None, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """Reconstruction, agreement and divergence of each token; the states themselves and the mask."""
         inputs = self._prepare_inputs(inputs)

@@ -1,4 +1,4 @@
-"""Metrics as plain CSV files in the output folder, whatever else they are reported to."""
+"""Metrics as CSV files in the output folder."""
 
 import csv
 import os
@@ -9,8 +9,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 class CSVMetricsCallback(TrainerCallback):
     """
-    Writes `training_metrics.csv` and `validation_metrics.csv`, one row for every log. A resumed run continues the
-    files of the run before: they are rebuilt from the trainer's log history, which every checkpoint carries.
+    Writes `training_metrics.csv` and `validation_metrics.csv`, one row per log. A resumed run rebuilds both from the
+    log history in its checkpoint before it adds to them.
     """
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
@@ -24,21 +24,24 @@ class CSVMetricsCallback(TrainerCallback):
         if not state.is_world_process_zero or not state.log_history:
             return
         row = state.log_history[-1]
-        name = _file_of(row)
+        name = _csv_name(row)
         if name is None:
             return
         os.makedirs(args.output_dir, exist_ok=True)
         path = os.path.join(args.output_dir, name)
-        columns = self._columns(path)
-        if columns is None or any(column not in columns for column in row):
+        columns: list[str] = []
+        if os.path.exists(path):
+            with open(path, newline="", encoding="utf-8") as file:
+                columns = next(csv.reader(file), [])
+        if not columns or any(column not in columns for column in row):
             self._rewrite(path, state)
             return
         with open(path, "a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, columns).writerow(row)
 
     def _rewrite(self, path: str, state: TrainerState) -> None:
-        """Writes all rows of the log history that belong to the file; removes the file if there are none."""
-        rows = [row for row in state.log_history if _file_of(row) == os.path.basename(path)]
+        """Writes all rows of the log history that belong in the file; removes the file if there are none."""
+        rows = [row for row in state.log_history if _csv_name(row) == os.path.basename(path)]
         if not rows:
             if os.path.exists(path):
                 os.remove(path)
@@ -50,14 +53,8 @@ class CSVMetricsCallback(TrainerCallback):
             writer.writerows(rows)
         os.replace(path + ".tmp", path)
 
-    def _columns(self, path: str) -> list[str] | None:
-        if not os.path.exists(path):
-            return None
-        with open(path, newline="", encoding="utf-8") as file:
-            return next(csv.reader(file), None)
 
-
-def _file_of(row: dict[str, Any]) -> str | None:
+def _csv_name(row: dict[str, Any]) -> str | None:
     if "loss" in row:
         return "training_metrics.csv"
     return "validation_metrics.csv" if "eval_loss" in row else None

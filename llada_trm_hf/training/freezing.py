@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 @dataclass
 class TrainableReport:
-    """How much of a model trains, in parameters; `modules` are the trainable leaf modules' names."""
+    """How many parameters of a model train; `modules` names the modules that hold them."""
 
     trainable: int
     total: int
@@ -26,7 +26,7 @@ class TrainableReport:
 
 def last_layers(model: PreTrainedModel, number: int) -> list[str]:
     """
-    Patterns for [`set_trainable`] of the last `number` transformer layers of `model`, of its backbone in a hybrid.
+    Patterns for [`set_trainable`] of the last `number` transformer layers of `model`, or of a hybrid's backbone.
 
     Raises:
         ValueError: if it has fewer.
@@ -37,7 +37,7 @@ def last_layers(model: PreTrainedModel, number: int) -> list[str]:
     if not 0 < number <= depth:
         raise ValueError(f"train_last_layers must be between 1 and the {depth} layers of the backbone, got {number}.")
     modules = transformer.named_modules(prefix=prefix)
-    layers = next(name for name, part in modules if isinstance(part, nn.ModuleList) and len(part) == depth)
+    layers = next(name for name, module in modules if isinstance(module, nn.ModuleList) and len(module) == depth)
     return [f"{layers}.{layer}" for layer in range(depth - number, depth)]
 
 
@@ -47,15 +47,15 @@ def set_trainable(model: nn.Module, patterns: Sequence[str], train_layer_norms: 
 
     Args:
         model: any module; changed in place.
-        patterns: names of modules or parameters, with `*`, `?` and `[...]` as in file names. A module brings all that
+        patterns: names of modules or parameters, with `*`, `?` and `[...]` as in file names. A module includes all
             it contains: `["refiner"]`, `["backbone.model.layers.3*", "refiner"]`, `["*"]`.
-        train_layer_norms: train every normalisation layer of the model as well.
+        train_layer_norms: also train every normalisation layer.
 
     Returns:
         [`TrainableReport`].
 
     Raises:
-        ValueError: for a pattern that matches nothing; the message lists the names that exist.
+        ValueError: for a pattern that matches nothing; lists the names that exist.
     """
     chosen: set[int] = set()
     for pattern in patterns:

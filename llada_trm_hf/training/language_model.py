@@ -1,4 +1,4 @@
-"""What training takes from a frozen language model: last-layer states, and what its LM head makes of changed ones."""
+"""Last-layer hidden states of a frozen language model, and its LM head's predictions from changed ones."""
 
 import inspect
 from typing import Any
@@ -23,8 +23,8 @@ def last_layer_states(
     language_model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> torch.Tensor:
     """
-    The hidden states `[B, L, D]` that the LM head reads, without evaluating it for any token, and without keeping
-    those of the other layers.
+    The hidden states `[B, L, D]` that the LM head reads. The head is not evaluated, and other layers' states are not
+    kept.
     """
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
     if "use_cache" in inspect.signature(language_model.forward).parameters:
@@ -33,12 +33,12 @@ def last_layer_states(
 
 
 def head_width(head: nn.Module) -> int:
-    """How wide the hidden states are that an LM head reads."""
+    """The size of the hidden states that an LM head reads."""
     return _weight(head).shape[1]
 
 
 def top_tokens(head: nn.Module, states: torch.Tensor) -> torch.Tensor:
-    """The most likely token after hidden states `[N, D]`, LongTensor `[N]`."""
+    """The most likely token after each of the hidden states `[N, D]`: LongTensor `[N]`."""
     return _logits(head, states).argmax(-1)
 
 
@@ -46,7 +46,7 @@ def compare_next_tokens(
     head: nn.Module, before: torch.Tensor, after: torch.Tensor, chunk_size: int = 512
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    How an LM head's guesses change with the hidden states.
+    How an LM head's predictions change with the hidden states.
 
     Args:
         head: linear, `[V, D]`.
@@ -54,8 +54,8 @@ def compare_next_tokens(
         chunk_size: states at a time, since a row of logits is as long as the vocabulary.
 
     Returns:
-        Whether the top token is the same, and KL(before || after) in nats, both `[N]` in float32. (Of the head's
-        logits as they are: what a model does to them later, such as a cap, is left out.)
+        Whether the top token is the same, and KL(before || after) in nats, both float32 `[N]`, from the head's raw
+        logits: whatever a model does to them later, such as a cap, is left out.
     """
     same, divergence = [], []
     for old, new in zip(before.split(chunk_size), after.split(chunk_size)):

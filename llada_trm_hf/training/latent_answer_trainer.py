@@ -2,23 +2,20 @@
 
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from ..data import LatentAnswerCollator
 from ..models import LatentThinkingForCausalLM
 from .arguments import LatentAnswerTrainingArguments
-from .backbone_saving import BackboneSavingTrainer
+from .recording_trainer import BaseTrainer
 
 
-class LatentAnswerTrainer(BackboneSavingTrainer):
+class LatentAnswerTrainer(BaseTrainer):
     """
-    Answer supervision: the cross-entropy of the answer, given the prompt and the latents thought from it. What trains
-    is what requires gradients, as a rule the thinker (`from_backbone` freezes the backbone).
+    Answer supervision: the cross-entropy of the answer, given the prompt and the latents thought from it. It trains
+    whatever requires gradients, as a rule the thinker (`from_backbone` freezes the backbone).
 
-    Besides the loss it logs `answer_accuracy`, the share of answers each of whose tokens is the most likely one after
+    Besides the loss it logs `answer_accuracy`, the share of answers whose every token is the most likely one after
     those before it, and `reasoning_steps`.
 
     Args:
@@ -26,56 +23,26 @@ class LatentAnswerTrainer(BackboneSavingTrainer):
         args: [`LatentAnswerTrainingArguments`].
         train_dataset, eval_dataset: of `tokenize_latent_answers`.
         processing_class: the tokenizer, saved with every checkpoint.
-        callbacks: as in `Trainer`.
+        kwargs: as in `Trainer`.
 
     Raises:
-        ValueError: if checkpoints are to leave out a backbone nobody could find again, or one that trains.
+        ValueError: if checkpoints would leave out a backbone that nobody could find again, or one that trains.
     """
 
     args: LatentAnswerTrainingArguments
 
-    def __init__(
-        self,
-        model: LatentThinkingForCausalLM,
-        args: LatentAnswerTrainingArguments,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        **kwargs: Any,
-    ):
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=LatentAnswerCollator(model.config.get_text_config().pad_token_id or 0),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            **kwargs,
-        )
+    def __init__(self, model: LatentThinkingForCausalLM, args: LatentAnswerTrainingArguments, **kwargs: Any):
+        collator = LatentAnswerCollator(model.config.get_text_config().pad_token_id or 0)
+        super().__init__(model=model, args=args, data_collator=collator, **kwargs)
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The model's own loss; how many answers are right goes to the next log."""
+        """The model's own loss; the share of right answers goes to the next log."""
         labels = inputs["labels"][:, 1:]
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        right = (outputs["logits"][:, :-1].argmax(-1) == labels) | (labels == -100)
+        correct = (outputs["logits"][:, :-1].argmax(-1) == labels) | (labels == -100)
         prefix = "" if model.training else "eval_"
-        self.record(f"{prefix}answer_accuracy", right.all(-1).float().mean())
+        self.record(f"{prefix}answer_accuracy", correct.all(-1).float().mean())
         self.record(f"{prefix}reasoning_steps", outputs["reasoning_steps"].float().mean())
         return (loss, outputs) if return_outputs else loss
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        return super().prediction_step(model, inputs, prediction_loss_only=True, ignore_keys=ignore_keys)

@@ -1,4 +1,4 @@
-"""Muon for the matrices of the hidden layers and AdamW for everything else, as one optimizer."""
+"""Muon for the matrices of the hidden layers and AdamW for all other parameters, as one optimizer."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ from .arguments import MaskedDiffusionTrainingArguments
 
 class MuonWithAdamW(Optimizer):
     """
-    Two optimizers over different parameters of a model that the Trainer, accelerate and learning-rate schedulers drive
-    as one: it holds the parameter groups and the state of both.
+    Two optimizers over different parameters that the Trainer, accelerate and learning-rate schedulers drive as one: it
+    holds the parameter groups and the state of both.
 
     Args:
-        adamw, muon: the optimizers. Their groups come in this order, so `lr` of the first group is that of AdamW.
+        adamw, muon: the optimizers. Groups come in this order, so the first group's `lr` is AdamW's.
     """
 
     def __init__(self, adamw: Optimizer, muon: Optimizer):
@@ -25,12 +25,11 @@ class MuonWithAdamW(Optimizer):
         self._share()
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step of each."""
         self.adamw.step()
         self.muon.step()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """What `load_state_dict` ends with: it has replaced groups and state by new ones."""
+        """Called at the end of `load_state_dict`, which has replaced groups and state."""
         super().__setstate__(state)
         self._share()
 
@@ -42,8 +41,8 @@ class MuonWithAdamW(Optimizer):
 
 def hidden_matrices(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """
-    The trainable parameters Muon is meant for, by name: the matrices of linear layers between the embeddings and the
-    LM head. (The experts of a mixture are stacked, `[E, D, D']`, and not among them.)
+    The trainable parameters Muon is meant for, by name: the matrices of linear layers between embeddings and LM head.
+    (The experts of a mixture are stacked, `[E, D, D']`, and not included.)
     """
     outer = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     outer.add(id(model.get_output_embeddings().weight))
@@ -69,11 +68,11 @@ def muon_with_adamw(
         model: a masked-diffusion model or hybrid.
         args: learning rates and weight decay. Muon's updates are scaled to the size of AdamW's (arXiv 2502.16982,
             equation 4), so that the same values work for both.
-        decayed: names of the parameters that weight decay is for.
-        adamw, adamw_settings: what everything else is trained with.
+        decayed: names of the parameters with weight decay.
+        adamw, adamw_settings: the optimizer of all other parameters.
 
     Raises:
-        ValueError: if nothing trains that Muon is meant for.
+        ValueError: if no matrix that Muon is meant for trains.
     """
     matrices = hidden_matrices(model)
     if not matrices:

@@ -7,18 +7,16 @@ from typing import Any
 from torch.profiler import profile, schedule
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..storage import write_atomically
-
-# Steps before the recorded ones: the first is left out, in the next the profiler itself warms up.
-WAIT, WARMUP = 1, 1
-ROWS_OF_THE_TABLE = 40
+SKIPPED_STEPS = 2  # before the recorded ones: one is left out, in the next the profiler itself warms up
 
 
 class ProfilerCallback(TrainerCallback):
     """
-    Records `num_steps` optimizer steps of the first process and writes, as soon as they are done, `profile.txt` (a
-    table of the operations that take most time) and `profile.json` (for chrome://tracing or ui.perfetto.dev) in the
-    output folder.
+    Records `num_steps` optimizer steps of the first process and writes `profile.txt` (the operations that take most
+    time) and `profile.json` (for chrome://tracing or ui.perfetto.dev) to the output folder.
+
+    The Trainer has no such callback, and accelerate's `profile()` is a context manager around the same
+    `torch.profiler`: it counts no optimizer steps and writes no table.
     """
 
     def __init__(self, num_steps: int):
@@ -30,16 +28,16 @@ class ProfilerCallback(TrainerCallback):
         Raises:
             ValueError: if the run is too short.
         """
-        needed = WAIT + WARMUP + self.num_steps
-        if state.max_steps - state.global_step < needed:
+        needed, left = SKIPPED_STEPS + self.num_steps, state.max_steps - state.global_step
+        if left < needed:
             raise ValueError(
-                f"profile_steps={self.num_steps} needs {needed} training steps, {WAIT + WARMUP} of them before it "
-                f"records; this run has {state.max_steps - state.global_step}."
+                f"profile_steps={self.num_steps} needs {needed} training steps, {SKIPPED_STEPS} of them before it "
+                f"records; this run has {left}."
             )
         if state.is_world_process_zero:
             self._profiler = profile(
-                schedule=schedule(wait=WAIT, warmup=WARMUP, active=self.num_steps, repeat=1),
-                on_trace_ready=lambda profiler: _write(profiler, args.output_dir, self.num_steps),
+                schedule=schedule(wait=SKIPPED_STEPS - 1, warmup=1, active=self.num_steps, repeat=1),
+                on_trace_ready=lambda profiler: self._write(profiler, Path(args.output_dir)),
             )
             self._profiler.start()
 
@@ -52,13 +50,11 @@ class ProfilerCallback(TrainerCallback):
             self._profiler.stop()
             self._profiler = None
 
-
-def _write(profiler: profile, folder: str, num_steps: int) -> None:
-    os.makedirs(folder, exist_ok=True)
-    device = "device" if any(event.self_device_time_total for event in profiler.key_averages()) else "cpu"
-    table = profiler.key_averages().table(
-        sort_by=f"self_{device}_time_total", row_limit=ROWS_OF_THE_TABLE, max_name_column_width=60
-    )
-    title = f"{num_steps} training steps; the operations that take most time of their own on the {device}\n\n"
-    write_atomically(os.path.join(folder, "profile.txt"), lambda path: Path(path).write_text(title + table + "\n"))
-    write_atomically(os.path.join(folder, "profile.json"), profiler.export_chrome_trace)
+    def _write(self, profiler: profile, folder: Path) -> None:
+        os.makedirs(folder, exist_ok=True)
+        events = profiler.key_averages()
+        device = "device" if any(event.self_device_time_total for event in events) else "cpu"
+        table = events.table(sort_by=f"self_{device}_time_total", row_limit=40, max_name_column_width=60)
+        title = f"{self.num_steps} training steps, sorted by the operations' own time on the {device}"
+        (folder / "profile.txt").write_text(f"{title}\n\n{table}\n", encoding="utf-8")
+        profiler.export_chrome_trace(str(folder / "profile.json"))

@@ -1,4 +1,4 @@
-"""What the trainers of the package share: metrics of their own in every log, CSV files, early stopping."""
+"""What the trainers of the package share: extra metrics in every log, CSV files, early stopping, the NaN check."""
 
 import json
 import os
@@ -18,34 +18,47 @@ from .csv_metrics import CSVMetricsCallback
 from .profiler import ProfilerCallback
 
 
-class RecordingTrainer(Trainer):
+class BaseTrainer(Trainer):
     """
-    The HF `Trainer` with `record`: what it was given since the last log is averaged into the next one, over steps and
-    processes. Logs also go to `training_metrics.csv` and `validation_metrics.csv`. What is saved also holds
-    `training_settings.json`, from which the model card is made.
+    The HF `Trainer` with `record`: values recorded since the last log are averaged into the next one, over steps and
+    processes. Logs also go to `training_metrics.csv` and `validation_metrics.csv`. Saved models come with
+    `training_settings.json`, from which the model card is made, and with `args.save_backbone=False` without their
+    backbone. A loss that is NaN or infinite stops training before it reaches the weights.
 
     Attributes:
-        data_description: `name`, `hub_name`, `split` and `eval_split` of the dataset, as far as the card shall say.
+        data_description: `name`, `hub_name`, `split` and `eval_split` of the dataset, for the card.
+
+    Raises:
+        ValueError: if checkpoints would leave out a backbone that nobody could find again, or one that trains.
     """
 
     args: CommonTrainingArguments
     data_description: dict[str, str] | None = None
 
     def __init__(
-        self, *, args: CommonTrainingArguments, callbacks: list[TrainerCallback] | None = None, **kwargs: Any
+        self,
+        *,
+        model: Any,
+        args: CommonTrainingArguments,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs: Any,
     ):
+        self._save_backbone = getattr(args, "save_backbone", True)
+        if not self._save_backbone:
+            _check_backbone_can_be_left_out(model)
         self._records: dict[str, list[torch.Tensor]] = defaultdict(list)
-        own: list[TrainerCallback] = [CSVMetricsCallback()]
+        self._micro_batches: list[tuple[torch.Tensor, dict[str, Any]]] = []  # loss and inputs, until they are checked
+        default_callbacks: list[TrainerCallback] = [CSVMetricsCallback()]
         if args.early_stopping_patience is not None:
-            own.append(_EarlyStopping(args.early_stopping_patience, args.early_stopping_threshold))
+            default_callbacks.append(_EarlyStopping(args.early_stopping_patience, args.early_stopping_threshold))
         if args.profile_steps is not None:
-            own.append(ProfilerCallback(args.profile_steps))
-        super().__init__(args=args, callbacks=[*own, *(callbacks or [])], **kwargs)
+            default_callbacks.append(ProfilerCallback(args.profile_steps))
+        super().__init__(model=model, args=args, callbacks=[*default_callbacks, *(callbacks or [])], **kwargs)
 
     def record(self, name: str, value: torch.Tensor) -> None:
         """
         Keeps a scalar, on its device, for the mean that the next log reports; NaN does not count. Names that start
-        with `eval_` go to the next log of an evaluation, others to the next one of training. Every process has to
+        with `eval_` go to the next log of an evaluation, others to the next one of training. Every process must
         record the same names.
         """
         self._records[name].append(value.detach())
@@ -54,19 +67,26 @@ class RecordingTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """
-        As in `Trainer`; then all processes look at the loss, for after the optimizer step NaN would be in the weights.
+        As in `Trainer`. After the last micro-batch of an optimizer step, but before the weights change, all processes
+        check the losses: once per step, since the check waits for the device.
 
         Raises:
-            FloatingPointError: if it is NaN or infinite on any process; names the module that came from.
+            FloatingPointError: if one is NaN or infinite on any process; names the module where it began.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.reduce(loss.isfinite().float(), "mean") < 1:
-            origin = self._origin_of_non_finite(model, inputs, num_items_in_batch)
-            became = f"became {loss.item()}" if not loss.isfinite() else "is NaN or infinite on another process"
-            raise FloatingPointError(
-                f"The loss {became} in step {self.state.global_step + 1}. {origin} Lower the learning rate or "
-                f"max_grad_norm, and go on from the last checkpoint in {self.args.output_dir}."
-            )
+        self._micro_batches.append((loss, inputs))
+        if self.accelerator.sync_gradients:
+            micro_batches, self._micro_batches = self._micro_batches, []
+            finite = torch.stack([loss for loss, _ in micro_batches]).isfinite()
+            if self.accelerator.reduce(finite.all().float(), "mean") < 1:
+                broken = [batch for batch, is_finite in zip(micro_batches, finite.tolist()) if not is_finite]
+                wrong, inputs = (broken or micro_batches)[0]
+                origin = self._origin_of_non_finite(model, inputs, num_items_in_batch)
+                became = f"became {wrong.item()}" if broken else "is NaN or infinite on another process"
+                raise FloatingPointError(
+                    f"The loss {became} in step {self.state.global_step + 1}. {origin} Lower the learning rate or "
+                    f"max_grad_norm, and resume from the last checkpoint in {self.args.output_dir}."
+                )
         return loss
 
     @torch.no_grad()
@@ -74,14 +94,21 @@ class RecordingTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None
     ) -> str:
         """Runs a batch again and says where its NaN or Inf came from. Sharded models need every process here."""
-        own_model = self.accelerator.unwrap_model(model)
-        with NonFiniteWatch(own_model) as watch, self.compute_loss_context_manager():
-            self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        unwrapped = self.accelerator.unwrap_model(model)
+        with NonFiniteWatch(unwrapped) as watch, self.compute_loss_context_manager():
+            _, outputs = self.compute_loss(
+                model, self._prepare_inputs(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
+        samples = self._non_finite_samples(inputs, outputs)
         if watch.finding is None:
-            return "Run again, the batch of this process gives finite numbers."
-        broken = len(non_finite_weights(own_model))
+            return samples or "Run again, the batch of this process gives finite numbers."
+        broken = len(non_finite_weights(unwrapped))
         weights = f" In all, {broken} of its parameters and buffers hold NaN or Inf." if broken else ""
-        return f"{watch.finding}{weights}"
+        return f"{samples} {watch.finding}{weights}".lstrip()
+
+    def _non_finite_samples(self, inputs: dict[str, Any], outputs: Any) -> str:
+        """A sentence that names the samples with NaN or Inf, for trainers that can tell them apart."""
+        return ""
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         for name in [name for name in self._records if name.startswith("eval_")]:
@@ -89,7 +116,7 @@ class RecordingTrainer(Trainer):
         return super().evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean of what was recorded since the last log."""
+        """Adds the means of the values recorded since the last log."""
         if "eval_loss" in logs or "loss" in logs:
             for name in [name for name in self._records if name.startswith("eval_") == ("eval_loss" in logs)]:
                 values = torch.stack(self._records.pop(name)).float()
@@ -102,7 +129,7 @@ class RecordingTrainer(Trainer):
         Writes the package's card for the model in the output folder.
 
         Raises:
-            ValueError: for what the `Trainer` would put into a card of its own.
+            ValueError: for arguments that only the card of `Trainer` has.
         """
         _refuse_for_card(kwargs)
         if self.is_world_process_zero():
@@ -122,8 +149,8 @@ class RecordingTrainer(Trainer):
         **kwargs: Any,
     ) -> Any:
         """
-        As in `Trainer`, except that it uploads what `llada-trm push` does: the model, its code and its card, but no
-        pickles (`training_args.bin`) and logs.
+        As in `Trainer`, but uploads the same files as `llada-trm push`: the model, its code and its card, neither
+        pickles (`training_args.bin`) nor logs.
 
         Returns:
             `CommitInfo`, or a `Future` of it unless `blocking`; None in all processes but the first.
@@ -145,12 +172,30 @@ class RecordingTrainer(Trainer):
         return upload(uploads, self.hub_model_id, private, revision, token, commit_message or "Upload model")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        if self._save_backbone:
+            super()._save(output_dir, state_dict)
+        else:
+            # The Trainer cannot pass this argument on.
+            self.model.save_pretrained = partial(self.model.save_pretrained, save_backbone=False)
+            try:
+                super()._save(output_dir, state_dict)
+            finally:
+                del self.model.save_pretrained
         if not self.args.should_save:
             return
         folder = output_dir or self.args.output_dir
         with open(os.path.join(folder, TRAINING_SETTINGS_FILE), "w", encoding="utf-8") as file:
             json.dump(training_settings(self.model, self.args, self.data_description), file, indent=2)
+
+
+def _check_backbone_can_be_left_out(model: Any) -> None:
+    if not getattr(model.config, "backbone_name_or_path", None):
+        raise ValueError(
+            "save_backbone=False needs a hybrid or a latent-thinking model, and its config.backbone_name_or_path to "
+            "say where the backbone is."
+        )
+    if any(parameter.requires_grad for parameter in model.backbone.parameters()):
+        raise ValueError("save_backbone=False would lose what the backbone learns: freeze it, or save it.")
 
 
 def _refuse_for_card(fields: dict[str, Any]) -> None:
@@ -160,7 +205,7 @@ def _refuse_for_card(fields: dict[str, Any]) -> None:
 
 
 class _EarlyStopping(EarlyStoppingCallback):
-    """Goes on counting where the checkpoint that a run continues had got to."""
+    """Goes on counting where the resumed checkpoint stopped."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)

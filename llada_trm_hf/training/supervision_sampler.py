@@ -1,4 +1,4 @@
-"""The order in which a trainer sees its data when every batch takes several optimizer steps."""
+"""The order of the data when every batch takes several optimizer steps."""
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence, Sized
@@ -10,12 +10,8 @@ from torch.utils.data import Dataset, Sampler
 
 class RecentBatches(Dataset):
     """
-    Another dataset, which remembers the last batches of items: a batch that comes again is not read again. (Each data
-    loader worker has a memory of its own.)
-
-    Args:
-        dataset: of any items.
-        num_batches: how many batches it remembers.
+    A dataset that caches the last `num_batches` batches of another, so a repeated batch is read once. (Each data
+    loader worker has its own cache.)
     """
 
     def __init__(self, dataset: Any, num_batches: int):
@@ -41,17 +37,17 @@ class SupervisionSampler(Sampler[list[int]]):
     """
     Batches of indices, repeated for each supervision step, so that a step of the trainer is a supervision step.
 
-    What all processes see in one optimizer step is a group of `num_parts` micro-batches (processes times accumulation
-    steps); the group comes `num_repeats` times in a row. Sharded batch by batch, as accelerate does, every process
-    gets the same micro-batches in every repetition. The last group of an epoch may be smaller; samples from the
-    beginning of the epoch fill it up until it divides into equal parts, fewer than `num_parts` of them.
+    The batches of all processes in one optimizer step form a group of `num_parts` micro-batches (processes times
+    accumulation steps), which comes `num_repeats` times in a row. accelerate shards batch by batch, so every process
+    gets the same micro-batches in every repetition. The last group of an epoch may be smaller; up to `num_parts - 1`
+    samples from the beginning of the epoch are added until it divides into equal parts.
 
     Args:
         sampler: of indices; accelerate replaces this attribute by a seeded one.
         batch_size: of a micro-batch.
         num_parts: micro-batches in a group.
         num_repeats: supervision steps.
-        drop_last: leave out a last group that is smaller.
+        drop_last: leave out a smaller last group.
     """
 
     # Batches differ in size: without a batch_size, accelerate takes them as they are.
@@ -70,9 +66,9 @@ class SupervisionSampler(Sampler[list[int]]):
                 return
             group += islice(cycle(indices), -len(group) % self.num_parts)
             size = len(group) // self.num_parts
-            parts = [group[part : part + size] for part in range(0, len(group), size)]
+            micro_batches = [group[first : first + size] for first in range(0, len(group), size)]
             for _ in range(self.num_repeats):
-                yield from parts
+                yield from micro_batches
 
     def __len__(self) -> int:
         assert isinstance(self.sampler, Sized)

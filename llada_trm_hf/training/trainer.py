@@ -4,25 +4,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..data.masking import MaskedDiffusionCollator
 from .arguments import MaskedDiffusionTrainingArguments
-from .averaging_trainer import AveragingTrainer
-from .backbone_saving import without_backbone
+from .averaging_trainer import EMATrainer
 from .calibration import NOT_REFINED, chunk_calibration
 from .muon import muon_with_adamw
 
 
-class MaskedDiffusionTrainer(AveragingTrainer):
+class MaskedDiffusionTrainer(EMATrainer):
     """
     The HF `Trainer` with the forward process of masked diffusion: training draws new masks every epoch, evaluation
-    always uses the same, so two evaluations of the same weights agree. Masks depend on the seed, the epoch and a
-    sample's number only: a resumed run, another batch size or more processes see the same ones.
+    always uses the same ones. Masks depend only on the seed, the epoch and a sample's number: a resumed run, another
+    batch size or more processes see the same ones.
 
     Besides the loss it logs every component of it, the share of chunks refined, the refinement steps, the confidences
-    and what the refiner reports of itself (slot norms, gates, ...), to `report_to` and to `training_metrics.csv` and
+    and the refiner's own statistics (slot norms, gates, ...), to `report_to` and to `training_metrics.csv` and
     `validation_metrics.csv`. Evaluation also reports `eval_expected_calibration_error`: of the refiner's confidence in
     a chunk against the share of the chunk's masked tokens it gets right, over all refined chunks of the evaluation
     set, in 10 bins.
@@ -32,10 +30,10 @@ class MaskedDiffusionTrainer(AveragingTrainer):
         args: [`MaskedDiffusionTrainingArguments`].
         train_dataset, eval_dataset: of `tokenize_reasoning`.
         processing_class: the tokenizer, saved with every checkpoint.
-        callbacks: as in `Trainer`.
+        callbacks, kwargs: as in `Trainer`.
 
     Raises:
-        ValueError: for settings that do not go together.
+        ValueError: without a padding token, for Muon with FSDP or DeepSpeed, and as in [`EMATrainer`].
     """
 
     args: MaskedDiffusionTrainingArguments
@@ -45,23 +43,16 @@ class MaskedDiffusionTrainer(AveragingTrainer):
         self,
         model: PreTrainedModel,
         args: MaskedDiffusionTrainingArguments,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
+        *,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ):
-        if not args.save_backbone and not getattr(model.config, "backbone_name_or_path", None):
-            raise ValueError(
-                "save_backbone=False needs a hybrid whose config.backbone_name_or_path says where its backbone is."
-            )
         self._collators = {fixed: self._collator(model, args, processing_class, fixed) for fixed in (False, True)}
         super().__init__(
             model=model,
             args=args,
             data_collator=self._collators[False],
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
             processing_class=processing_class,
             compute_metrics=chunk_calibration,
             callbacks=[_NewMasksEveryEpoch(self._collators[False]), *(callbacks or [])],
@@ -86,15 +77,11 @@ class MaskedDiffusionTrainer(AveragingTrainer):
             self.data_collator = self._collators[False]
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The model's own loss, whose components are kept for the next log."""
+        """The model's own loss; its components go to the next log."""
         if not model.training:
-            # Evaluation needs the loss only: no logits beyond it.
+            # Evaluation needs only the loss: no logits are returned.
             inputs = {**inputs, "logits_to_keep": torch.zeros(0, dtype=torch.long, device=inputs["labels"].device)}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         self._record_components("" if model.training else "eval_", outputs)
@@ -102,11 +89,7 @@ class MaskedDiffusionTrainer(AveragingTrainer):
 
     @torch.no_grad()
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """The loss; with a refiner, the confidence and the accuracy of chunks `[B, N]`, the latter or NOT_REFINED."""
         with self.compute_loss_context_manager():
@@ -115,13 +98,6 @@ class MaskedDiffusionTrainer(AveragingTrainer):
             return loss, None, None
         refined = outputs["refinement_steps"] > 0
         return loss, outputs["refiner_confidence"], outputs["chunk_accuracy"].where(refined, NOT_REFINED)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.args.save_backbone or not hasattr(self.model, "refiner"):
-            super()._save(output_dir, state_dict)
-            return
-        with without_backbone(self.model):
-            super()._save(output_dir, state_dict)
 
     def _record_components(self, prefix: str, outputs: Any) -> None:
         for name, value in (outputs.get("loss_components") or {}).items():

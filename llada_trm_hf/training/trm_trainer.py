@@ -1,4 +1,4 @@
-"""The trainer of SequenceTRM: an optimizer step for every supervision step."""
+"""The trainer of [`SequenceTRM`]: an optimizer step for every supervision step."""
 
 import copy
 import os
@@ -16,47 +16,44 @@ from ..hidden_pairs import HiddenPairsCollator
 from ..inspection.non_finite import NonFiniteWatch
 from ..models import DimensionCompressor, SequenceTRM, SequenceTRMOutput, reconstruction_metrics
 from .arguments import TRMTrainingArguments
-from .averaging_trainer import AveragingTrainer
+from .averaging_trainer import EMATrainer
 from .language_model import head_width, top_tokens
 from .supervision_sampler import RecentBatches, SupervisionSampler
 
-BATCH_FIELDS = ("context", "mask", "target")
+BATCH_FIELDS = ("context", "mask", "target", "y", "z")
 
 
-class TRMTrainer(AveragingTrainer):
+class TRMTrainer(EMATrainer):
     """
-    Trains a [`SequenceTRM`] on pairs of a context and what the language model's state became after thinking.
+    Trains a [`SequenceTRM`] on pairs of a context and the language model's state after thinking.
 
-    Each batch comes `n_supervision_steps` times in a row, and every supervision step is a step of the trainer, with an
-    optimizer step on the loss of that step (TRM, arXiv 2510.04871, figure 3): `max_steps`, the schedule, clipping,
-    accumulation, logs and checkpoints all count supervision steps. The state (y, z) goes, detached, from one step to
-    the next. All samples of a batch take all its steps, also where the halting head would stop: so every step's
-    halting probability is learned, and processes stay in step.
+    Each batch comes `n_supervision_steps` times in a row. Every supervision step is a step of the trainer, with an
+    optimizer step on its loss (TRM, arXiv 2510.04871, figure 3): `max_steps`, the schedule, clipping, accumulation,
+    logs and checkpoints all count supervision steps. The state (y, z) passes, detached, from one step to the next. All
+    samples of a batch take all its steps, even where the halting head would stop: so every step's halting probability
+    is learned, and processes stay in step. `use_ema` is on by default; see [`EMATrainer`].
 
-    With `use_ema` (default), evaluation, the choice of the best model and saved models use the averaged weights, while
-    training goes on from the others; checkpoints hold both. After training the model holds the averaged ones.
-
-    Checkpoints hold the state of a batch in the middle of its steps, the threshold of the halting loss and what its
-    next rise is computed from: a resumed run takes the same steps as an uninterrupted one.
+    Checkpoints hold the state of a batch in the middle of its steps, the threshold of the halting loss and the cosine
+    similarities that raise it: a resumed run takes the same steps as an uninterrupted one.
 
     Held-out metrics are those of `reason`, which halts sample by sample: `reconstruction_metrics` (`eval_loss` is the
-    mean squared error), `eval_halting_accuracy` (how often the halting head is right about the prediction it ended
-    with), `eval_solved_share` (how often that was close enough), `eval_mean_steps`, and with an LM head
+    mean squared error), `eval_halting_accuracy` (how often the halting head judges the final prediction rightly),
+    `eval_solved_share` (how often that prediction was close enough), `eval_mean_steps`, and with an LM head
     `eval_top_token_agreement`.
 
     Args:
-        model: the SequenceTRM; its config is changed as `args` say.
+        model: the SequenceTRM; `args` change its config.
         args: [`TRMTrainingArguments`].
         train_dataset, eval_dataset: pairs, such as [`HiddenPairsDataset`].
-        data_collator: [`HiddenPairsCollator`], or another that makes batches of `context` [B, L, D'], `mask` [B, L],
+        data_collator: [`HiddenPairsCollator`], or another with batches of `context` [B, L, D'], `mask` [B, L],
             `target` [B, D'] and `ids`.
         lm_head: linear, from the language model's hidden states to logits.
-        compressor: that of the pairs, if they are compressed; needed for `lm_head`.
-        callbacks: as in `Trainer`.
+        compressor: the one that compressed the pairs, if any; `lm_head` needs it.
+        callbacks, kwargs: as in `Trainer`.
 
     Raises:
         ValueError: for an LM head of another width, or sharded training (the model is small: processes hold it whole).
-        FloatingPointError: in training, when a loss becomes NaN or infinite; names the samples.
+        FloatingPointError: in training, when a loss becomes NaN or infinite; names the samples and the module.
     """
 
     args: TRMTrainingArguments
@@ -65,8 +62,7 @@ class TRMTrainer(AveragingTrainer):
         self,
         model: SequenceTRM,
         args: TRMTrainingArguments,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
+        *,
         data_collator: Any = None,
         lm_head: nn.Module | None = None,
         compressor: DimensionCompressor | None = None,
@@ -82,8 +78,6 @@ class TRMTrainer(AveragingTrainer):
             model=model,
             args=args,
             data_collator=data_collator or HiddenPairsCollator(),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
             compute_metrics=self._held_out_metrics,
             callbacks=[_SupervisionSteps(self), *(callbacks or [])],
             **kwargs,
@@ -93,10 +87,10 @@ class TRMTrainer(AveragingTrainer):
         self.lm_head = None if lm_head is None else lm_head.requires_grad_(False)
         # A copy: the pairs may use the other one, on the CPU and in data loader workers.
         self.compressor = None if compressor is None else copy.deepcopy(compressor).to(self.args.device)
-        # The state after the last step, of each micro-batch of a process.
+        # (y, z) after the last step, of each micro-batch of a process.
         self._carry: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
         # Sum and number of the cosine similarities of this epoch.
-        self._cosines = torch.zeros(2, dtype=torch.float64)
+        self._cosines = torch.zeros(2, dtype=torch.float64, device=self.args.device)
 
     @property
     def num_steps_per_batch(self) -> int:
@@ -127,84 +121,62 @@ class TRMTrainer(AveragingTrainer):
 
     # --- Supervision steps ---
 
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """As in [`BaseTrainer`], with the state (y, z) that the previous supervision step left among the inputs."""
+        if len(self._carry) == self.args.gradient_accumulation_steps:
+            y, z = self._carry.popleft()
+            if self.state.global_step % self.num_steps_per_batch != 0:  # the first step of a batch starts anew
+                inputs = {**inputs, "y": y, "z": z}
+        return super().training_step(model, inputs, num_items_in_batch)
+
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of a supervision step; without per-step updates the mean over all of them."""
-        if self.args.per_step_updates:
-            # One state for each micro-batch; in the first step of a batch, what is left from the batch before goes.
-            whole = len(self._carry) == self.args.gradient_accumulation_steps
-            carry = self._carry.popleft() if whole else None
-            first = self.state.global_step % self.num_steps_per_batch == 0
-            outputs = self._supervision_step(model, inputs, None if first else carry)
-            self._carry.append((outputs.y, outputs.z))
-            return (outputs.loss, outputs) if return_outputs else outputs.loss
+        batch = {name: inputs[name] for name in BATCH_FIELDS if name in inputs}
         losses: list[torch.Tensor] = []
-        carry = None
-        for _ in range(self.model.config.n_supervision_steps):
-            outputs = self._supervision_step(model, inputs, carry)
-            carry = (outputs.y, outputs.z)
+        for _ in range(1 if self.args.per_step_updates else self.model.config.n_supervision_steps):
+            outputs = model(**batch)
+            self._record_step(outputs)
+            batch |= {"y": outputs.y, "z": outputs.z}
             losses.append(outputs["loss"])
+        if self.args.per_step_updates:
+            self._carry.append((batch["y"], batch["z"]))
         loss = torch.stack(losses).mean()
         return (loss, outputs) if return_outputs else loss
 
-    def _supervision_step(
-        self, model: nn.Module, inputs: dict[str, Any], carry: tuple[torch.Tensor, torch.Tensor] | None
-    ) -> SequenceTRMOutput:
-        y, z = carry or (None, None)
-        batch = {**{name: inputs[name] for name in BATCH_FIELDS}, "y": y, "z": z}
-        outputs = model(**batch)
-        if not outputs.loss.isfinite():  # waits for the device: a step later it would be in the weights
-            with NonFiniteWatch(self.accelerator.unwrap_model(model)) as watch, torch.no_grad():
-                watch.model(**batch)
-            raise FloatingPointError(self._describe_broken(inputs, outputs, watch))
+    def _record_step(self, outputs: Any) -> None:
         cosines = outputs.cosine_similarity
-        self._cosines += torch.stack([cosines.double().sum(), cosines.new_tensor(len(cosines)).double()]).cpu()
+        self._cosines += torch.stack([cosines.double().sum(), self._cosines.new_full((), len(cosines))])
         for name, value in outputs.loss_components.items():
             self.record(f"{name}_loss", value)
         self.record("cosine_similarity", cosines.mean())
         self.record("halt_probability", outputs.halt_probability.mean())
         if self.model.config.halt_loss == "bce":
-            self.record("halt_threshold", cosines.new_tensor(self.model.config.cosine_threshold))
-        return outputs
+            self.record("halt_threshold", cosines.new_full((), self.model.config.cosine_threshold))
 
-    def _describe_broken(self, inputs: dict[str, Any], outputs: SequenceTRMOutput, watch: NonFiniteWatch) -> str:
-        errors = (outputs.prediction - inputs["target"]).square().mean(-1) + outputs.halt_logits
+    def _non_finite_samples(self, inputs: dict[str, Any], outputs: SequenceTRMOutput) -> str:
+        errors = (outputs.prediction - inputs["target"]).square().mean(-1) + outputs.halt_logits  # [B]
         broken = [str(inputs["ids"][row]) for row in (~errors.isfinite()).nonzero().flatten().tolist()]
-        where = f"for {len(broken)} of {len(errors)} samples: {', '.join(broken[:8])}" if broken else "for a batch"
-        return (
-            f"The loss became {outputs['loss'].item()} in step {self.state.global_step + 1} {where}. "
-            f"{watch.finding or 'Run again, it is finite.'} If these are all of the batch, lower the learning rate "
-            f"and go on from the last checkpoint in {self.args.output_dir}; if not, look at their hidden states."
-        )
+        if not broken:
+            return ""
+        advice = " Look at their hidden states." if len(broken) < len(errors) else ""
+        return f"It is not finite for {len(broken)} of {len(errors)} samples: {', '.join(broken[:8])}.{advice}"
 
-    def begin(self) -> None:
-        """Forgets the batch that an earlier run ended with."""
-        self._carry.clear()
+    def _end_epoch(self) -> None:
+        total, number = self.accelerator.reduce(self._cosines).tolist()
+        config = self.model.config
+        if self.args.adaptive_halt_threshold and config.halt_loss == "bce":
+            config.cosine_threshold = max(config.cosine_threshold, 0.95 * total / number)
         self._cosines.zero_()
-
-    def after_step(self) -> None:
-        """At the end of an epoch, raises the threshold."""
-        if self.state.epoch is not None and self.state.epoch == int(self.state.epoch):
-            total, number = self.accelerator.reduce(self._cosines.to(self.args.device)).tolist()
-            if self.args.adaptive_halt_threshold and self.model.config.halt_loss == "bce":
-                config = self.model.config
-                config.cosine_threshold = max(config.cosine_threshold, 0.95 * total / number)
-            self._cosines.zero_()
 
     # --- Evaluation ---
 
     @torch.no_grad()
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[None, tuple[torch.Tensor, ...], torch.Tensor]:
         """Prediction, halting probability and steps, the top tokens of prediction and target; the target."""
         inputs = self._prepare_inputs(inputs)
@@ -237,15 +209,15 @@ class TRMTrainer(AveragingTrainer):
     # --- Checkpoints ---
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Also what else a run needs to go on; the Trainer calls this on every process for every checkpoint."""
+        """Also the state of the supervision steps; the Trainer calls this on every process for every checkpoint."""
         super()._save_rng_state(output_dir)
         state = {
             "layout": self._layout(),
             "cosines": self._cosines,
             "cosine_threshold": torch.tensor(self.model.config.cosine_threshold, dtype=torch.float64),
         }
-        for part, (y, z) in enumerate(self._carry):
-            state |= {f"y.{part}": y, f"z.{part}": z}
+        for index, (y, z) in enumerate(self._carry):
+            state |= {f"y.{index}": y, f"z.{index}": z}
         save_file({name: value.contiguous() for name, value in state.items()}, self._state_file(output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -261,13 +233,13 @@ class TRMTrainer(AveragingTrainer):
                 f"and {made[2]} optimizer steps per batch, this run has {found[0]}, {found[1]} and {found[2]}: go on "
                 f"as before."
             )
-        self._cosines = state["cosines"].cpu()
+        self._cosines = state["cosines"]
         self.model.config.cosine_threshold = state["cosine_threshold"].item()
         number = sum(name.startswith("y.") for name in state)
-        self._carry = deque((state[f"y.{part}"], state[f"z.{part}"]) for part in range(number))
+        self._carry = deque((state[f"y.{index}"], state[f"z.{index}"]) for index in range(number))
 
     def _layout(self) -> torch.Tensor:
-        """What has to stay the same for a batch to be continued in the middle."""
+        """What must stay the same for a run to resume in the middle of a batch."""
         return torch.tensor([self.args.world_size, self.args.gradient_accumulation_steps, self.num_steps_per_batch])
 
     def _state_file(self, folder: str) -> str:
@@ -279,11 +251,13 @@ class _SupervisionSteps(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not state.global_step:
-            self.trainer.begin()
+        if not state.global_step:  # forget the batch with which an earlier run ended
+            self.trainer._carry.clear()
+            self.trainer._cosines.zero_()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.after_step()
+        if state.epoch == int(state.epoch):  # not in on_epoch_end: a checkpoint is written in between
+            self.trainer._end_epoch()
 
 
 def _check_width(lm_head: nn.Module, model: SequenceTRM, compressor: DimensionCompressor | None) -> None:
