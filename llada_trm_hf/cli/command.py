@@ -1,6 +1,7 @@
 """What the commands share: parsers whose errors are one line, checks of options, the end of a distributed run."""
 
 import argparse
+import gc
 import os
 import sys
 from dataclasses import fields
