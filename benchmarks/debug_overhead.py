@@ -27,7 +27,7 @@ from llada_trm_hf import (
     LLaDATRMForMaskedDiffusion,
     RecursiveRefinementHeadConfig,
 )
-from llada_trm_hf.models.modeling_llada_trm import reported
+from llada_trm_hf.models.llada_trm.modeling_llada_trm import reported
 
 CASES = {"hidden 64, 1 layer, 16 tokens": (64, 1, 16), "hidden 512, 8 layers, 128 tokens": (512, 8, 128)}
 # The function that `@can_return_tuple` and `@reported` decorate.

@@ -1,14 +1,107 @@
-"""Latent recursion for language models: LLaDA with a recursive refiner, in the Hugging Face ecosystem."""
+"""
+Latent recursion for language models, Hugging Face-native.
 
+Importing this registers every model with the Auto classes. Trainers, data, evaluation and the rest are imported when
+their names are first used.
+"""
+
+import importlib
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from . import hub, inspection
-from .models import *  # noqa: F403
+from . import inspection  # what draws traces and reports in debug mode
+from .generation import *  # noqa: F403
+from .generation import __all__ as _generation
+from .models import *  # noqa: F403 (first: generation and models import each other's files)
 from .models import __all__ as _models
+
+if TYPE_CHECKING:
+    from .data import *  # noqa: F403
+    from .evaluation import *  # noqa: F403
+    from .hidden_pairs import *  # noqa: F403
+    from .hub import *  # noqa: F403
+    from .rl import *  # noqa: F403
+    from .training import *  # noqa: F403
 
 try:
     __version__ = version("llada-trm-hf")
 except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0.0.0"
 
-__all__ = [*_models, "hub", "inspection"]
+# The public names of each folder, which is imported when one of them is used.
+_LAZY = {
+    "data": (
+        "LatentAnswerCollator",
+        "MaskedDiffusionCollator",
+        "TextCollator",
+        "ThoughtFormat",
+        "byte_tokenizer",
+        "checking_program",
+        "difference_chains",
+        "latent_thinking_prompt",
+        "load_reasoning_dataset",
+        "load_text_dataset",
+        "prompt_tokens",
+        "tokenize_latent_answers",
+        "tokenize_reasoning",
+        "tokenize_texts",
+    ),
+    "evaluation": (
+        "Accuracy",
+        "answers_match",
+        "exact_match_accuracy",
+        "extract_answer",
+    ),
+    "hidden_pairs": (
+        "DatagenSettings",
+        "DatagenSummary",
+        "HiddenPairsCollator",
+        "HiddenPairsDataset",
+        "TraceSettings",
+        "export_legacy_hidden_pairs",
+        "run_datagen",
+    ),
+    "hub": (
+        "OnnxExport",
+        "export_custom_generate",
+        "export_onnx",
+        "import_legacy",
+        "model_card",
+        "push_checkpoint",
+        "push_custom_generate",
+        "read_legacy_hidden_pairs",
+    ),
+    "rl": (
+        "LatentGRPOTrainer",
+        "LatentGRPOTrainingArguments",
+        "correctness_reward",
+    ),
+    "training": (
+        "CSVMetricsCallback",
+        "CompressorTrainer",
+        "CompressorTrainingArguments",
+        "LatentAnswerTrainer",
+        "LatentAnswerTrainingArguments",
+        "MaskedDiffusionTrainer",
+        "MaskedDiffusionTrainingArguments",
+        "TRMTrainer",
+        "TRMTrainingArguments",
+        "TrainableReport",
+        "reconstruction_metrics",
+        "set_trainable",
+    ),
+}
+_FOLDER_OF = {name: folder for folder, names in _LAZY.items() for name in names}
+__all__ = [*_models, *_generation, *_FOLDER_OF, *_LAZY, "inspection"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f".{name}", __name__)
+    if name in _FOLDER_OF:
+        return getattr(importlib.import_module(f".{_FOLDER_OF[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -20,8 +20,8 @@ from llada_trm_hf.models import (
     LLaDAForMaskedDiffusion,
     LLaDATRMForMaskedDiffusion,
     RecursiveRefinementHeadConfig,
-    refiner_registry,
 )
+from llada_trm_hf.models.hub_model import REFINERS
 
 # These models are too small to share: on a busy machine, threads that wait for each other cost a hundred times more.
 torch.set_num_threads(1)
@@ -135,8 +135,7 @@ def randomise(head, seed=1):
 
 def forget_refiner(model_type):
     """Undoes `register_refiner`."""
-    for known in (refiner_registry.REGISTERED, refiner_registry.REFINERS, refiner_registry.REFINER_CONFIGS):
-        known.pop(model_type, None)
+    REFINERS.pop(model_type, None)
     CONFIG_MAPPING._extra_content.pop(model_type, None)
 
 

@@ -8,7 +8,7 @@ from conftest import metrics
 from tiny_training import TOKENIZER, new_backbone, new_hybrid, trainer
 
 from llada_trm_hf.data import MaskedDiffusionCollator
-from llada_trm_hf.training.calibration import expected_calibration_error
+from llada_trm_hf.training.masked_diffusion_trainer import expected_calibration_error
 
 
 def plain_error(confidence: list[float], accuracy: list[float], num_bins: int) -> float:

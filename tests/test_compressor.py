@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from llada_trm_hf.hub import import_legacy
-from llada_trm_hf.models import DimensionCompressor, DimensionCompressorConfig, reconstruction_metrics
+from llada_trm_hf.models import DimensionCompressor, DimensionCompressorConfig
+from llada_trm_hf.training.reconstruction_metrics import reconstruction_metrics
 
 WIDTH, RANK = 12, 5
 

@@ -8,9 +8,10 @@ import torch
 from conftest import EOS, MASK, PAD, HostCopies
 from transformers import DynamicCache, GenerationConfig
 
-from llada_trm_hf.models import LLaDATRMForMaskedDiffusion, MaskedDiffusionGenerationConfig
-from llada_trm_hf.models.block_kv_cache import BlockKVCache
-from llada_trm_hf.models.masked_diffusion_sampling import choose_positions
+from llada_trm_hf.generation.block_kv_cache import BlockKVCache
+from llada_trm_hf.generation.commit_rules import choose_positions
+from llada_trm_hf.generation.configuration_masked_diffusion import MaskedDiffusionGenerationConfig
+from llada_trm_hf.models import LLaDATRMForMaskedDiffusion
 
 PROMPT = [5, 11, 23, 7, 42, 8]
 # Prompts of several lengths; the last ones have masks to fill in.

@@ -19,13 +19,10 @@ from transformers import (
 )
 
 from llada_trm_hf.data import byte_tokenizer
-from llada_trm_hf.models import (
-    LLaDAForMaskedDiffusion,
-    LLaDATRMForMaskedDiffusion,
-    MaskedDiffusionGenerationConfig,
-    active_block,
-)
-from llada_trm_hf.models.masked_diffusion_sampling import sample_tokens
+from llada_trm_hf.generation import block_sampler
+from llada_trm_hf.generation.commit_rules import sample_tokens
+from llada_trm_hf.generation.configuration_masked_diffusion import MaskedDiffusionGenerationConfig
+from llada_trm_hf.models import LLaDAForMaskedDiffusion, LLaDATRMForMaskedDiffusion
 
 PROMPT = [5, 11, 23, 7, 42, 8]
 # Prompts of several lengths; the last one has masks to fill in.
@@ -246,7 +243,7 @@ def test_confidence_is_that_of_the_clean_logits(tiny_backbone, restriction):
 
 def test_confidence_is_that_of_the_sampled_token(tiny_backbone, monkeypatch):
     second_best = reference(tiny_backbone, PROMPT, 12, 6, choice=1)
-    monkeypatch.setattr(active_block, "sample_tokens", lambda logits, *args: logits.topk(2).indices[..., 1])
+    monkeypatch.setattr(block_sampler, "sample_tokens", lambda logits, *args: logits.topk(2).indices[..., 1])
     assert generate(tiny_backbone, PROMPT, max_new_tokens=12, num_diffusion_steps=6) == second_best
 
 

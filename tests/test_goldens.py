@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
+from llada_trm_hf.generation.commit_rules import sample_tokens
 from llada_trm_hf.models import LLaDAForMaskedDiffusion, LLaDAMoEForMaskedDiffusion
-from llada_trm_hf.models.loss_masked_diffusion import masked_targets
-from llada_trm_hf.models.masked_diffusion_sampling import sample_tokens, tokens_per_step
+from llada_trm_hf.models.modeling_masked_diffusion import masked_targets
 
 # The ids that the golden cases put in place of LLaDA-8B's.
 EOS, END_OF_TURN = 257, 260
@@ -202,7 +202,7 @@ def test_schedule(goldens):
     for case in json.loads((goldens / "schedule.json").read_text()):
         masked = torch.tensor(case["masked"]).reshape(-1)
         expected = torch.tensor(case["tokens_per_step"]).reshape(len(masked), -1)
-        assert torch.equal(tokens_per_step(masked, case["steps"]), expected), case
+        assert torch.equal(num_transfer_tokens(masked, case["steps"]), expected), case
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0])

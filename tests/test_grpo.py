@@ -49,7 +49,7 @@ def length_reward(completions, **columns):
 
 
 def grpo(model, tokenizer, folder, reward=length_reward, problems=PROBLEMS, eval_problems=None, **changes):
-    from llada_trm_hf.rl import LatentGRPOTrainer, LatentGRPOTrainingArguments  # (TRL takes seconds: not at the top)
+    from llada_trm_hf.rl import LatentGRPOTrainer, LatentGRPOTrainingArguments
 
     settings = {
         "max_steps": 4,

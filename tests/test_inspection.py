@@ -15,15 +15,9 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 import llada_trm_hf.inspection
+from llada_trm_hf.generation.refinement_trace import TRACE_RENDERERS, RefinementPass, RefinementTrace
 from llada_trm_hf.inspection import trace_summary
-from llada_trm_hf.models import (
-    LLaDAConfig,
-    LLaDAForMaskedDiffusion,
-    LLaDATRMForMaskedDiffusion,
-    RefinementPass,
-    RefinementTrace,
-)
-from llada_trm_hf.models.refinement_trace import TRACE_RENDERERS
+from llada_trm_hf.models import LLaDAConfig, LLaDAForMaskedDiffusion, LLaDATRMForMaskedDiffusion
 
 MASK, PROMPT_LENGTH, NEW_TOKENS, NUM_STEPS = 49, 6, 16, 8
 ATTENTION_MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])

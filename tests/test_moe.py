@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import linear, silu
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
+from llada_trm_hf.generation.block_kv_cache import BlockKVCache
 from llada_trm_hf.models import (
     LLaDAConfig,
     LLaDAForMaskedDiffusion,
@@ -22,8 +23,7 @@ from llada_trm_hf.models import (
     LLaDAMoEModel,
     LLaDATRMForMaskedDiffusion,
 )
-from llada_trm_hf.models.block_kv_cache import BlockKVCache
-from llada_trm_hf.models.modeling_llada_moe import LLaDAMoESparseMLP
+from llada_trm_hf.models.llada_moe.modeling_llada_moe import LLaDAMoESparseMLP
 
 EXPERTS = ["eager", "batched_mm", "grouped_mm"]
 TINY = {

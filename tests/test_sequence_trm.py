@@ -15,7 +15,7 @@ from transformers import AutoModel
 
 from llada_trm_hf.hub import import_legacy
 from llada_trm_hf.models import DimensionCompressor, DimensionCompressorConfig, SequenceTRM, SequenceTRMConfig
-from llada_trm_hf.models.sequence_packing import PackedSequences
+from llada_trm_hf.models.latent_thinking.sequence_trm_layers import PackedSequences
 
 WIDTH, HEADS, LENGTH = 8, 2, 7
 STYLES = ["trm", "llm_trm"]

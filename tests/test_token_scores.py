@@ -4,14 +4,14 @@ import pytest
 import torch
 from conftest import MASK
 
-from llada_trm_hf.models import token_scores
-from llada_trm_hf.models.token_scores import score_tokens
+from llada_trm_hf.models import modeling_masked_diffusion
+from llada_trm_hf.models.modeling_masked_diffusion import score_tokens
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 6, 7, 20, 21])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_matches_all_logits_at_once(num_tokens, dtype, monkeypatch):
-    monkeypatch.setattr(token_scores, "TOKENS_AT_ONCE", 7)
+    monkeypatch.setattr(modeling_masked_diffusion, "TOKENS_AT_ONCE", 7)
     torch.manual_seed(0)
     head = torch.nn.Linear(8, 30, dtype=dtype)
     states = torch.randn(num_tokens, 8, dtype=dtype, requires_grad=True)
@@ -46,7 +46,7 @@ def test_training_never_holds_all_logits(tiny_backbone, make_hybrid, family, mon
     sizes, results = [], []
     hook = tiny_backbone.lm_head.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[:-1].numel()))
     for tokens_at_once in (1000, 9):
-        monkeypatch.setattr(token_scores, "TOKENS_AT_ONCE", tokens_at_once)
+        monkeypatch.setattr(modeling_masked_diffusion, "TOKENS_AT_ONCE", tokens_at_once)
         sizes.clear()
         model.zero_grad()
         outputs = model(noisy, labels=ids)

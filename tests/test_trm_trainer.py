@@ -18,10 +18,10 @@ from llada_trm_hf import DimensionCompressor, DimensionCompressorConfig, Sequenc
 from llada_trm_hf.cli.main import main
 from llada_trm_hf.hidden_pairs import HiddenPairsCollator
 from llada_trm_hf.hub import import_legacy
+from llada_trm_hf.hub.files import write_atomically
 from llada_trm_hf.recipes.recipe import load_recipe
-from llada_trm_hf.storage import write_atomically
 from llada_trm_hf.training import TRMTrainer, TRMTrainingArguments
-from llada_trm_hf.training.supervision_sampler import SupervisionSampler
+from llada_trm_hf.training.trm_trainer import SupervisionSampler
 
 WIDTH, STEPS = 8, 3
 SIZES = {"hidden_size": WIDTH, "n_heads": 2, "intermediate_size": 12, "n_latent_steps": 2, "n_deep_recursions": 2}

@@ -7,7 +7,7 @@ from ..data.reasoning import column_mapping
 from ..evaluation.code_execution import ExecutionLimits
 from ..evaluation.comparison import compare_results
 from ..evaluation.evaluate import EvaluationSettings, run_evaluation
-from ..storage import write_atomically
+from ..hub.files import write_atomically
 from .command import CommandParser, check_output_file, finish_distributed, options_for
 from .generation import add_generation_flags, generation_settings
 
@@ -82,8 +82,6 @@ def run_compare(arguments: list[str]) -> None:
 def run_lm_eval(arguments: list[str]) -> None:
     """The command of lm-evaluation-harness, with the models of this package registered."""
     from lm_eval.__main__ import cli_evaluate
-
-    from ..evaluation import harness  # noqa: F401  (registers the models)
 
     sys.argv = ["llada-trm lm-eval", *arguments]
     cli_evaluate()

@@ -4,7 +4,8 @@ import logging
 import os
 
 from ..evaluation.language_models import load_weights
-from ..hub.onnx import TOLERANCE, check_export, export_onnx
+from ..hub import export_onnx
+from ..hub.onnx import TOLERANCE, check_export
 from .command import CommandParser
 
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from transformers import TextDiffusionStreamer
 
 from ..evaluation.language_models import decode
-from ..storage import write_atomically
+from ..hub.files import write_atomically
 from .command import CommandParser, check_output_file
 from .generation import add_generation_flags, check_generation, generate, generation_settings, load
 

@@ -9,8 +9,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..data import prompt_tokens
 from ..evaluation.language_models import load_model
+from ..generation import MaskedDiffusionGenerationConfig, MaskedDiffusionGenerationMixin
 from ..inspection import generate_finite
-from ..models import MaskedDiffusionGenerationConfig, MaskedDiffusionGenerationMixin
 from .command import CommandParser
 
 

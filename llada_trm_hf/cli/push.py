@@ -2,8 +2,8 @@
 
 import os
 
-from ..cards import files_to_publish
-from ..hub.push import custom_generate_files, folder_of, push_checkpoint, push_custom_generate
+from ..hub import push_checkpoint, push_custom_generate
+from ..hub.push import custom_generate_files, files_to_publish, folder_of
 from .command import CommandParser
 
 

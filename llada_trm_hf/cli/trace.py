@@ -6,8 +6,8 @@ import os
 import torch
 
 from ..evaluation.language_models import decode
+from ..hub.files import write_atomically
 from ..inspection import trace_summary
-from ..storage import write_atomically
 from .command import CommandParser
 from .generation import add_generation_flags, check_generation, generate, generation_settings, load
 

@@ -43,6 +43,6 @@ def run_demo(arguments: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of weights, data and masks")
     parser.add_argument("--smoke_test", action="store_true", help="a few steps only, to see that everything runs")
     options = parser.parse_args(arguments)
-    from ..recipes.demo import run_demo  # evaluates too, which `train` does without
+    from ..recipes.demo import run_demo
 
     run_demo(options.output_dir, options.seed, options.smoke_test)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..data import load_reasoning_dataset
 from ..data.rows import check_prompts, fingerprint
-from ..storage import output_dir_lock
+from ..hub.files import output_dir_lock
 from .code_execution import ExecutionLimits
 from .language_models import Responder, load_model, make_responder
 from .result_folder import EvaluationSummary, ProblemResult, ResultFolder

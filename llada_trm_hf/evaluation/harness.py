@@ -12,7 +12,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
-from ..models import MaskedDiffusionGenerationConfig, MaskedDiffusionGenerationMixin
+from ..generation import MaskedDiffusionGenerationConfig, MaskedDiffusionGenerationMixin
 from .likelihood import is_greedy_response, likelihood_bounds
 
 

@@ -10,14 +10,10 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import latent_thinking_prompt, prompt_tokens
-from ..models import (
-    LatentThinkingForCausalLM,
-    LLaDATRMForMaskedDiffusion,
-    MaskedDiffusionGenerationConfig,
-    MaskedDiffusionGenerationMixin,
-)
-from ..models.backbones import load_backbone
-from ..models.generation_masked_diffusion import DEFAULT_MAX_NEW_TOKENS
+from ..generation import MaskedDiffusionGenerationConfig, MaskedDiffusionGenerationMixin
+from ..generation.masked_diffusion_mixin import DEFAULT_MAX_NEW_TOKENS
+from ..models import LatentThinkingForCausalLM, LLaDATRMForMaskedDiffusion
+from ..models.backbone_wrapper import load_backbone
 
 CAUSAL_SETTINGS = ("max_new_tokens", "max_length", "temperature", "top_k", "top_p")
 

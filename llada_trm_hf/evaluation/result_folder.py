@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..cards.training_record import read_json
-from ..storage import write_atomically
+from ..hub.files import write_atomically
+from ..hub.training_record import read_json
 from .accuracy import Accuracy
 
 SETTINGS_FILE, PROBLEMS_FILE, SUMMARY_FILE = "settings.json", "problems.jsonl", "summary.json"

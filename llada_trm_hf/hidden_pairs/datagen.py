@@ -13,10 +13,12 @@ from torch import distributed
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from ..data.thoughts import COMPLETE, EMPTY_PROMPT, NOT_FINITE, TOO_LONG, ThoughtFormat, ThoughtTokens
-from ..models import DimensionCompressor, MaskedDiffusionGenerationMixin
-from ..models.backbones import encode
-from ..storage import output_dir_lock
+from ..data import ThoughtFormat
+from ..data.thoughts import COMPLETE, EMPTY_PROMPT, NOT_FINITE, TOO_LONG, ThoughtTokens
+from ..generation import MaskedDiffusionGenerationMixin
+from ..hub.files import output_dir_lock
+from ..models import DimensionCompressor
+from ..models.backbone_wrapper import encode
 from .dataset import CONFIG_FILE
 from .settings import DatagenSettings
 from .shard_folder import DatagenSummary, ShardFolder, ShardProblem, write_text

@@ -14,8 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from ..data.thoughts import COMPLETE
+from ..hub import read_legacy_hidden_pairs
+from ..hub.files import write_atomically
 from ..models import DimensionCompressor
-from ..storage import read_legacy_hidden_pairs, write_atomically
 
 METADATA_FILE = "metadata.jsonl"
 CONFIG_FILE = "datagen_config.json"

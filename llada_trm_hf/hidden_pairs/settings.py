@@ -10,7 +10,7 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
-from ..data.reasoning import load_reasoning_dataset
+from ..data import load_reasoning_dataset
 from ..data.rows import check_prompts, fingerprint, is_data_file, read_rows
 from ..models import DimensionCompressor
 from .dataset import CONFIG_FILE

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..data.thoughts import COMPLETE, NO_END_OF_THOUGHT
-from ..storage import write_atomically
+from ..hub.files import write_atomically
 from .dataset import METADATA_FILE, read_shard_problems, shard_name, write_shard
 from .settings import DatagenSettings
 

@@ -1,8 +1,7 @@
 """What models need on their way to and from the Hub."""
 
-from ..cards import model_card
-from ..storage import read_legacy_hidden_pairs
-from .legacy import import_legacy
+from .legacy import import_legacy, read_legacy_hidden_pairs
+from .model_card import model_card
 from .onnx import OnnxExport, export_onnx
 from .push import export_custom_generate, push_checkpoint, push_custom_generate
 

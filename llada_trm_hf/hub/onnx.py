@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..hub.files import write_atomically
 from ..models import LLaDAForMaskedDiffusion, LLaDAMoEForMaskedDiffusion, LLaDATRMForMaskedDiffusion
-from ..storage import write_atomically
 
 BACKBONE_OUTPUTS = ("logits",)
 HYBRID_OUTPUTS = ("logits", "refinement_steps", "chunk_confidence", "refiner_confidence")

@@ -1,18 +1,25 @@
 """To the Hub: checkpoints, older ones included, and masked-diffusion generation for other models."""
 
+import json
 import os
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import CommitInfo
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import validate_repo_id
+from transformers.dynamic_module_utils import get_relative_imports
 
-from ..cards import CUSTOM_GENERATE_CARD, files_to_publish, publish
-from ..cards.publishing import check_repo_id
-from ..models.generate import generate
-from ..models.modeling_hub import write_code
+from ..generation.generate import generate
+from ..models.hub_model import write_code
 from .legacy import import_legacy
+from .model_card import CUSTOM_GENERATE_CARD, model_card
+from .training_record import TRAINING_SETTINGS_FILE, read_json
 
 
 def push_checkpoint(
@@ -83,3 +90,175 @@ def push_custom_generate(
     trust_remote_code=True)` runs it. Arguments and errors as for `publish`, and a ValueError for an impossible name.
     """
     return publish(custom_generate_files(repo_id), repo_id, private, revision, token, "Upload custom_generate")
+
+
+# What loads the model, besides the code that `auto_map` names. The rest stays: optimizer states, pickles, logs and
+# metrics (the card has the results), and `trainer_state.json`, which names folders of this machine.
+UPLOADED = (
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    TRAINING_SETTINGS_FILE,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "README.md",
+)
+RETRY_DELAYS = (1, 2, 4)  # seconds
+
+
+def files_to_publish(
+    folder: str | os.PathLike,
+    repo_id: str,
+    description: str | None = None,
+    revision: str | None = None,
+    base_model: str | None = None,
+    new_card: bool = False,
+) -> dict[str, str | bytes]:
+    """
+    The files of `folder` that are uploaded, without contacting the Hub. Of its Python files only those that `auto_map`
+    names, and what they import. A README.md is uploaded as it is; without one a card is made from the checkpoint.
+
+    Args:
+        folder: of `save_pretrained` or a trainer.
+        repo_id: `owner/name`.
+        description: a paragraph for the card.
+        revision: the branch; by default the main one.
+        base_model: the repository of the model it builds on, instead of the one in its config.
+        new_card: make a card even if there is a README.md.
+
+    Returns:
+        Path in the repository -> path on this machine, or the file's bytes.
+
+    Raises:
+        FileNotFoundError, ValueError: for a checkpoint that nobody else could load, or an impossible name.
+    """
+    for name in (repo_id, base_model):
+        if name is not None:
+            check_repo_id(name)
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no checkpoint {folder}.")
+    config = read_json(folder / "config.json")
+    if not config:
+        raise FileNotFoundError(f"{folder} holds no model: there is no config.json.")
+    code = _code_files(folder, config.get("auto_map"))
+    tokenizer_code = _code_files(folder, read_json(folder / "tokenizer_config.json").get("auto_map"))
+    paths = [path for pattern in UPLOADED for path in folder.glob(pattern)]
+    paths += [folder / name for name in code | tokenizer_code]
+    contents: dict[str, str | bytes] = {p.relative_to(folder).as_posix(): str(p) for p in paths if p.is_file()}
+    if base_model is not None:
+        config["backbone_name_or_path"] = base_model
+        contents["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    _check_loadable(folder, config, code, set(contents))
+    if new_card or "README.md" not in contents:
+        contents["README.md"] = str(model_card(folder, repo_id, description, revision, base_model)).encode()
+    elif description is not None:
+        raise ValueError(f"{folder} has a README.md, which is uploaded as it is: put the description there.")
+    return dict(sorted(contents.items()))
+
+
+def publish(
+    files: dict[str, str | bytes],
+    repo_id: str,
+    private: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    commit_message: str = "Upload model",
+) -> CommitInfo:
+    """
+    Uploads files in one commit, creating the repository and the branch if they do not exist. A broken connection is
+    tried again: what arrived is not sent twice, and a commit that was made is not made again.
+
+    Args:
+        files, repo_id: see `files_to_publish`.
+        private: whether a new repository is private.
+        revision: the branch; by default the main one.
+        token: by default the one of `hf auth login` or `HF_TOKEN`.
+        commit_message: its title.
+
+    Raises:
+        ValueError: without a token, or if the repository is public although `private` is set.
+        HfHubHTTPError: if the Hub refuses.
+    """
+    token = token or get_token()
+    if token is None:
+        raise ValueError("There is no token for the Hub: run `hf auth login`, or set HF_TOKEN.")
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    if private and not api.model_info(repo_id).private:
+        raise ValueError(f"{repo_id} exists and is public: make it private on the Hub first, or leave out private.")
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    parent, delays = api.model_info(repo_id, revision=revision).sha, iter(RETRY_DELAYS)
+    while True:
+        try:
+            # The client tries uploads again, but not the commit: it cannot know whether one whose answer was lost was
+            # made. Asking again is safe, because it first compares the files and commits nothing if none differs.
+            return api.create_commit(
+                repo_id,
+                [CommitOperationAdd(path, content) for path, content in files.items()],
+                commit_message=commit_message,
+                revision=revision,
+                parent_commit=parent,
+            )
+        except HTTPError as error:
+            response, delay = getattr(error, "response", None), next(delays, None)
+            # 412: the branch has moved on, maybe by a commit whose answer was lost.
+            is_refusal = response is not None and response.status_code < 500 and response.status_code != 412
+            if delay is None or is_refusal:
+                raise
+            print(f"The upload was interrupted ({type(error).__name__}); trying again.", file=sys.stderr)
+            time.sleep(delay)
+
+
+def check_repo_id(name: str) -> None:
+    """Raises ValueError unless `name` is `owner/name`."""
+    validate_repo_id(name)
+    if name.count("/") != 1:
+        raise ValueError(f"A repository is named owner/name, got {name!r}.")
+
+
+def _code_files(folder: Path, auto_map: Any) -> set[str]:
+    """The files that an `auto_map` names and, recursively, those that they import, whether they exist or not."""
+    files: set[str] = set()
+    waiting = [f"{reference.split('.')[0]}.py" for reference in _references(auto_map) if "--" not in reference]
+    while waiting:
+        name = waiting.pop()
+        if name not in files and (folder / name).is_file():
+            waiting += [f"{module}.py" for module in get_relative_imports(folder / name)]
+        files.add(name)
+    return files
+
+
+def _references(auto_map: Any) -> list[str]:
+    """Of a model's map (Auto class -> reference) or a tokenizer's (Auto class -> two references, maybe None)."""
+    if isinstance(auto_map, str):
+        return [auto_map]
+    values = auto_map.values() if isinstance(auto_map, dict) else auto_map or ()
+    return [reference for value in values for reference in _references(value)]
+
+
+def _check_loadable(folder: Path, config: dict[str, Any], code: set[str], names: set[str]) -> None:
+    """Raises an error for what another machine could not load."""
+    index = read_json(folder / "model.safetensors.index.json")
+    weights = set(index.get("weight_map", {}).values()) or {"model.safetensors"}
+    missing = sorted((weights | code) - names)
+    if missing:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: save the model with save_pretrained.")
+    if "auto_map" not in config:
+        raise ValueError(f"{folder}/config.json names no code (auto_map): save the model with this package.")
+    backbone = config.get("backbone_name_or_path") or ""
+    if not config.get("backbone_in_checkpoint", True) and (os.path.isabs(backbone) or os.path.isdir(backbone)):
+        raise ValueError(
+            f"{folder} holds no backbone and names a folder of this machine, {backbone}, which nobody else has: name "
+            f"its repository (--base_model owner/name), or save the model whole."
+        )

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.modeling_llada_trm import FORWARD_REPORTERS
-from ..models.refiner_output import RefinerOutput
+from ..models import RefinerOutput
+from ..models.llada_trm.modeling_llada_trm import FORWARD_REPORTERS
 from .non_finite import NonFiniteWatch, named_tensors
 
 # Refined chunks that get a line of their own.

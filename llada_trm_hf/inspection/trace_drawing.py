@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..models.refinement_trace import TRACE_RENDERERS, RefinementTrace
+from ..generation import RefinementTrace
+from ..generation.refinement_trace import TRACE_RENDERERS
 
 # Where the page's template expects the data, and the drawings made from it.
 DATA_PLACEHOLDER, CURVES_PLACEHOLDER = "{{trace}}", "{{curves}}"

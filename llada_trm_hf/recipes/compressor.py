@@ -16,10 +16,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..data import load_text_dataset, tokenize_texts
 from ..data.reasoning_sources import SOURCES
 from ..data.rows import Rows
+from ..hub.files import output_dir_lock, write_atomically
 from ..models import DimensionCompressor, DimensionCompressorConfig
-from ..storage import output_dir_lock, write_atomically
-from ..training.arguments import CompressorTrainingArguments
-from ..training.compressor_trainer import CompressorTrainer
+from ..training import CompressorTrainer, CompressorTrainingArguments
 from ..training.language_model import head_width
 from .run_setup import (
     DataArguments,

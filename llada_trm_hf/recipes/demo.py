@@ -18,12 +18,7 @@ from transformers.utils import logging
 
 from ..data import byte_tokenizer, load_reasoning_dataset, tokenize_reasoning
 from ..evaluation import Accuracy, exact_match_accuracy
-from ..models import (
-    LLaDAConfig,
-    LLaDAForMaskedDiffusion,
-    LLaDATRMForMaskedDiffusion,
-    RecursiveRefinementHeadConfig,
-)
+from ..models import LLaDAConfig, LLaDAForMaskedDiffusion, LLaDATRMForMaskedDiffusion, RecursiveRefinementHeadConfig
 from ..training import MaskedDiffusionTrainer, MaskedDiffusionTrainingArguments, set_trainable
 from .run_setup import vocabulary_settings
 

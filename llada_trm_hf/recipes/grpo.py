@@ -9,13 +9,13 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from ..data import latent_thinking_prompt
-from ..data.problem_rows import check_prompts
+from ..data.rows import check_prompts
 from ..evaluation.code_execution import ExecutionLimits
 from ..evaluation.scoring import scoring_kind
+from ..hub.files import output_dir_lock
 from ..models import LatentThinkingConfig, LatentThinkingForCausalLM
 from ..rl import LatentGRPOTrainer, LatentGRPOTrainingArguments, correctness_reward
-from ..storage import output_dir_lock
-from ..training.freezing import set_trainable
+from ..training import set_trainable
 from .run_setup import (
     DataArguments,
     TrainingMethod,

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.hf_argparser import HfArg
 
 from ..data import tokenize_latent_answers
+from ..hub.files import output_dir_lock
 from ..models import (
     DimensionCompressor,
     DimensionCompressorConfig,
@@ -16,10 +17,7 @@ from ..models import (
     SequenceTRM,
     SequenceTRMConfig,
 )
-from ..storage import output_dir_lock
-from ..training.arguments import LatentAnswerTrainingArguments
-from ..training.freezing import set_trainable
-from ..training.latent_answer_trainer import LatentAnswerTrainer
+from ..training import LatentAnswerTrainer, LatentAnswerTrainingArguments, set_trainable
 from .run_setup import (
     DataArguments,
     TrainingMethod,

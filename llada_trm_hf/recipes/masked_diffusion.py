@@ -10,13 +10,12 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 from transformers.hf_argparser import HfArg
 
 from ..data import byte_tokenizer
+from ..hub.files import output_dir_lock
 from ..models import LLaDAConfig, LLaDATRMForMaskedDiffusion
-from ..models.backbones import BACKBONES, build_backbone, load_backbone
-from ..models.refiner_registry import REFINER_CONFIGS
-from ..storage import output_dir_lock
-from ..training.arguments import MaskedDiffusionTrainingArguments
-from ..training.freezing import last_layers, set_trainable
-from ..training.trainer import MaskedDiffusionTrainer
+from ..models.backbone_wrapper import build_backbone, load_backbone
+from ..models.hub_model import BACKBONES, REFINERS
+from ..training import MaskedDiffusionTrainer, MaskedDiffusionTrainingArguments, set_trainable
+from ..training.freezing import last_layers
 from .run_setup import (
     DataArguments,
     TrainingMethod,
@@ -180,14 +179,14 @@ def refiner_configs(script_args: MaskedDiffusionScriptArguments, hidden_size: in
         ValueError: for a setting that only other kinds of refiners have, or a value out of range.
     """
     given = {name: value for name, value in vars(script_args).items() if value is not None}
-    unused = {name for kind in REFINER_CONFIGS.values() for name in _settings_of(kind) & set(given)}
+    unused = {name for kind in REFINERS.values() for name in _settings_of(kind.config_class) & set(given)}
     unused -= set(_SHARED_REFINER_SETTINGS)
     configs: list[PreTrainedConfig | str] = []
     for name in script_args.refiner.split(","):
-        kind = REFINER_CONFIGS.get(name)
-        if kind is None:
+        if name not in REFINERS:
             configs.append(name)
             continue
+        kind = REFINERS[name].config_class
         settings = {field: given[field] for field in _settings_of(kind) if field in given}
         unused -= set(settings)
         configs.append(kind(**{**settings, "hidden_size": hidden_size}))

@@ -9,11 +9,10 @@ from torch.utils.data import Subset
 from transformers import AutoModelForCausalLM
 from transformers.hf_argparser import HfArg
 
-from ..data import HiddenPairsDataset
+from ..hidden_pairs import HiddenPairsDataset
+from ..hub.files import output_dir_lock
 from ..models import DimensionCompressor, SequenceTRM, SequenceTRMConfig
-from ..storage import output_dir_lock
-from ..training.arguments import TRMTrainingArguments
-from ..training.trm_trainer import TRMTrainer
+from ..training import TRMTrainer, TRMTrainingArguments
 from .run_setup import TrainingMethod, check_folders, checkpoint_to_resume, train_and_save
 
 

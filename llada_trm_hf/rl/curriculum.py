@@ -8,7 +8,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from ..data.rows import fingerprint
-from ..storage import write_atomically
+from ..hub.files import write_atomically
 
 PASS_RATES_FILE = "pass_rates.json"
 

@@ -22,7 +22,7 @@ from ..data import latent_thinking_prompt
 from ..data.rows import fingerprint
 from ..inspection.non_finite import non_finite_weights
 from ..models import LatentThinkingForCausalLM
-from ..training.recording_trainer import BaseTrainer
+from ..training.base_trainer import BaseTrainer
 from .arguments import LatentGRPOTrainingArguments
 from .curriculum import PassRates
 

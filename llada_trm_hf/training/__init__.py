@@ -6,11 +6,12 @@ from .arguments import (
     MaskedDiffusionTrainingArguments,
     TRMTrainingArguments,
 )
+from .callbacks import CSVMetricsCallback
 from .compressor_trainer import CompressorTrainer
-from .csv_metrics import CSVMetricsCallback
 from .freezing import TrainableReport, set_trainable
 from .latent_answer_trainer import LatentAnswerTrainer
-from .trainer import MaskedDiffusionTrainer
+from .masked_diffusion_trainer import MaskedDiffusionTrainer
+from .reconstruction_metrics import reconstruction_metrics
 from .trm_trainer import TRMTrainer
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "TRMTrainer",
     "TRMTrainingArguments",
     "TrainableReport",
+    "reconstruction_metrics",
     "set_trainable",
 ]

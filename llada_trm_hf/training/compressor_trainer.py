@@ -11,10 +11,11 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel
 
 from ..data import TextCollator
-from ..models import DimensionCompressor, PCAFit, reconstruction_metrics
+from ..models import DimensionCompressor, PCAFit
 from .arguments import CompressorTrainingArguments
+from .base_trainer import BaseTrainer
 from .language_model import compare_next_tokens, freeze, head_width, last_layer_states
-from .recording_trainer import BaseTrainer
+from .reconstruction_metrics import reconstruction_metrics
 
 
 class CompressorTrainer(BaseTrainer):

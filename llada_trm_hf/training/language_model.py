@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..models.backbones import encode
+from ..models.backbone_wrapper import encode
 
 
 def freeze(language_model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

@@ -7,7 +7,7 @@ from torch import nn
 from ..data import LatentAnswerCollator
 from ..models import LatentThinkingForCausalLM
 from .arguments import LatentAnswerTrainingArguments
-from .recording_trainer import BaseTrainer
+from .base_trainer import BaseTrainer
 
 
 class LatentAnswerTrainer(BaseTrainer):

@@ -11,11 +11,13 @@ from huggingface_hub import HfApi
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
-from ..cards import TRAINING_SETTINGS_FILE, files_to_publish, model_card, publish, training_settings
-from ..inspection.non_finite import NonFiniteWatch, non_finite_weights
+from ..hub import model_card
+from ..hub.push import files_to_publish, publish
+from ..hub.training_record import TRAINING_SETTINGS_FILE, training_settings
+from ..inspection import NonFiniteWatch
+from ..inspection.non_finite import non_finite_weights
 from .arguments import CommonTrainingArguments
-from .csv_metrics import CSVMetricsCallback
-from .profiler import ProfilerCallback
+from .callbacks import CSVMetricsCallback, ProfilerCallback
 
 
 class BaseTrainer(Trainer):

@@ -1,8 +1,10 @@
 """A file appears under its name when it is complete, or not at all."""
 
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from filelock import FileLock, Timeout
 
 
 def write_atomically(path: str, write: Callable[[str], object]) -> None:
@@ -33,3 +35,27 @@ def _flush(path: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def output_dir_lock(folder: str, lock_name: str = ".training.lock") -> Iterator[None]:
+    """
+    Locks the output folder for this run, creating it if need be; the lock ends with the process, however that ends.
+    Of several processes (`RANK` in the environment) the first one holds it for all.
+
+    Raises:
+        RuntimeError: if another run is writing to the folder.
+    """
+    os.makedirs(folder, exist_ok=True)
+    if int(os.environ.get("RANK", "0")) > 0:
+        yield
+        return
+    lock = FileLock(os.path.join(folder, lock_name), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RuntimeError(f"Another run is writing to {folder}: choose another --output_dir.") from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import TrainerCallback
 
 from .arguments import EMATrainingArguments
-from .recording_trainer import BaseTrainer
+from .base_trainer import BaseTrainer
 
 EMA_FILE = "ema_state.safetensors"
 
