@@ -9,11 +9,13 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from . import inspection  # what draws traces and reports in debug mode
+# ruff: isort: off
+from .models import *  # noqa: F403 (before generation, which imports one of its files)
+from .models import __all__ as _models
 from .generation import *  # noqa: F403
 from .generation import __all__ as _generation
-from .models import *  # noqa: F403 (first: generation and models import each other's files)
-from .models import __all__ as _models
+from . import inspection  # draws traces, and reports in debug mode
+# ruff: isort: on
 
 if TYPE_CHECKING:
     from .data import *  # noqa: F403

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
-from llada_trm_hf.generation.commit_rules import sample_tokens
+from llada_trm_hf.generation.commit_rules import num_transfer_tokens, sample_tokens
 from llada_trm_hf.models import LLaDAForMaskedDiffusion, LLaDAMoEForMaskedDiffusion
 from llada_trm_hf.models.modeling_masked_diffusion import masked_targets
 
