@@ -26,6 +26,8 @@ from llada_trm_hf.models.hub_model import REFINERS
 # These models are too small to share: on a busy machine, threads that wait for each other cost a hundred times more.
 torch.set_num_threads(1)
 
+ROOT = Path(__file__).resolve().parents[1]  # of the repository
+DATA = Path(os.environ.get("LLADA_DATA", ROOT.parent / "shared/data"))  # real datasets, where there are any
 MASK, PAD, EOS = 49, 0, 1
 
 
@@ -87,7 +89,7 @@ def tiny_hybrid(make_hybrid):
 @pytest.fixture(scope="session")
 def goldens():
     """Where the golden vectors of the official LLaDA code are; see the README there."""
-    beside = Path(__file__).resolve().parents[2] / "shared/goldens/llada"
+    beside = ROOT.parent / "shared/goldens/llada"
     folder = Path(os.environ.get("LLADA_GOLDENS", beside))
     if not (folder / "README.md").exists():
         pytest.skip(f"no golden data in {folder}")

@@ -8,14 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import DATA, ROOT
 from datasets import Dataset, IterableDataset
 from hub_server import dataset_hub
 
 from llada_trm_hf.data import checking_program, difference_chains, load_reasoning_dataset
 from llada_trm_hf.data.reasoning_sources import SOURCES, last_boxed
 from llada_trm_hf.hidden_pairs.settings import load_problems
-
-DATA = Path(os.environ.get("LLADA_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 # A row of each dataset as it is published, written for this test, and what it must become.
 PUBLISHED = {
@@ -456,7 +455,7 @@ def read_from_hub(url: str, home: Path, *wanted) -> list:
     away = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
     result = subprocess.run(
         [sys.executable, "-c", READ_HUB, json.dumps(wanted)],
-        env={**os.environ, **away, "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={**os.environ, **away, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )

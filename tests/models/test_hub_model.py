@@ -13,7 +13,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import forget_refiner, randomise
+from conftest import ROOT, forget_refiner, randomise
 from hub_http_server import TOKEN, Repository, model_hub
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
@@ -37,7 +37,6 @@ from llada_trm_hf import (
 )
 from llada_trm_hf.hub import export_custom_generate
 
-ROOT = Path(__file__).resolve().parents[1]
 TRAINED_STEPS = 2
 GPT2_SETTINGS = {"max_new_tokens": 6, "num_diffusion_steps": 6, "block_length": 3, "mask_token_id": 299}
 MASKED_LM, CAUSAL_LM, MODEL = "AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModel"

@@ -1,10 +1,9 @@
 """Two processes with half the batch each are one process with the whole batch."""
 
 import json
-from pathlib import Path
 
 import pytest
-from conftest import launch_two_processes, metrics, run_two_processes
+from conftest import ROOT, launch_two_processes, metrics, run_two_processes
 from sharded_steps import steps
 from tiny_training import new_hybrid, trainer
 from transformers import Trainer
@@ -53,7 +52,7 @@ def test_two_processes_train_backbone_and_head(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("freeze_backbone", [True, False])
 def test_two_processes_that_share_the_weights(tmp_path, freeze_backbone):
-    script, file = Path(__file__).with_name("sharded_steps.py"), tmp_path / "losses.json"
+    script, file = ROOT / "tests/sharded_steps.py", tmp_path / "losses.json"
     launch_two_processes([str(script), str(file), str(freeze_backbone).lower()])
     expected = steps(new_hybrid(freeze_backbone))
     assert len(set(expected)) == 3

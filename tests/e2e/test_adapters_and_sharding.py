@@ -3,13 +3,13 @@
 import os
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+from conftest import ROOT
 from peft import PeftModel
 from sharded_steps import sharding_plugin
 from tiny_training import SIZES, TOKENIZER, new_backbone, new_hybrid, trainer
@@ -25,7 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llada_trm_hf import LLaDAMoEConfig, LLaDAMoEForMaskedDiffusion, LLaDATRMForMaskedDiffusion
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture

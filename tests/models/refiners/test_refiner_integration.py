@@ -5,13 +5,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import MASK, forget_refiner, randomise
+from conftest import MASK, ROOT, forget_refiner, randomise
+from hybrid_models import AUTO_CLASSES, assert_same_model, random_tokens
 from safetensors import safe_open
-from test_hybrid import AUTO_CLASSES, assert_same_model, random_tokens
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
 from llada_trm_hf.models import (
@@ -448,7 +447,7 @@ def run(arguments, folder, **environment):
 
 def test_every_pattern_loads_where_the_package_is_not_installed(own, make, make_backbone, batch, tmp_path):
     """Among them the checkpoint that the example leaves, whose refiner stands in the script that was run."""
-    root = Path(__file__).resolve().parents[1]
+    root = ROOT
     example = str(root / "examples/custom_refiner.py")
     output = run([example, "cascade example"], tmp_path, PYTHONPATH=str(root))
     losses = [float(line.split()[-1]) for line in output.splitlines() if line.startswith("step")]

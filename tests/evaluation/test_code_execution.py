@@ -2,14 +2,13 @@
 
 import gzip
 import json
-import os
 import socket
 import tempfile
 import threading
-from pathlib import Path
 
 import psutil
 import pytest
+from conftest import DATA
 
 from llada_trm_hf.data import checking_program, load_reasoning_dataset
 from llada_trm_hf.evaluation import code_execution
@@ -155,10 +154,9 @@ def test_no_program():
 
 @pytest.fixture(scope="module")
 def data():
-    folder = Path(os.environ.get("LLADA_DATA", Path(__file__).resolve().parents[2] / "shared/data"))
-    if not (folder / "humaneval").exists():
-        pytest.skip(f"no HumanEval in {folder}")
-    return folder
+    if not (DATA / "humaneval").exists():
+        pytest.skip(f"no HumanEval in {DATA}")
+    return DATA
 
 
 def test_published_solutions_of_humaneval_and_mbpp(data):

@@ -12,6 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from conftest import ROOT
 from hub_http_server import TOKEN, model_hub, sha256
 from huggingface_hub import ModelCard, hf_hub_download
 from safetensors.torch import load_file, save
@@ -172,7 +173,7 @@ def test_base_model_instead_of_a_folder(hub, tmp_path):
 
 
 def test_script(hub, checkpoint, monkeypatch, capsys):
-    script = Path(__file__).resolve().parents[1] / "scripts/push_to_hub.py"
+    script = ROOT / "scripts/push_to_hub.py"
     arguments = [
         "--checkpoint",
         str(checkpoint),

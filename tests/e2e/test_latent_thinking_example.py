@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 from llada_trm_hf import LatentThinkingForCausalLM
 from llada_trm_hf.cli.main import main
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "latent_thinking"
+EXAMPLE = ROOT / "examples" / "latent_thinking"
 
 
 @pytest.mark.slow

@@ -10,10 +10,11 @@ import sys
 import pytest
 import torch
 from conftest import MASK, PAD
+from hybrid_models import AUTO_CLASSES, assert_same_model, random_tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, BertForMaskedLM
+from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 from llada_trm_hf.models import (
     LLaDAConfig,
@@ -25,11 +26,6 @@ from llada_trm_hf.models import (
 )
 
 CHUNK = 4
-AUTO_CLASSES = [AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM, LLaDATRMForMaskedDiffusion]
-
-
-def random_tokens(*shape, seed=0):
-    return torch.randint(2, MASK, shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture
@@ -538,16 +534,6 @@ def test_resized_embeddings(tiny_hybrid, batch, tmp_path):
 
 
 # --- Checkpoints ---
-
-
-def assert_same_model(loaded, model, input_ids):
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor), name
-        assert loaded.state_dict()[name].dtype == tensor.dtype, name
-    # A copy, because tensors of a memory-mapped file are not aligned, and other kernels round differently.
-    found, expected = copy.deepcopy(loaded)(input_ids), model(input_ids)
-    torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=1e-5)
-    assert torch.equal(found.refinement_steps, expected.refinement_steps)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

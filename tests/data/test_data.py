@@ -1,12 +1,12 @@
 """Datasets, tokenizer and masking."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import DATA
 
 from llada_trm_hf.data import (
     MaskedDiffusionCollator,
@@ -17,8 +17,6 @@ from llada_trm_hf.data import (
     tokenize_reasoning,
 )
 from llada_trm_hf.data.masking import stateless_uniform
-
-DATA = Path(os.environ.get("LLADA_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import metrics
-from test_data import DATA
+from conftest import DATA, metrics
 from tiny_training import SIZES, TOKENIZER, new_backbone, trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForMaskedLM

@@ -1,22 +1,20 @@
 """Answers found in text and compared as numbers: every gold answer of GSM8K, and what people and models write."""
 
 import json
-import os
 import sys
 import time
 from decimal import Decimal
-from pathlib import Path
 from threading import Thread
 
 import pytest
+from conftest import DATA
 
 from llada_trm_hf.evaluation import answers_match, extract_answer
 
 
 @pytest.fixture(scope="module")
 def gsm8k():
-    beside = Path(__file__).resolve().parents[2] / "shared/data"
-    folder = Path(os.environ.get("LLADA_DATA", beside)) / "gsm8k"
+    folder = DATA / "gsm8k"
     if not folder.exists():
         pytest.skip(f"no GSM8K in {folder}")
     lines = [line for name in ("train", "test") for line in (folder / f"{name}.jsonl").read_text().splitlines()]

@@ -2,14 +2,13 @@
 
 import json
 import math
-import os
 from itertools import product
 from pathlib import Path
 
 import lm_eval
 import pytest
 import torch
-from conftest import run_two_processes
+from conftest import DATA, run_two_processes
 from datagen_models import load_model, save_model, tokenizer_with_markers
 from tiny_training import new_backbone
 
@@ -390,7 +389,7 @@ def test_the_interval_turns_round_with_the_models():
 
 @pytest.fixture
 def gsm8k() -> Path:
-    folder = Path(os.environ.get("LLADA_DATA", Path(__file__).resolve().parents[2] / "shared/data")) / "gsm8k"
+    folder = DATA / "gsm8k"
     if not folder.exists():
         pytest.skip(f"no GSM8K in {folder}")
     return folder
