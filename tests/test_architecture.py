@@ -126,7 +126,8 @@ def test_files_hold_a_concept_each():
     lengths = {
         path.relative_to(PACKAGE).as_posix(): len(path.read_text().splitlines())
         for path in PACKAGE.rglob("*.py")
-        if path.name not in ("__init__.py", "__main__.py")
+        # (`registered_models.py` lists classes: with a checkpoint, another list takes its place.)
+        if path.name not in ("__init__.py", "__main__.py", "registered_models.py")
     }
     assert {name: length for name, length in lengths.items() if not 40 <= length <= 450} == {}
     assert len(lengths) <= 100 and sum(lengths.values()) <= 16_000

@@ -190,6 +190,22 @@ class BackboneWrapper(HubModel):
         """Sets `generation_config`, of the class that the model generates with, from the checkpoint."""
         raise NotImplementedError
 
+    @classmethod
+    def _backbone_and_fields(
+        cls, backbone: str | os.PathLike | PreTrainedModel, arguments: dict[str, Any]
+    ) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """The backbone, loaded if it is a name or folder, and the fields of the config among `arguments`."""
+        own = config_fields(cls.config_class)
+        fields = {name: value for name, value in arguments.items() if name in own}
+        others = {name: value for name, value in arguments.items() if name not in own}
+        if isinstance(backbone, (str, os.PathLike)):
+            fields.setdefault("backbone_name_or_path", str(backbone))
+            backbone = cls._load_backbone(str(backbone), **others)
+        elif others:
+            raise ValueError(f"Unknown argument {', '.join(others)} for a backbone that is already loaded.")
+        fields.setdefault("backbone_name_or_path", backbone.config.name_or_path or None)
+        return backbone, fields
+
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
 

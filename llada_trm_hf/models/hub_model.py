@@ -36,6 +36,8 @@ class HubModel:
     """
 
     auto_classes: ClassVar[tuple[str, ...]] = ()
+    # Attention goes through the library's interface; a part without attention runs beside any implementation.
+    _supports_flash_attn = _supports_sdpa = _supports_flex_attn = _supports_attention_backend = True
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:

@@ -135,10 +135,6 @@ class MaskedDiffusionPreTrainedModel(HubModel, PreTrainedModel):
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": BidirectionalDecoderLayer, "attentions": BidirectionalAttention}
 

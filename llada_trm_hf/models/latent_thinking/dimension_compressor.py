@@ -86,10 +86,6 @@ class DimensionCompressor(HubModel, PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "hidden_states"
     auto_classes = ("AutoModel",)
-    # It has no attention, so it runs with any implementation that the backbone uses.
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
 
     def __init__(self, config: DimensionCompressorConfig):
         super().__init__(config)

@@ -44,10 +44,6 @@ class LatentThinker(HubModel, PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "hidden_states"
     auto_classes = ("AutoModel",)
-    # Its attention is the SequenceTRM's, so it runs beside any implementation that the backbone uses.
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
 
     def __init__(
         self,

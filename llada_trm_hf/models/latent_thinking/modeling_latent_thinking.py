@@ -22,7 +22,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 
-from ..backbone_wrapper import BackboneWrapper, config_fields, input_device
+from ..backbone_wrapper import BackboneWrapper, input_device
 from .configuration_latent_thinking import LatentThinkingConfig
 from .dimension_compressor import DimensionCompressor, DimensionCompressorConfig
 from .latent_passes import LatentPasses, LatentThinkingOutput
@@ -143,10 +143,6 @@ class LatentThinkingForCausalLM(LatentThinkingGenerationMixin, LatentPasses, Bac
     base_model_prefix = ""
     supports_gradient_checkpointing = True
     auto_classes = ("AutoModelForCausalLM",)
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     def __init__(
         self,
@@ -192,14 +188,8 @@ class LatentThinkingForCausalLM(LatentThinkingGenerationMixin, LatentPasses, Bac
             ValueError: for parts that do not fit together, a backbone that cannot be continued from a KV cache, or an
                 argument without use.
         """
-        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in config_fields(LatentThinkingConfig)}
-        if isinstance(backbone, (str, os.PathLike)):
-            fields.setdefault("backbone_name_or_path", str(backbone))
-            backbone = cls._load_backbone(str(backbone), **kwargs)
-        elif kwargs:
-            raise ValueError(f"Unknown argument {', '.join(kwargs)} for a backbone that is already loaded.")
+        backbone, fields = cls._backbone_and_fields(backbone, kwargs)
         _check_backbone(backbone)
-        fields.setdefault("backbone_name_or_path", backbone.config.name_or_path or None)
         if not {"think_start_token_ids", "think_end_token_ids", "latent_token_id"} <= fields.keys():
             if tokenizer is None:
                 tokenizer = _tokenizer_of(fields["backbone_name_or_path"])

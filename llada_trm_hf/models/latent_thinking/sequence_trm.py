@@ -160,10 +160,6 @@ class SequenceTRM(HubModel, PreTrainedModel):
     main_input_name = "context"
     auto_classes = ("AutoModel",)
     accepts_loss_kwargs = False  # the loss is already a mean over samples: the Trainer must not divide it again
-    # Its attention always goes through SDPA, so it runs beside any implementation that the backbone uses.
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
 
     def __init__(self, config: SequenceTRMConfig):
         super().__init__(config)

@@ -20,7 +20,6 @@ from ..backbone_wrapper import (
     BackboneWrapper,
     EncodedTokens,
     build_backbone,
-    config_fields,
     encode,
     input_device,
     load_backbone,
@@ -102,10 +101,6 @@ class LLaDATRMForMaskedDiffusion(
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the loss is already a mean over rows: the Trainer must not divide it again
     auto_classes = ("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM")
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     def __init__(
         self,
@@ -143,13 +138,7 @@ class LLaDATRMForMaskedDiffusion(
         Raises:
             ValueError: if the refiner does not fit the backbone, or an argument has no use.
         """
-        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in config_fields(LLaDATRMConfig)}
-        if isinstance(backbone, (str, os.PathLike)):
-            fields.setdefault("backbone_name_or_path", str(backbone))
-            backbone = load_backbone(backbone, **kwargs)
-        elif kwargs:
-            raise ValueError(f"Unknown argument {', '.join(kwargs)} for a backbone that is already loaded.")
-        fields.setdefault("backbone_name_or_path", backbone.config.name_or_path or None)
+        backbone, fields = cls._backbone_and_fields(backbone, kwargs)
         chunk_size = fields.get("chunk_size")
         models, configs = resolve_refiners(refiner, backbone.config.get_text_config(), chunk_size)
         fields["chunk_size"] = configs[0].chunk_size if chunk_size is None else chunk_size

@@ -120,18 +120,7 @@ class RecursiveRefinementHead(PreTrainedRefiner):
         output_statistics: bool = False,
         layout: ChunkLayout | None = None,
     ) -> RefinerOutput:
-        """
-        Args:
-            hidden_states: `[B, L, D]`, in any float dtype; the recursion runs in the head's own.
-            active_chunks: BoolTensor `[B, N]`, the chunks to refine; all by default.
-            attention_mask: `[B, L]`, 0 for padding. Chunks are counted from a row's first real token.
-            max_steps: fewer or more recursion steps than `config.max_recursive_steps`.
-            output_step_hidden_states, output_statistics: see [`RefinerOutput`].
-            layout: where the chunks are, if that is known.
-
-        Raises:
-            ValueError: for hidden states of another width than the head's, or masks of the wrong shape.
-        """
+        """See [`PreTrainedRefiner`]. Raises ValueError for states of another width or masks of the wrong shape."""
         config = self.config
         layout, active = self.chunks_to_refine(hidden_states, active_chunks, attention_mask, layout)
         max_steps = config.max_recursive_steps if max_steps is None else max_steps

@@ -147,12 +147,14 @@ class ChunkLayout:
 
 class PreTrainedRefiner(HubModel, PreTrainedModel):
     """
-    Base class of refiners, yours too. `config` has a `hidden_size` and a `chunk_size`, and
+    Base class of refiners, yours too. `config` has a `hidden_size` and a `chunk_size`, and `forward` returns a
+    [`RefinerOutput`] from
 
-    ```
-    forward(hidden_states [B, L, D], active_chunks: BoolTensor [B, N] | None, attention_mask [B, L] | None,
-            max_steps=None, output_step_hidden_states=False, output_statistics=False) -> RefinerOutput
-    ```
+        hidden_states: `[B, L, D]`, in any float dtype; the recursion runs in the refiner's own.
+        active_chunks: BoolTensor `[B, N]`, the chunks to refine; all by default.
+        attention_mask: `[B, L]`, 0 for padding. Positions and chunks are counted from a row's first real token.
+        max_steps: fewer or more recursion steps than `config.max_recursive_steps`.
+        output_step_hidden_states, output_statistics: see [`RefinerOutput`].
 
     Attributes:
         takes_layout: whether `forward` also takes `layout`, the batch's [`ChunkLayout`], which is then made only once.
@@ -161,11 +163,6 @@ class PreTrainedRefiner(HubModel, PreTrainedModel):
     takes_layout: ClassVar[bool] = False
     base_model_prefix = ""
     auto_classes = ("AutoModel",)
-    # A refiner without attention runs with any implementation that the backbone uses.
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     def chunks_to_refine(
         self,
