@@ -197,19 +197,19 @@ def _flattened(path: Path, text: str) -> tuple[str, list[Path]]:
 def _registry(held: Iterable[Any]) -> str:
     """The `registered_models.py` of a checkpoint that holds these classes."""
     classes = sorted(held, key=lambda cls: cls.__name__)
-    return "\n".join(
-        [
-            '"""The backbone and the refiners that this checkpoint holds."""\n',
-            "from .hub_model import BACKBONES, REFINERS",
-            *(f"from .{module_name(cls)} import {cls.__name__}" for cls in classes),
-            "",
-            *(
-                f"{'BACKBONES' if cls in BACKBONES.values() else 'REFINERS'}[{cls.config_class.model_type!r}] = "
-                f"{cls.__name__}"
-                for cls in classes
-            ),
-            "",
-        ]
+    imports = {cls: f"from .{module_name(cls)} import {cls.__name__}\n" for cls in classes}
+    entries = {cls: f"[{cls.config_class.model_type!r}] = {cls.__name__}\n" for cls in classes}
+    backbones = [cls for cls in classes if cls in BACKBONES.values()]
+    refiners = [cls for cls in classes if cls not in backbones]
+    return (
+        '"""The backbone and the refiners that this checkpoint holds."""\n\n'
+        "from .hub_model import BACKBONES, REFINERS\n"
+        + "".join(imports[cls] for cls in backbones)
+        + "".join(f"\nBACKBONES{entries[cls]}" for cls in backbones)
+        + "\n\ndef register_held_refiners():\n"
+        + "".join(f"    {imports[cls]}" for cls in refiners)
+        + "".join(f"    REFINERS{entries[cls]}" for cls in refiners)
+        + "    return REFINERS\n"
     )
 
 

@@ -3,6 +3,8 @@ The backbone families and refiners of the package. `save_pretrained` writes a fi
 checkpoint holds, so that no other code travels with it.
 """
 
+from transformers import PreTrainedModel
+
 from .hub_model import BACKBONES, REFINERS
 from .llada.modeling_llada import LLaDAForMaskedDiffusion
 from .llada_moe.modeling_llada_moe import LLaDAMoEForMaskedDiffusion
@@ -13,3 +15,11 @@ for _model in (LLaDAForMaskedDiffusion, LLaDAMoEForMaskedDiffusion):
     BACKBONES[_model.config_class.model_type] = _model
 for _model in (RecursiveRefinementHead, SlotTRMRefiner):
     REFINERS[_model.config_class.model_type] = _model
+
+
+def register_held_refiners() -> dict[str, type[PreTrainedModel]]:
+    """
+    The refiners by `model_type`. In a checkpoint, this imports those it holds, when one is first needed: the file of
+    your own refiner may import any other.
+    """
+    return REFINERS

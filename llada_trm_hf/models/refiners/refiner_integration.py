@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
-from ..hub_model import nearest_name
-from ..registered_models import REFINERS
+from ..hub_model import REFINERS, nearest_name
+from ..registered_models import register_held_refiners
 from .refiner import ChunkLayout, PreTrainedRefiner, RefinerOutput, build_refiner, refine
 
 
@@ -302,12 +302,13 @@ def refiner_config_of(config: PreTrainedConfig | dict[str, Any]) -> PreTrainedCo
     if isinstance(config, PreTrainedConfig):
         return config
     model_type = config.get("model_type", "")
-    if model_type not in REFINERS:
+    refiners = register_held_refiners()
+    if model_type not in refiners:
         raise ValueError(
-            f"{model_type!r} is no model_type of a refiner. Known: {', '.join(REFINERS)}. Make your own known first, "
+            f"{model_type!r} is no model_type of a refiner. Known: {', '.join(refiners)}. Make your own known first, "
             f"with register_refiner."
         )
-    return REFINERS[model_type].config_class.from_dict(config)
+    return refiners[model_type].config_class.from_dict(config)
 
 
 def resolve_refiners(
@@ -336,7 +337,9 @@ def _resolve_refiner(
 ) -> tuple[PreTrainedModel | None, PreTrainedConfig]:
     if isinstance(refiner, PreTrainedModel):
         return refiner, refiner.config
-    known = [name for name, model_class in REFINERS.items() if model_class not in INTEGRATIONS.values()]
+    known = [
+        name for name, model_class in register_held_refiners().items() if model_class not in INTEGRATIONS.values()
+    ]
     if isinstance(refiner, PreTrainedConfig):
         if refiner.model_type not in REFINERS:
             raise ValueError(f"A {refiner.model_type!r} is no refiner. Known refiners: {', '.join(known)}.")
