@@ -12,8 +12,6 @@ from .reasoning_sources import CODE_COLUMNS, LOCAL_CODE, LOCAL_FILE, SCHEMA, SOU
 from .rows import Rows, check_columns_exist, column_names, is_data_file, parse_split, read_hub, read_rows, row_range
 
 _GENERATED_PROBLEMS = {"train": 50_000, "test": 1_000}
-# Some problems of APPS come with megabytes of tests: few rows are held at a time.
-_CONVERT_BATCH_SIZE = 100
 
 
 def load_reasoning_dataset(
@@ -128,7 +126,7 @@ def _convert(rows: Rows, source: ReasoningSource, columns: dict[str, str], where
         convert,
         with_indices=True,
         batched=True,
-        batch_size=_CONVERT_BATCH_SIZE,
+        batch_size=100,  # some problems of APPS come with megabytes of tests
         remove_columns=column_names(rows),
         features=_features(source.result_columns),
     )

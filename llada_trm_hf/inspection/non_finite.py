@@ -32,10 +32,7 @@ class NonFiniteWatch:
     """
     A context that finds the first module of `model`, in the order of execution, whose output holds NaN or Inf although
     its inputs do not (-Inf in inputs does not count: masks use it). What `torch.compile` has compiled is seen as one
-    module. Every module waits for the device.
-
-    Attributes:
-        finding: the [`NonFinite`], or None.
+    module. Every module waits for the device. The result is in `finding`.
     """
 
     def __init__(self, model: nn.Module):

@@ -1,6 +1,7 @@
 """Refinement traces shown: as a page to watch, as a picture for a report, as a few lines of text."""
 
 import json
+import math
 import os
 from importlib.resources import files
 from typing import Any, NamedTuple
@@ -18,12 +19,8 @@ WIDTH, HEIGHT, MARGIN = 160, 48, 4
 
 def write_html(trace: RefinementTrace, path: str | os.PathLike, tokenizer: Any = None) -> None:
     """
-    Writes one self-contained page that plays the trace; it loads nothing from anywhere.
-
-    Args:
-        trace: what `generate(..., output_refinement_trace=True)` returned.
-        path: the file, overwritten.
-        tokenizer: anything with `decode([id])`; without it the page shows token ids.
+    Writes one self-contained page that plays the trace of `generate(..., output_refinement_trace=True)`; it loads
+    nothing from anywhere. Without a tokenizer, anything with `decode([id])`, it shows token ids.
     """
     # Every "<" is escaped, not only "</": "<!--<script" in a text would hide the end of the script element as well.
     data = json.dumps(trace.to_dict(tokenizer)).replace("<", "\\u003c")
@@ -68,6 +65,7 @@ def plot_trace(trace: RefinementTrace, path: str | os.PathLike) -> None:
     figure.colorbar(colors, ax=curve_axes, label="chunk", ticks=MaxNLocator(integer=True))
     curve_axes.set(title="When a chunk settles", xlabel="recursion step", ylabel="similarity with the step before")
     curve_axes.set_xlim(0.5, max_steps + 0.5)
+
     extent = (0.5, num_passes + 0.5, num_chunks + 0.5, 0.5)  # everything counts from 1
     for axes, values, blank, title, largest in (
         (update_axes, num_steps, 0, "Updates (blank: left alone)", most_updates),
@@ -147,8 +145,8 @@ def _chunks(trace: RefinementTrace, row: int) -> dict[int, list[_Curve]]:
     chunks: dict[int, list[_Curve]] = {}
     for step, done in enumerate(trace.passes, start=1):
         for index in (done.rows == row).nonzero().flatten().tolist():
-            for chunk, curve in enumerate(done.similarity[index]):
-                if values := curve[curve.isfinite()].tolist():
+            for chunk, curve in enumerate(done.similarity[index].tolist()):
+                if values := [value for value in curve if math.isfinite(value)]:
                     chunks.setdefault(chunk, []).append(_Curve(step, values, int(done.num_steps[index, chunk])))
     return chunks
 
