@@ -11,15 +11,14 @@ def difference_chains(
     """
     Chains of single-digit operations: take the difference of the running value and the next digit, again and again.
 
-    Written one after the other, each value follows from the one before in one look-up, which a small model learns
-    quickly. Written all at once, the last one takes `num_terms - 1` look-ups in a single forward pass, and there is no
-    shortcut: unlike a sum, a chain of absolute differences cannot be regrouped.
+    Written step by step, each value follows from the one before in one look-up, which a small model learns quickly.
+    Answered at once, it takes `num_terms - 1` look-ups in a single forward pass, without a shortcut: unlike a sum, a
+    chain of absolute differences cannot be regrouped.
 
     Args:
         num_problems: how many to make, all different.
         num_terms: digits in a chain; the difficulty.
         split: `"train"` or `"test"`, which share no problem.
-        seed: of the random generator.
         equations: write each step of the reasoning as a chain of its own, `39=6 64=2 22=0`.
 
     Yields:
@@ -41,10 +40,8 @@ def difference_chains(
         if number in seen or is_test != (split == "test"):
             misses += 1
             if misses > 1000 * (num_problems + 1):
-                raise ValueError(
-                    f"There are fewer than {num_problems} different {split} chains of {num_terms} digits: ask for "
-                    f"fewer problems or more terms."
-                )
+                chains = f"{num_problems} different {split} chains of {num_terms} digits"
+                raise ValueError(f"There are fewer than {chains}: ask for fewer problems or more terms.")
             continue
         seen.add(number)
         digits = f"{number:0{num_terms}d}"

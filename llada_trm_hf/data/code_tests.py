@@ -1,9 +1,6 @@
 """
-Tests of programs, as source text: what the code datasets publish, in one form.
-
-`tests` is Python that raises when a solution is wrong. It follows the solution in one program, as asserts do, or, if
-it names `SOLUTION`, finds the solution's source text there and runs it. `checking_program` puts both together.
-Nothing here runs anything: a program written by a model belongs in a limited process.
+Tests of programs, as source text that raises when a solution is wrong. It follows the solution in one program or, if
+it names `SOLUTION`, runs the source text it finds there. Nothing is run here.
 """
 
 import ast
@@ -75,12 +72,7 @@ def checking_program(solution: str, tests: str) -> str:
 
 
 def called_function(code: str, tests: list[str]) -> str:
-    """
-    Name of the function of `code` that `tests` call first.
-
-    Raises:
-        ValueError: if they call none, or code or tests are not Python.
-    """
+    """The function of `code` that `tests` call first; ValueError if they call none, or something is not Python."""
     try:
         defined = {node.name for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)}
         calls = [node.func for test in tests for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Call)]
@@ -96,10 +88,7 @@ def apps_tests(input_output: str) -> tuple[str, str]:
     """
     Tests and entry point from the JSON text of an APPS problem: `{"inputs": [...], "outputs": [...]}`, of programs
     that read standard input, or with `fn_name`, of a function or of a method of `Solution`. Both are empty where a
-    problem has no tests.
-
-    Raises:
-        ValueError: for any other text.
+    problem has no tests. Raises ValueError for any other text.
     """
     if not input_output.strip():
         return "", ""

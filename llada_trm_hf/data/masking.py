@@ -11,15 +11,8 @@ import torch
 def stateless_uniform(seed: int, epoch: int, index: np.ndarray, size: int) -> np.ndarray:
     """
     Uniform random numbers in [0, 1) that depend only on `(seed, epoch, index, column)`, by the splitmix64 hash: masks
-    are the same however samples are batched, sharded over processes, or resumed.
-
-    Args:
-        seed, epoch: integers.
-        index: int array `[B]`, the number of each sample in its dataset.
-        size: columns.
-
-    Returns:
-        float64 array `[B, size]`.
+    are the same however samples are batched, sharded over processes, or resumed. `index` `[B]` holds the number of
+    each sample in its dataset; the result is float64 `[B, size]`.
     """
 
     def mix(z: np.ndarray) -> np.ndarray:
@@ -43,12 +36,11 @@ class MaskedDiffusionCollator:
     `t ~ U(0, 1)`, each response token masked with probability `p_mask = (1 - eps) t + eps`, prompt tokens never.
 
     Args:
-        mask_token_id, pad_token_id: special tokens; the padding is the end-of-sequence token where it is learned.
+        pad_token_id: the end-of-sequence token where padding is learned.
         mask_epsilon: `eps`, the smallest masking probability.
         learn_padding: pad responses with `pad_token_id` and learn that padding like any token, as LLaDA does in
             supervised fine-tuning (this is how it learns to end). Otherwise padding is hidden by the attention mask.
         random_length_probability: share of rows cut to a random length (0.01 in LLaDA's pre-training).
-        seed: of the masks.
         fixed: the same masks in every epoch, for evaluation.
 
     A sample has `input_ids`, `prompt_length` (0 without a prompt) and `index`, its number in the dataset. A batch has

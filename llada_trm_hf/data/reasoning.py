@@ -9,11 +9,9 @@ from datasets import Dataset, Features, IterableDataset, Value
 
 from .arithmetic import difference_chains
 from .reasoning_sources import CODE_COLUMNS, LOCAL_CODE, LOCAL_FILE, SCHEMA, SOURCES, ReasoningSource
-from .rows import Rows, column_names, is_data_file, parse_split, read_hub, read_rows, row_range
+from .rows import Rows, check_columns_exist, column_names, is_data_file, parse_split, read_hub, read_rows, row_range
 
 _GENERATED_PROBLEMS = {"train": 50_000, "test": 1_000}
-# Some problems of APPS come with megabytes of tests: few rows are held at a time.
-_CONVERT_BATCH_SIZE = 100
 
 
 def load_reasoning_dataset(
@@ -26,20 +24,19 @@ def load_reasoning_dataset(
     streaming: bool = False,
 ) -> tuple[Rows, str]:
     """
-    Loads problems as `prompt`, `reasoning`, `answer`, all texts. Problems whose answer is a program also have `tests`
-    and `entry_point` (see `code_tests`). Rows with neither answer nor tests are left out, with a line that counts
-    them where the number of rows is known.
+    Loads problems as texts: `prompt`, `reasoning`, `answer`, and where answers are programs `tests` and `entry_point`
+    (see `code_tests`). Rows with neither answer nor tests are left out and, but for streams, counted.
 
     Args:
         name: `"arithmetic"` (generated), a dataset of the Hub (`"gsm8k"`, `"natural_reasoning"`, `"math"`, `"aime"`,
             `"humaneval"`, `"mbpp"`, `"apps"`), or a local json, jsonl, csv or parquet file, gzipped or not, with the
             schema's columns or those of one of these datasets.
-        split: a split, or a slice of one such as `"train[:1000]"` or `"test[10%:20%]"`. A local file has one split,
-            `train`. For arithmetic the slice says which problems are made, 50,000 for `"train"`, 1,000 for `"test"`.
+        split: a split, or a slice of one such as `"train[:1000]"` or `"test[10%:20%]"`. A local file is one split. For
+            arithmetic the slice says which problems are made, 50,000 for `"train"`, 1,000 for `"test"`.
         data_files: a local file to read instead of the Hub's, in the format of the dataset `name`.
         columns: for a local file, which of its columns are which, e.g. `{"prompt": "question"}`.
-        num_terms, seed: difficulty and seed of generated arithmetic.
-        streaming: read rows as they are needed, as an `IterableDataset`. A stream is sliced by numbers only.
+        num_terms, seed: of generated arithmetic.
+        streaming: read rows as they are needed, as an `IterableDataset`; it is sliced by numbers only.
 
     Returns:
         The dataset, and the format string that joins reasoning and answer to a response.
@@ -63,20 +60,14 @@ def load_reasoning_dataset(
             rows = read_hub(source.hub_name, source.hub_config, split, streaming, source.hub_files)
     else:
         close = difflib.get_close_matches(name, SOURCES, n=1)
-        raise ValueError(
-            f"Unknown dataset {name!r}{f' (did you mean {close[0]!r}?)' if close else ''}. Known: "
-            f"{', '.join(SOURCES)}, or a .json, .jsonl, .csv or .parquet file."
-        )
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        known = f"{', '.join(SOURCES)}, or a .json, .jsonl, .csv or .parquet file"
+        raise ValueError(f"Unknown dataset {name!r}{hint}. Known: {known}.")
     return _convert(rows, source, columns or {}, path or name, split), source.response
 
 
 def column_mapping(columns: list[str] | None) -> dict[str, str] | None:
-    """
-    `["prompt=question"]`, as on a command line, as a dictionary; None for no columns.
-
-    Raises:
-        ValueError: for an entry that is not a pair.
-    """
+    """`["prompt=question"]`, as on a command line, as a dictionary; None for no columns, ValueError for no pair."""
     pairs = [pair.partition("=") for pair in columns or []]
     if any(not column for _, _, column in pairs):
         raise ValueError(f"columns are pairs such as prompt=question; got {' '.join(columns or [])}.")
@@ -108,7 +99,15 @@ def _convert(rows: Rows, source: ReasoningSource, columns: dict[str, str], where
     """The rows in the schema; `columns` says what the file calls the columns of `source`."""
     found = column_names(rows)
     known = dict.fromkeys((*source.columns, *SCHEMA, *CODE_COLUMNS))
-    _check_columns(found, source, columns, known, where)
+    misnamed = [name for name in columns if name not in known]
+    if misnamed:
+        raise ValueError(f"columns name {', '.join(known)}; got {', '.join(misnamed)}.")
+    check_columns_exist(columns, found, where)
+    missing = [column for column in source.columns if column not in found and column not in columns]
+    if missing:
+        lacking = f"{where} lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
+        example = f"Say which is which with columns, e.g. {missing[0]}={found[0]}"
+        raise ValueError(f"{lacking}; it has {', '.join(found)}. {example}.")
     renamed = {name: column for name in known if (column := columns.get(name, name)) in found}
 
     def convert(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[str]]:
@@ -127,7 +126,7 @@ def _convert(rows: Rows, source: ReasoningSource, columns: dict[str, str], where
         convert,
         with_indices=True,
         batched=True,
-        batch_size=_CONVERT_BATCH_SIZE,
+        batch_size=100,  # some problems of APPS come with megabytes of tests
         remove_columns=column_names(rows),
         features=_features(source.result_columns),
     )
@@ -136,23 +135,6 @@ def _convert(rows: Rows, source: ReasoningSource, columns: dict[str, str], where
     if isinstance(converted, Dataset) and len(converted) < len(rows):
         print(f"Left out {len(rows) - len(converted)} of {len(rows)} rows of {where} [{split}]: they have no answer.")
     return converted
-
-
-def _check_columns(
-    found: list[str], source: ReasoningSource, columns: dict[str, str], known: dict[str, None], where: str
-) -> None:
-    misnamed = [name for name in columns if name not in known]
-    if misnamed:
-        raise ValueError(f"columns name {', '.join(known)}; got {', '.join(misnamed)}.")
-    unknown = [f"{name}={column}" for name, column in columns.items() if column not in found]
-    if unknown:
-        raise ValueError(f"{where} has no such column: {', '.join(unknown)}. It has {', '.join(found)}.")
-    missing = [column for column in source.columns if column not in found and column not in columns]
-    if missing:
-        raise ValueError(
-            f"{where} lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}; it has "
-            f"{', '.join(found)}. Say which is which with columns, e.g. {missing[0]}={found[0]}."
-        )
 
 
 def _features(columns: tuple[str, ...]) -> Features:

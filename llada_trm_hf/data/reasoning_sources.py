@@ -1,12 +1,4 @@
-"""
-The reasoning datasets and how their rows become one schema: `prompt`, `reasoning`, `answer`, and for code `tests` and
-`entry_point`.
-
-Repositories, columns and splits are those of the dataset cards on the Hub. `apps` is read from the files of its
-repository, which has a loading script. `math` is the copy of MATH (arXiv 2103.03874) with the original split of 7,500
-and 5,000 problems in one configuration; other copies have the same columns `problem` and `solution`. `aime` holds the
-90 problems of 2022 to 2024.
-"""
+"""The reasoning datasets, and how their rows become `prompt`, `reasoning`, `answer` and, for code, `tests`."""
 
 import json
 import re
@@ -27,23 +19,23 @@ class ReasoningSource:
 
     Attributes:
         columns: the columns its rows have and `convert` reads.
-        convert: row -> `{"prompt", "reasoning", "answer"}`, all texts, and for code `"tests"` and `"entry_point"` (see
-            `code_tests`); an answer or tests that a problem lacks are empty. Raises ValueError for a malformed row.
-        is_code: whether answers are programs, which tests check; `evaluation` compares all others by what they hold.
-        response: how reasoning and answer are written, a format string.
+        convert: row -> the texts of the schema, and of `CODE_COLUMNS` for code; an answer or tests that a problem
+            lacks are empty. Raises ValueError for a malformed row.
         hub_name, hub_config: on the Hugging Face Hub; None for generated data and local files.
-        hub_files: the file of each split, where the repository has no other form.
         splits: those that exist.
+        response: how reasoning and answer are written, a format string.
+        is_code: whether answers are programs, which tests check.
+        hub_files: the file of each split, where the repository has no other form.
     """
 
     columns: tuple[str, ...]
     convert: Callable[[dict[str, Any]], dict[str, str]]
-    is_code: bool = False
-    response: str = "{reasoning}\n#### {answer}"
     hub_name: str | None = None
     hub_config: str | None = None
-    hub_files: dict[str, str] | None = None
     splits: tuple[str, ...] = ("train", "test")
+    response: str = "{reasoning}\n#### {answer}"
+    is_code: bool = False
+    hub_files: dict[str, str] | None = None
 
     @property
     def result_columns(self) -> tuple[str, ...]:
@@ -86,26 +78,22 @@ def _convert_local(row: dict[str, Any]) -> dict[str, str]:
     return {"prompt": _text(row, "prompt")} | {name: _optional(row, name) for name in (*SCHEMA[1:], *CODE_COLUMNS)}
 
 
+def _problem(prompt: str, reasoning: str, answer: str) -> dict[str, str]:
+    return {"prompt": prompt.strip(), "reasoning": reasoning.strip(), "answer": answer.strip()}
+
+
 def _convert_gsm8k(row: dict[str, Any]) -> dict[str, str]:
     """`answer` holds the steps, with calculator notes like <<48/2=24>>, and the result after `####`."""
     steps, separator, result = _text(row, "answer").rpartition("####")
     if not separator:
         raise ValueError(f"A GSM8K answer ends with '#### result'; got {row['answer'][-80:]!r}.")
-    return {
-        "prompt": _text(row, "question").strip(),
-        "reasoning": re.sub(r"<<.*?>>", "", steps).strip(),
-        "answer": result.strip(),
-    }
+    return _problem(_text(row, "question"), re.sub(r"<<.*?>>", "", steps), result)
 
 
 def _convert_natural_reasoning(row: dict[str, Any]) -> dict[str, str]:
     """`responses` holds what a model answered, `reference_answer` may be empty (18% of the rows)."""
     responses = row["responses"] or [{"response": ""}]
-    return {
-        "prompt": _text(row, "question").strip(),
-        "reasoning": _optional(responses[0], "response").strip(),
-        "answer": _optional(row, "reference_answer").strip(),
-    }
+    return _problem(_text(row, "question"), _optional(responses[0], "response"), _optional(row, "reference_answer"))
 
 
 def _convert_math(row: dict[str, Any]) -> dict[str, str]:
@@ -114,7 +102,7 @@ def _convert_math(row: dict[str, Any]) -> dict[str, str]:
     answer = last_boxed(solution)
     if answer is None:
         raise ValueError(f"A solution of MATH holds its answer in \\boxed{{}}; got {solution[-80:]!r}.")
-    return {"prompt": _text(row, "problem").strip(), "reasoning": solution, "answer": answer}
+    return _problem(_text(row, "problem"), solution, answer)
 
 
 def _convert_aime(row: dict[str, Any]) -> dict[str, str]:
@@ -122,11 +110,7 @@ def _convert_aime(row: dict[str, Any]) -> dict[str, str]:
     answer = _text(row, "answer").strip()
     if not re.fullmatch(r"\d{1,3}", answer):
         raise ValueError(f"An answer of AIME is a whole number from 0 to 999; got {answer!r}.")
-    return {
-        "prompt": _text(row, "problem").strip(),
-        "reasoning": _text(row, "solution").strip(),
-        "answer": str(int(answer)),
-    }
+    return _problem(_text(row, "problem"), _text(row, "solution"), str(int(answer)))
 
 
 def _convert_humaneval(row: dict[str, Any]) -> dict[str, str]:
@@ -176,55 +160,49 @@ def _convert_apps(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
-# A local file is of the first of these whose columns it has: files of problem, solution and answer are read as math.
+# Repositories, columns and splits are those of the dataset cards on the Hub. A local file is of the first of these
+# whose columns it has: files of problem, solution and answer are read as math.
 SOURCES = {
     "arithmetic": ReasoningSource(SCHEMA, _convert_local, response="{reasoning}{answer}"),
-    "gsm8k": ReasoningSource(("question", "answer"), _convert_gsm8k, hub_name="openai/gsm8k", hub_config="main"),
+    "gsm8k": ReasoningSource(("question", "answer"), _convert_gsm8k, "openai/gsm8k", "main"),
     "natural_reasoning": ReasoningSource(
         ("question", "reference_answer", "responses"),
         _convert_natural_reasoning,
-        hub_name="facebook/natural_reasoning",
+        "facebook/natural_reasoning",
         splits=("train",),
     ),
-    "math": ReasoningSource(
-        ("problem", "solution"),
-        _convert_math,
-        hub_name="DigitalLearningGmbH/MATH-lighteval",
-        hub_config="default",
-    ),
-    "aime": ReasoningSource(
-        ("problem", "solution", "answer"),
-        _convert_aime,
-        hub_name="AI-MO/aimo-validation-aime",
-        splits=("train",),
+    # MATH (arXiv 2103.03874) with the original 7,500 and 5,000 problems in one configuration.
+    "math": ReasoningSource(("problem", "solution"), _convert_math, "DigitalLearningGmbH/MATH-lighteval", "default"),
+    "aime": ReasoningSource(  # the 90 problems of 2022 to 2024
+        ("problem", "solution", "answer"), _convert_aime, "AI-MO/aimo-validation-aime", splits=("train",)
     ),
     "humaneval": ReasoningSource(
         ("prompt", "canonical_solution", "test", "entry_point"),
         _convert_humaneval,
-        is_code=True,
-        response="{answer}",
-        hub_name="openai/openai_humaneval",
+        "openai/openai_humaneval",
         splits=("test",),
+        response="{answer}",
+        is_code=True,
     ),
     "mbpp": ReasoningSource(
         ("text", "code", "test_list", "test_setup_code"),
         _convert_mbpp,
-        is_code=True,
-        response="{answer}",
-        hub_name="google-research-datasets/mbpp",
-        hub_config="full",
+        "google-research-datasets/mbpp",
+        "full",
         splits=("train", "test", "validation", "prompt"),
+        response="{answer}",
+        is_code=True,
     ),
-    "apps": ReasoningSource(
+    "apps": ReasoningSource(  # its repository has a loading script beside the files
         ("question", "solutions", "input_output", "starter_code"),
         _convert_apps,
-        is_code=True,
+        "codeparrot/apps",
         response="{answer}",
-        hub_name="codeparrot/apps",
+        is_code=True,
         hub_files={split: f"hf://datasets/codeparrot/apps/{split}.jsonl" for split in ("train", "test")},
     ),
 }
 LOCAL_FILE = ReasoningSource(("prompt", "answer"), _convert_local)
 LOCAL_CODE = ReasoningSource(
-    ("prompt", "answer", "tests"), _convert_local, is_code=True, response="{reasoning}\n{answer}"
+    ("prompt", "answer", "tests"), _convert_local, response="{reasoning}\n{answer}", is_code=True
 )

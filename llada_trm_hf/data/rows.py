@@ -20,12 +20,7 @@ _SPLIT = re.compile(r"([\w.-]+)(\[(?:-?\d+)?:(?:-?\d+)?\]|\[(?:-?\d+%)?:(?:-?\d+
 
 
 def parse_split(split: str) -> tuple[str, str]:
-    """
-    Name and slice of a split as users write it: `train`, `train[:1000]`, `test[10%:20%]`, `train[-100:]`.
-
-    Raises:
-        ValueError: for any other text.
-    """
+    """Name and slice of a split: `train`, `train[:1000]`, `test[10%:20%]`; ValueError for any other text."""
     match = _SPLIT.fullmatch(split)
     if match is None:
         raise ValueError(f"A split is a name such as train, train[:1000] or test[10%:20%]; got {split!r}.")
@@ -66,13 +61,15 @@ def check_prompts(rows: Any, source: str) -> None:
             raise ValueError(f"{source}: the prompt of row {number} is a {type(prompt).__name__}, not a text.")
 
 
-def read_rows(path: str | list[str], split: str = "train", streaming: bool = False) -> Rows:
-    """
-    The rows of a json, jsonl, csv or parquet file, gzipped or not, or of several in one format, as they are.
+def check_columns_exist(columns: dict[str, str], found: list[str], source: str) -> None:
+    """Raises ValueError if `columns`, such as `{"prompt": "question"}`, names one that is not among those found."""
+    unknown = [f"{name}={column}" for name, column in columns.items() if column not in found]
+    if unknown:
+        raise ValueError(f"{source} has no such column: {', '.join(unknown)}. It has {', '.join(found)}.")
 
-    Raises:
-        FileNotFoundError, ValueError: for a missing, malformed or empty file.
-    """
+
+def read_rows(path: str | list[str], split: str = "train", streaming: bool = False) -> Rows:
+    """The rows of a data file, or of several in one format; FileNotFoundError or ValueError for one without rows."""
     paths = [path] if isinstance(path, str) else path
     for path in paths:
         if not os.path.isfile(path):
@@ -100,14 +97,8 @@ def read_hub(
     name: str, config: str | None, split: str, streaming: bool = False, data_files: dict[str, str] | None = None
 ) -> Rows:
     """
-    A split of a dataset of the Hub, or a slice of one.
-
-    Args:
-        data_files: the jsonl file of each split, for a repository that has a loading script, which `datasets` does
-            not run since its release 4.
-
-    Raises:
-        ValueError: if it cannot be fetched, or there is no such split.
+    A split of a dataset of the Hub, or a slice of one; ValueError if it cannot be fetched. `data_files` are the jsonl
+    files of the splits, for a repository with a loading script, which `datasets` no longer runs.
     """
     split_name, _ = parse_split(split)
     arguments: dict[str, Any] = {"path": name, "name": config}
@@ -116,10 +107,8 @@ def read_hub(
     try:
         return _load(split, streaming, **arguments)
     except (ConnectionError, httpx.RequestError, DatasetNotFoundError) as error:
-        raise ValueError(
-            f"{name} cannot be fetched from the Hub ({type(error).__name__}). Offline, name a local copy with "
-            f"data_files."
-        ) from error
+        problem = f"{name} cannot be fetched from the Hub ({type(error).__name__})"
+        raise ValueError(f"{problem}. Offline, name a local copy with data_files.") from error
 
 
 def _load(split: str, streaming: bool, **arguments: Any) -> Rows:

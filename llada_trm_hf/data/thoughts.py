@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from ..models import LatentThinkingConfig
+from .tokenization import end_of_sequence
 
 COMPLETE = "complete"
 # Why a problem has no pair.
@@ -24,10 +26,7 @@ REASONS = (NO_END_OF_THOUGHT, ENDED_EARLY, TOO_LONG, EMPTY_PROMPT, NO_THOUGHT, N
 
 @dataclass(frozen=True)
 class ThoughtTokens:
-    """
-    The token ids of `context opening thought closing`. `hidden_pre` are the states at the positions of `context`,
-    `hidden_post` is the state at the last position of `closing`.
-    """
+    """`hidden_pre` are the states at the positions of `context`, `hidden_post` the state at the last of `closing`."""
 
     context: list[int]  # everything before `<think>`: the prompt in the chat template, if there is one
     opening: list[int]  # `<think>`, and the white space a chat template puts after it
@@ -43,14 +42,9 @@ class ThoughtFormat:
     """
     Turns prompts and traces into tokens.
 
-    A tokenizer with a chat template writes the problem as a user's message, with thinking enabled; without one the
-    prompt is the problem's own text. The opening marker follows, unless the template ends with it. Markers are
-    tokenized by themselves: one token where the tokenizer knows them, otherwise a sequence of tokens, which a trace
-    must hold exactly.
-
-    Args:
-        tokenizer: of the language model.
-        think_start, think_end: the markers.
+    A chat template writes the problem as a user's message, with thinking enabled; without one the prompt is the
+    problem's own text. The opening marker follows, unless the template ends with it. Markers are tokenized by
+    themselves: one token where the tokenizer knows them, else several, which a trace must hold exactly.
 
     Raises:
         ValueError: if a marker is empty or has no tokens, or both are the same.
@@ -75,15 +69,14 @@ class ThoughtFormat:
 
     def context_text(self, problem: str | list[dict[str, Any]]) -> tuple[str, str]:
         """The text before the opening marker, and the white space after it, if a chat template writes the marker."""
-        if not self.tokenizer.chat_template:
-            if not isinstance(problem, str):
-                raise ValueError("The tokenizer has no chat template for messages: pass the prompt as a text.")
+        if self.tokenizer.chat_template:
+            messages = [{"role": "user", "content": problem}] if isinstance(problem, str) else problem
+            options = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": True}
+            text = self.tokenizer.apply_chat_template(messages, **options)
+        elif isinstance(problem, str):
             text = problem
         else:
-            messages = [{"role": "user", "content": problem}] if isinstance(problem, str) else problem
-            text = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False, enable_thinking=True
-            )
+            raise ValueError("The tokenizer has no chat template for messages: pass the prompt as a text.")
         body = text.rstrip()
         if not body.endswith(self.think_start):
             return text, ""
@@ -94,15 +87,13 @@ class ThoughtFormat:
         The tokens of a finished trace, or None and the reason why it has no complete thought.
 
         Args:
-            row: `prompt`, and the first of these that is there: `completion_ids`, tokens written after the prompt;
-                `completion`, text written after the prompt (both up to the closing marker or longer, with or without
-                the opening one); `reasoning`, the thought alone, without markers. Traces of datagen have a `status`.
+            row: `prompt`, and the first of these that is there: `completion_ids` or `completion`, what was written
+                after the prompt, up to the closing marker or longer, with or without the opening one; `reasoning`, the
+                thought without markers. Traces of datagen have a `status`.
         """
         if row.get("status") in REASONS:
             return None, row["status"]
-        if not (row["prompt"] or "").strip():
-            return None, EMPTY_PROMPT
-        context, opening = self.prompt(row["prompt"])
+        context, opening = self.prompt(row["prompt"]) if (row["prompt"] or "").strip() else ([], [])
         if not context:
             return None, EMPTY_PROMPT
         if row.get("completion_ids") is not None:
@@ -146,17 +137,12 @@ def latent_thinking_prompt(
     tokenize: bool = True,
 ) -> list[int] | str:
     """
-    A prompt for [`LatentThinkingForCausalLM`]: everything up to and including a latent thought, after which the model
-    writes its answer.
-
-    The tokenizer's chat template, if it has one, writes the messages with thinking enabled; an opening marker at its
-    end is replaced by that of `config`. Without one the prompt is the text itself. Prompts of a batch are padded on
-    the left.
+    A prompt for [`LatentThinkingForCausalLM`], written as [`ThoughtFormat`] does: everything up to and including a
+    latent thought, after which the model writes its answer. Prompts of a batch are padded on the left.
 
     Args:
         prompt: a text (a user's message, with a chat template), or the messages of a chat so far.
-        tokenizer: of the model.
-        config: of the model.
+        tokenizer, config: of the model.
         tokenize: `False` gives the text instead, for libraries that tokenize themselves, such as TRL.
 
     Raises:
@@ -183,20 +169,18 @@ def tokenize_latent_answers(
     """
     Turns problems (`prompt`, `answer`) into samples for [`LatentAnswerCollator`]: `prompt_ids`, with the thought, and
     `answer_ids`, with the end of the sequence. An answer is written as `response` does, its reasoning left empty.
-
-    Problems with more than `max_length` tokens are dropped, with a line that counts them.
+    Problems with more than `max_length` tokens are dropped and counted.
 
     Raises:
         ValueError: if nothing is left, or the tokenizer has no end-of-sequence token.
     """
-    if tokenizer.eos_token_id is None:
-        raise ValueError("The tokenizer has no end-of-sequence token: set tokenizer.eos_token.")
+    end = end_of_sequence(tokenizer)
 
     def tokenize(row: dict[str, Any]) -> dict[str, Any]:
         answer = response.format(reasoning="", answer=row["answer"]).strip()
         return {
             "prompt_ids": latent_thinking_prompt(row["prompt"], tokenizer, config),
-            "answer_ids": [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id],
+            "answer_ids": [*tokenizer(answer, add_special_tokens=False)["input_ids"], end],
         }
 
     samples = dataset.map(tokenize, remove_columns=dataset.column_names, desc="Tokenizing")
@@ -214,27 +198,24 @@ class LatentAnswerCollator:
     each position once, and with a frozen backbone keeps for the backward pass only what comes after the prompts.
 
     A batch has `input_ids` and `attention_mask` `[B, L]`, `logits_to_keep`, the number `A` of last positions that
-    have labels, and these `labels` `[B, A]`.
-
-    Args:
-        pad_token_id: hidden by the mask, so any token will do.
+    have labels, and these `labels` `[B, A]`. The mask hides the padding: any `pad_token_id` will do.
     """
 
     def __init__(self, pad_token_id: int):
         self.pad_token_id = pad_token_id
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        def pad(rows: list[list[int]], side: str, value: int) -> torch.Tensor:
-            tensors = [torch.tensor(row) for row in rows]
-            return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
+        def pad(rows: list[torch.Tensor], side: str, value: int) -> torch.Tensor:
+            return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
 
-        prompts, answers = ([sample[name] for sample in samples] for name in ("prompt_ids", "answer_ids"))
-        # The prompt's last token predicts the answer's first, and has no label itself.
-        labels = pad([[-100, *answer] for answer in answers], "right", -100)
+        prompts = [torch.tensor(sample["prompt_ids"]) for sample in samples]
+        answers = [torch.tensor(sample["answer_ids"]) for sample in samples]
         sides = ((prompts, "left"), (answers, "right"))
+        # The prompt's last token predicts the answer's first, and has no label itself.
+        labels = pad([functional.pad(answer, (1, 0), value=-100) for answer in answers], "right", -100)
         return {
             "input_ids": torch.cat([pad(rows, side, self.pad_token_id) for rows, side in sides], dim=1),
-            "attention_mask": torch.cat([pad([[1] * len(row) for row in rows], side, 0) for rows, side in sides], 1),
+            "attention_mask": torch.cat([pad([*map(torch.ones_like, rows)], side, 0) for rows, side in sides], dim=1),
             "labels": labels,
             "logits_to_keep": labels.shape[1],
         }

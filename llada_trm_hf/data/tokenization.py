@@ -26,10 +26,7 @@ _SENTENCES = re.compile(r"[.!?]\s+(?=[A-Z$\\(])")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """
-    256 byte tokens and the special tokens of LLaDA (start, end = padding, mask); 259 in all. For models trained from
-    scratch, such as the demo's.
-    """
+    """256 byte tokens and the special tokens of LLaDA (start, end = padding, mask), to train from scratch."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -41,11 +38,8 @@ def prompt_tokens(prompt: str, tokenizer: PreTrainedTokenizerBase, enable_thinki
     """
     The tokens a prompt is generated from: a user's message if the tokenizer has a chat template, else the text.
 
-    Args:
-        enable_thinking: for chat templates that take it (SmolLM3's, Qwen3's); None leaves it to the template.
-
-    Raises:
-        ValueError: for `enable_thinking` without a chat template.
+    `enable_thinking` is for templates that take it (SmolLM3's, Qwen3's), None leaves it to them; ValueError without
+    a template.
     """
     if not tokenizer.chat_template:
         if enable_thinking is not None:
@@ -55,6 +49,13 @@ def prompt_tokens(prompt: str, tokenizer: PreTrainedTokenizerBase, enable_thinki
     thinking = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
     batch = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True, **thinking)
     return batch["input_ids"]
+
+
+def end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends a sample; ValueError if the tokenizer has none."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("The tokenizer has no end-of-sequence token: set tokenizer.eos_token.")
+    return tokenizer.eos_token_id
 
 
 def tokenize_reasoning(
@@ -69,26 +70,21 @@ def tokenize_reasoning(
     `prompt_length` and `index`. A tokenizer with a chat template formats the prompt as a user's message.
 
     A response is cut at `max_length` tokens; a problem without answer, or whose prompt leaves no room, is dropped,
-    with a warning that counts them (not for a stream).
+    and, but for streams, counted.
 
     Args:
-        dataset: of `load_reasoning_dataset`.
-        tokenizer: needs an end-of-sequence token.
-        response: of `load_reasoning_dataset`, how reasoning and answer are joined.
+        dataset, response: of `load_reasoning_dataset`.
         max_length: tokens of prompt and response together.
         align_steps_to_chunks: the chunk size of a refiner. Every step of the reasoning, and the answer, then starts
             at a chunk's first token, chunks counted from the prompt's first token, so no chunk holds tokens of two
-            steps. Steps are lines, or sentences where there is only one line. The gaps, also the one between prompt
-            and response, are filled with line breaks. They belong to the response: the model learns to produce them,
-            so it needs no special prompt, and they stay in the text as blank lines. (End-of-sequence tokens would
-            vanish from the text, but generation stops at the first.)
+            steps. Steps are lines, or sentences where there is only one line. The gaps, also the one before the
+            response, are line breaks that the model learns to produce: they stay in the text as blank lines.
+            (End-of-sequence tokens would vanish from the text, but generation stops at the first.)
 
     Raises:
-        ValueError: if nothing is left, the tokenizer has no end-of-sequence token, or, to align steps, none for a
-            line break or no character offsets.
+        ValueError: if nothing is left, or the tokenizer lacks an end-of-sequence token or what aligning steps needs.
     """
-    if tokenizer.eos_token_id is None:
-        raise ValueError("The tokenizer has no end-of-sequence token: set tokenizer.eos_token.")
+    end = end_of_sequence(tokenizer)
     layout = None if align_steps_to_chunks is None else _StepLayout(align_steps_to_chunks, tokenizer)
 
     def tokenize(row: dict[str, Any], index: int) -> dict[str, Any]:
@@ -101,7 +97,7 @@ def tokenize_reasoning(
                 tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
             else:
                 tokens = layout.tokenize(text, starts, len(prompt))
-            sample = [*prompt, *tokens, tokenizer.eos_token_id]
+            sample = [*prompt, *tokens, end]
         return {"input_ids": sample[:max_length], "prompt_length": len(prompt), "index": index}
 
     progress = {"desc": "Tokenizing"} if isinstance(dataset, Dataset) else {}
@@ -176,7 +172,7 @@ def load_text_dataset(
     Args:
         name: a local txt (a text per line), json, jsonl, csv or parquet file, or a dataset of the Hub such as
             `"HuggingFaceFW/fineweb-edu"`.
-        split: a split, or a slice of one such as `"train[:1000]"`. A local file has one split.
+        split: a split, or a slice of one such as `"train[:1000]"`. A local file is one split.
         data_files: a local file to read instead.
         text_column: the column that holds the text; in a txt file it is `text`.
         streaming: read a dataset of the Hub as it comes instead of downloading it first.
@@ -191,26 +187,17 @@ def load_text_dataset(
     elif "/" in name:
         rows = read_hub(name, None, split, streaming)
     else:
-        raise ValueError(
-            f"Unknown text {name!r}: name a .txt, .json, .jsonl, .csv or .parquet file, or a dataset of the Hub as "
-            f"owner/name."
-        )
+        files = ".txt, .json, .jsonl, .csv or .parquet file"
+        raise ValueError(f"Unknown text {name!r}: name a {files}, or a dataset of the Hub as owner/name.")
     if text_column not in column_names(rows):
-        raise ValueError(
-            f"{path or name} has no column {text_column!r}, it has {', '.join(column_names(rows))}: say with "
-            f"text_column which one holds the text."
-        )
+        found = ", ".join(column_names(rows))
+        raise ValueError(f"{path or name} has no column {text_column!r}, it has {found}: name one with text_column.")
     rows = rows.select_columns([text_column])
     return rows if text_column == "text" else rows.rename_column(text_column, "text")
 
 
 def tokenize_texts(dataset: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int = 512) -> Rows:
-    """
-    Turns the column `text` into `input_ids`, the first `max_length` tokens of each text. Empty texts are left out.
-
-    Raises:
-        ValueError: if nothing is left.
-    """
+    """`input_ids`: the first `max_length` tokens of each `text` that is not empty; ValueError if all are empty."""
 
     def tokenize(rows: dict[str, list[str]]) -> dict[str, Any]:
         # None stands for a value that a file does not give.
@@ -229,9 +216,5 @@ class TextCollator:
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         rows = [torch.as_tensor(sample["input_ids"], dtype=torch.long) for sample in samples]
-        masks = [torch.ones_like(row) for row in rows]
-        # The mask hides the padding: any token will do.
-        return {
-            "input_ids": pad_sequence(rows, batch_first=True),
-            "attention_mask": pad_sequence(masks, batch_first=True),
-        }
+        masks = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        return {"input_ids": pad_sequence(rows, batch_first=True), "attention_mask": masks}

@@ -19,7 +19,7 @@ from ..generation import MaskedDiffusionGenerationMixin
 from ..hub.files import output_dir_lock
 from ..models import DimensionCompressor
 from ..models.backbone_wrapper import encode
-from .dataset import CONFIG_FILE
+from .dataset import CONFIG_FILE, compressed
 from .settings import DatagenSettings
 from .shard_folder import DatagenSummary, ShardFolder, ShardProblem, write_text
 from .traces import write_traces
@@ -36,10 +36,7 @@ def run_datagen(settings: DatagenSettings) -> DatagenSummary | None:
     (`torchrun`, `accelerate launch`) each makes whole shards, and a run that was killed continues with those that are
     missing. On the same machine, with the same number of threads, the files are the same byte for byte. (Batches are
     composed within a shard. Another batch size, or `states` instead of `all`, changes states by float rounding, so
-    the settings are recorded and a change is refused.)
-
-    Returns:
-        The summary; None in all processes but the first.
+    the settings are recorded and a change is refused.) All processes but the first return None.
 
     Raises:
         ValueError, OSError: for settings that cannot work, or that differ from those of the earlier run in the folder.
@@ -107,10 +104,8 @@ class ShardMaker:
         self.compressor = compressor.to(self.model.device) if compressor is not None else None
         if self.compressor is not None:
             if self.compressor.config.hidden_size != self.width:
-                raise ValueError(
-                    f"The states of {settings.model} are {self.width} wide, the compressor {settings.compressor} "
-                    f"takes hidden_size={self.compressor.config.hidden_size}."
-                )
+                takes = f"{settings.compressor} takes hidden_size={self.compressor.config.hidden_size}"
+                raise ValueError(f"The states of {settings.model} are {self.width} wide, the compressor {takes}.")
             self.width, self.dtype = self.compressor.config.compressed_size, self.compressor.dtype
 
     def make(self, number: int, advance: Callable[[int], object]) -> None:
@@ -142,18 +137,12 @@ class ShardMaker:
                 prompts[i] = (context, opening)
         advance(len(problems) - len(prompts))
 
+        keep_states = self.settings.stage == "all"
         completions: list[list[int]] = [[] for _ in problems]
         for batch in _batches({i: len(c) + len(o) for i, (c, o) in prompts.items()}, self.settings.batch_size):
-            written = write_traces(
-                self.model,
-                [prompts[i] for i in batch],
-                [indices[i] for i in batch],
-                self.thoughts.end_ids,
-                self.eos_ids,
-                self.pad_id,
-                self.settings.traces,
-                keep_states=self.settings.stage == "all",
-            )
+            batch_prompts, numbers = [prompts[i] for i in batch], [indices[i] for i in batch]
+            ids = (self.thoughts.end_ids, self.eos_ids, self.pad_id)
+            written = write_traces(self.model, batch_prompts, numbers, *ids, self.settings.traces, keep_states)
             for i, status, tokens in zip(batch, written.statuses, written.completions):
                 completions[i], problems[i].status = tokens, status
                 closing = len(self.thoughts.end_ids) if status == COMPLETE else 0
@@ -211,14 +200,10 @@ class ShardMaker:
     def _keep_states(self, problems: list[ShardProblem], hidden_pre: torch.Tensor, hidden_post: torch.Tensor) -> None:
         """Gives each problem with a complete thought its states, compressed if wanted."""
         lengths = [problem.prompt_tokens for problem in problems]
-        finite_pre, finite_post = hidden_pre.isfinite().all(1).split(lengths), hidden_post.isfinite().all(1)
-        if self.compressor is not None:
-            device = self.compressor.device
-            hidden_pre, hidden_post = (
-                self.compressor.compress(states.to(device)).cpu() for states in (hidden_pre, hidden_post)
-            )
+        finite = zip(hidden_pre.isfinite().all(1).split(lengths), hidden_post.isfinite().all(1))
+        hidden_pre, hidden_post = compressed(self.compressor, hidden_pre, hidden_post)
         states = zip(hidden_pre.split(lengths), hidden_post.unbind())
-        for problem, pair, pre_is_finite, post_is_finite in zip(problems, states, finite_pre, finite_post):
+        for problem, pair, (pre_is_finite, post_is_finite) in zip(problems, states, finite):
             if problem.status == COMPLETE:
                 if pre_is_finite.all() and post_is_finite:
                     problem.states = pair
@@ -228,11 +213,8 @@ class ShardMaker:
 
 def load_language_model(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, list[int]]:
     """
-    A causal language model, and the tokens that end its text. It generates without what its `generation_config.json`
-    says (no repetition penalty, no sampling).
-
-    Raises:
-        ValueError: for another kind of model.
+    A causal language model (ValueError for another kind), with a bare `generation_config`: no repetition penalty, no
+    sampling; and the tokens that end its text.
     """
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     is_causal = model.can_generate() and model.get_output_embeddings() is not None
@@ -248,22 +230,20 @@ def extract_states(
     model: PreTrainedModel, traces: list[ThoughtTokens], pad_id: int = 0, tokens_per_forward: int = TOKENS_PER_FORWARD
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Stage 2: the last layer's states of finished traces, as the LM head would read them. The head itself is not
-    evaluated; neither the states of other layers nor keys and values are kept. Traces that go through the model
-    together, best of similar length, have at most `tokens_per_forward` tokens with padding, unless one is longer.
+    Stage 2: the last layer's states of finished traces, as the LM head would read them, without evaluating the head.
+    Traces that go through the model together, best of similar length, have at most `tokens_per_forward` tokens with
+    padding, unless one is longer.
 
     Returns:
         `hidden_pre` `[sum of the contexts, D]`, row after row, and `hidden_post` `[B, D]`, on the CPU.
     """
     groups: list[list[ThoughtTokens]] = []
-    longest = 0
     for trace in traces:
-        longest = max(longest, len(trace.input_ids))
-        if groups and longest * (len(groups[-1]) + 1) <= tokens_per_forward:
-            groups[-1].append(trace)
+        group = [*(groups[-1] if groups else []), trace]
+        if groups and len(group) * max(len(member.input_ids) for member in group) <= tokens_per_forward:
+            groups[-1] = group
         else:
             groups.append([trace])
-            longest = len(trace.input_ids)
     pre, post = zip(*(_states_of(model, group, pad_id) for group in groups))
     return torch.cat(pre), torch.cat(post)
 

@@ -3,7 +3,7 @@
 import errno
 import json
 import os
-from collections import Counter, OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +23,13 @@ CONFIG_FILE = "datagen_config.json"
 _MAX_OPEN_SHARDS = 16
 
 
+def compressed(compressor: DimensionCompressor | None, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """States on the CPU, compressed if there is a compressor."""
+    if compressor is None:
+        return states
+    return tuple(compressor.compress(each.to(compressor.device)).cpu() for each in states)
+
+
 def shard_name(number: int) -> str:
     return f"pairs-{number:05d}.safetensors"
 
@@ -31,11 +38,8 @@ def write_shard(
     path: str, hidden_pre: torch.Tensor, hidden_post: torch.Tensor, problems: list[dict[str, Any]]
 ) -> None:
     """
-    Writes a shard: `hidden_pre` `[sum of lengths, D]`, `hidden_post` `[pairs, D]` and, in the header, the metadata
-    of each problem. The same content gives the same bytes.
-
-    Raises:
-        OSError: such as a full disk; nothing is left behind.
+    Writes `hidden_pre` `[sum of lengths, D]`, `hidden_post` `[pairs, D]` and, in the header, the metadata of each
+    problem. The same content gives the same bytes; an OSError, such as a full disk, leaves nothing behind.
     """
     # A single entry: safetensors writes several in any order.
     header = {"problems": json.dumps(problems, ensure_ascii=False)}
@@ -54,26 +58,21 @@ class HiddenPairsDataset(Dataset):
     The pairs of `llada-trm datagen`, or of the older single `.pt` file. An item is `{"context": [L, D], "target":
     [D], "id": str}`, float32: the states before `<think>` and the state at `</think>`.
 
-    Indexing reads only the item's own rows from its shard. `lengths` is known without reading any, so that a
-    `LengthGroupedSampler` of transformers can batch contexts of similar length.
+    Indexing reads only the item's own rows from its shard; `lengths` is known without, for `LengthGroupedSampler`.
 
     Args:
-        folder_or_file: the output folder of a finished run, or an older `.pt` file (held in memory; nothing in it is
-            executed).
+        folder_or_file: of a finished run, or an older `.pt` file (held in memory; nothing in it is executed).
         compressor: maps the states to `[L, D']` and `[D']`, where they are not stored compressed.
 
     Attributes:
-        lengths: the number of context positions of each pair.
-        ids: the id of each pair.
-        problems: the metadata of each pair, a line of `metadata.jsonl`.
+        lengths, ids, problems: of each pair its number of context positions, id and line of `metadata.jsonl`.
         num_skipped: problems of the run without a pair.
         hidden_size: the width of the items, D or D'.
         model_name: the name or folder of the language model whose states they are; None for an older file.
 
     Raises:
         FileNotFoundError: if there is no such folder or file.
-        ValueError: for an unfinished run, missing or damaged shards, a folder without pairs, or a compressor of
-            another width.
+        ValueError: for an unfinished run, damaged shards, no pairs, or a compressor of another width.
     """
 
     def __init__(self, folder_or_file: str | os.PathLike, compressor: DimensionCompressor | None = None):
@@ -98,10 +97,8 @@ class HiddenPairsDataset(Dataset):
         self.lengths = [problem["length"] for problem in self.problems]
         self.ids = [problem["id"] for problem in self.problems]
         if compressor is not None and compressor.config.hidden_size != stored_size:
-            raise ValueError(
-                f"The pairs of {self.path} are {stored_size} wide, the compressor takes "
-                f"hidden_size={compressor.config.hidden_size}."
-            )
+            takes = f"hidden_size={compressor.config.hidden_size}"
+            raise ValueError(f"The pairs of {self.path} are {stored_size} wide, the compressor takes {takes}.")
         self.hidden_size = stored_size if compressor is None else compressor.config.compressed_size
 
     def __len__(self) -> int:
@@ -109,10 +106,7 @@ class HiddenPairsDataset(Dataset):
 
     @torch.no_grad()
     def __getitem__(self, index: int) -> dict[str, Any]:
-        context, target = self.stored(index)
-        if self.compressor is not None:
-            device = self.compressor.weight.device
-            context, target = (self.compressor.compress(states.to(device)).cpu() for states in (context, target))
+        context, target = compressed(self.compressor, *self.stored(index))
         return {"context": context.float(), "target": target.float(), "id": self.ids[index]}
 
     def stored(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,8 +114,7 @@ class HiddenPairsDataset(Dataset):
         if self._legacy is not None:
             return self._legacy["hidden_pre"][index].clone(), self._legacy["hidden_post"][index].clone()
         problem = self.problems[index]
-        shard = self._shard(problem["shard"])
-        start = problem["offset"]
+        shard, start = self._shard(problem["shard"]), problem["offset"]
         context = shard.get_slice("hidden_pre")[start : start + problem["length"]]
         # Clones: a slice keeps alive, and sends to other processes, everything it is a view of.
         return context.clone(), shard.get_slice("hidden_post")[problem["row"]].clone()
@@ -141,10 +134,8 @@ class HiddenPairsDataset(Dataset):
         path = os.path.join(self.path, METADATA_FILE)
         if not os.path.isfile(path):
             started = os.path.exists(os.path.join(self.path, CONFIG_FILE))
-            raise ValueError(
-                f"{self.path} holds {'an unfinished run of datagen: start it again to finish' if started else 'no'} "
-                f"hidden pairs (there is no {METADATA_FILE})."
-            )
+            found = "an unfinished run of datagen: start it again" if started else "no hidden pairs"
+            raise ValueError(f"{self.path} holds {found} (there is no {METADATA_FILE}).")
         try:
             with open(path, encoding="utf-8") as file:
                 return [json.loads(line) for line in file]
@@ -153,17 +144,17 @@ class HiddenPairsDataset(Dataset):
 
     def _check_shards(self) -> int:
         """Checks that every shard is whole and fits the metadata; returns the width of the states."""
-        positions: Counter[int] = Counter()
+        lengths = defaultdict(list)
         for problem in self.problems:
-            positions[problem["shard"]] += problem["length"]
+            lengths[problem["shard"]].append(problem["length"])
         sizes = set()
-        for number, pairs in Counter(problem["shard"] for problem in self.problems).items():
+        for number, expected in lengths.items():
             with _open_shard(os.path.join(self.path, shard_name(number))) as shard:
                 pre, post = (shard.get_slice(name).get_shape() for name in ("hidden_pre", "hidden_post"))
-            if (pre[0], post[0]) != (positions[number], pairs):
+            if (pre[0], post[0]) != (sum(expected), len(expected)):
                 raise ValueError(
                     f"{shard_name(number)} of {self.path} holds {post[0]} pairs of {pre[0]} positions, but "
-                    f"{METADATA_FILE} says {pairs} of {positions[number]}: they are from different runs."
+                    f"{METADATA_FILE} says {len(expected)} of {sum(expected)}: they are from different runs."
                 )
             sizes |= {pre[1], post[1]}
         if len(sizes) > 1:
@@ -199,10 +190,7 @@ class HiddenPairsCollator:
 
 def export_legacy_hidden_pairs(folder: str | os.PathLike, path: str | os.PathLike) -> int:
     """
-    Writes the pairs of a finished run as the older single `.pt` dictionary, made in memory.
-
-    Returns:
-        The number of pairs.
+    Writes the pairs of a finished run as the older single `.pt` dictionary, made in memory; returns their number.
 
     Raises:
         ValueError, FileNotFoundError: as [`HiddenPairsDataset`] does.
@@ -218,7 +206,6 @@ def export_legacy_hidden_pairs(folder: str | os.PathLike, path: str | os.PathLik
         "problems": [problem["problem"] for problem in pairs.problems],
         "hidden_size": pairs.hidden_size,
     }
-
     _save_atomically(os.fspath(path), lambda temporary: torch.save(content, temporary))
     return len(pairs)
 

@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 
 from ..data import load_reasoning_dataset
-from ..data.rows import check_prompts, fingerprint, is_data_file, read_rows
+from ..data.rows import check_columns_exist, check_prompts, fingerprint, is_data_file, read_rows
 from ..models import DimensionCompressor
 from .dataset import CONFIG_FILE
 from .traces import TraceSettings
@@ -33,7 +33,6 @@ class DatagenSettings:
             keeps the states while the model writes.
         dataset, split, num_samples, columns, num_terms: the problems, see `load_problems`.
         traces_file: finished traces instead of a dataset, for `states`; see `load_traces`.
-        traces: how thoughts are written.
         think_start, think_end: the markers around a thought.
         batch_size: problems that go through the model together.
         checkpoint_every: problems per shard, the most an interrupted run loses.
@@ -41,9 +40,6 @@ class DatagenSettings:
         compressor: name or folder of a `DimensionCompressor`: store D' states.
         dtype: of the model.
         device: where it runs; with several processes and `cuda`, each takes its own.
-
-    Raises:
-        ValueError: for settings that cannot work.
     """
 
     model: str
@@ -91,17 +87,9 @@ class DatagenSettings:
 
     def recorded(self, rows: Dataset, compressor: DimensionCompressor | None) -> dict[str, Any]:
         """What the files of these stages depend on, as `datagen_config.json` records it."""
-        config: dict[str, Any] = {
-            "problems": {
-                "dataset": self.dataset,
-                "traces_file": self.traces_file,
-                "split": self.split,
-                "num_samples": self.num_samples,
-                "num_problems": len(rows),
-                "sha256_of_problems": fingerprint(rows),
-                "checkpoint_every": self.checkpoint_every,
-            }
-        }
+        problems = {name: getattr(self, name) for name in ("dataset", "traces_file", "split", "num_samples")}
+        counted = {"num_problems": len(rows), "sha256_of_problems": fingerprint(rows)}
+        config: dict[str, Any] = {"problems": {**problems, **counted, "checkpoint_every": self.checkpoint_every}}
         model = {name: getattr(self, name) for name in ("model", "dtype", "think_start", "think_end", "batch_size")}
         if self.traces_file is None:
             config["traces"] = {**model, **vars(self.traces)}
@@ -124,9 +112,8 @@ class DatagenSettings:
                 raise ValueError(f"{folder} holds {left[0]}, but no {CONFIG_FILE}: choose another --output_dir.")
             return {}
         if not self.auto_resume:
-            raise ValueError(
-                f"{folder} holds an earlier run. Continue it without --no_auto_resume, or choose another --output_dir."
-            )
+            remedy = "Continue it without --no_auto_resume, or choose another --output_dir"
+            raise ValueError(f"{folder} holds an earlier run. {remedy}.")
         try:
             with open(path, encoding="utf-8") as file:
                 recorded = json.load(file)
@@ -136,10 +123,8 @@ class DatagenSettings:
             for name in {**recorded[section], **config[section]}:
                 old, new = recorded[section].get(name), config[section].get(name)
                 if old != new:
-                    raise ValueError(
-                        f"{folder} was made with {name}={old!r}, now it is {new!r} ({section}). Use the old value to "
-                        f"continue, or choose another --output_dir."
-                    )
+                    change = f"{folder} was made with {name}={old!r}, now it is {new!r} ({section})"
+                    raise ValueError(f"{change}. Continue with the old value, or choose another --output_dir.")
         return recorded
 
 
@@ -151,11 +136,8 @@ def load_problems(
     num_terms: int = 8,
 ) -> Dataset:
     """
-    The problems of several datasets, which `load_reasoning_dataset` reads, one after the other: the first
-    `num_samples` of each, with the columns `id` (`name:split:number`) and `prompt`. `columns` is for local files.
-
-    Raises:
-        ValueError, FileNotFoundError: as `load_reasoning_dataset` does, or for a dataset that is named twice.
+    The first `num_samples` problems of each dataset, as `load_reasoning_dataset` reads it, with the columns `id`
+    (`name:split:number`) and `prompt`. `columns` is for local files. Raises ValueError for a dataset named twice.
     """
     names = [os.path.basename(name) for name in datasets]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -174,11 +156,10 @@ def load_traces(
     path: str, split: str = "train", num_samples: int | None = None, columns: dict[str, str] | None = None
 ) -> Dataset:
     """
-    Finished traces: a json, jsonl, csv or parquet file, or a folder of the `traces-*.jsonl` of datagen.
-
-    Each row has a `prompt` and one of `completion_ids`, `completion` and `reasoning` (see `ThoughtFormat.trace`), and
-    may have an `id`, by default its number; `columns` says what the file calls them. A file in the format of a known
-    dataset, such as GSM8K's `question` and `answer`, gives that dataset's own reasoning.
+    Finished traces: a data file, or a folder of the `traces-*.jsonl` of datagen. Each row has a `prompt` and one of
+    `completion_ids`, `completion` and `reasoning` (see `ThoughtFormat.trace`), and may have an `id`, by default its
+    number; `columns` says what the file calls them. A file in the format of a known dataset, such as GSM8K's
+    `question` and `answer`, gives that dataset's own reasoning.
 
     Raises:
         FileNotFoundError, ValueError: for a missing, malformed or empty file, missing columns, or repeated ids.
@@ -189,9 +170,7 @@ def load_traces(
         if not files:
             raise FileNotFoundError(f"There are no traces-*.jsonl in {path}.")
     rows = read_rows(files, split)
-    unknown = [f"{name}={column}" for name, column in (columns or {}).items() if column not in rows.column_names]
-    if unknown:
-        raise ValueError(f"{path} has no such column: {', '.join(unknown)}. It has {', '.join(rows.column_names)}.")
+    check_columns_exist(columns or {}, rows.column_names, path)
     new_names = {column: name for name, column in (columns or {}).items() if column != name}
     found = {new_names.get(column, column) for column in rows.column_names}
     if {"prompt"} < found & {"prompt", "completion", "completion_ids", "reasoning"}:

@@ -4,6 +4,7 @@ import json
 import os
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,8 +85,8 @@ class ShardFolder:
             raise ValueError(f"There is no {path}: run --stage traces first, or name a --traces_file.") from None
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}): run --stage traces again.") from error
-        if len(traces) != len(self.problems_of(number)):
-            expected = len(self.problems_of(number))
+        expected = len(self.problems_of(number))
+        if len(traces) != expected:
             raise ValueError(f"{path} holds {len(traces)} traces instead of {expected}: run --stage traces again.")
         return traces
 
@@ -102,23 +103,13 @@ class ShardFolder:
             if problem.states is not None:
                 place = {"row": row, "offset": offset, "length": len(problem.states[0])}
                 row, offset = row + 1, offset + place["length"]
-            metadata.append(
-                {
-                    "id": problem.id,
-                    "status": problem.status,
-                    "shard": number,
-                    **place,
-                    "num_prompt_tokens": problem.prompt_tokens,
-                    "num_thought_tokens": problem.thought_tokens,
-                    "problem": problem.prompt,
-                }
-            )
-        write_shard(
-            self._pairs_path(number),
-            torch.cat([pre for pre, _ in pairs]) if pairs else torch.empty(0, width, dtype=dtype),
-            torch.stack([post for _, post in pairs]) if pairs else torch.empty(0, width, dtype=dtype),
-            metadata,
-        )
+            tokens = {"num_prompt_tokens": problem.prompt_tokens, "num_thought_tokens": problem.thought_tokens}
+            entry = {"id": problem.id, "status": problem.status, "shard": number, **place, **tokens}
+            metadata.append({**entry, "problem": problem.prompt})
+        none = torch.empty(0, width, dtype=dtype)
+        hidden_pre = torch.cat([pre for pre, _ in pairs]) if pairs else none
+        hidden_post = torch.stack([post for _, post in pairs]) if pairs else none
+        write_shard(self._pairs_path(number), hidden_pre, hidden_post, metadata)
 
     def finish(self) -> DatagenSummary:
         """Writes `metadata.jsonl` from all shards and counts."""
@@ -142,10 +133,4 @@ def _lines(entries: list[dict[str, Any]]) -> str:
 
 
 def write_text(path: str, text: str) -> None:
-    """Writes a whole text file or nothing, see `write_atomically`."""
-
-    def write(temporary: str) -> None:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-
-    write_atomically(path, write)
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))

@@ -33,10 +33,6 @@ class TraceSettings:
         temperature: 0 takes the most probable token. Otherwise tokens are sampled with random numbers that depend
             only on `seed`, the number of the problem and the position, not on batch or process.
         top_k, top_p: candidates a token is sampled from; None for all.
-        seed: of sampling.
-
-    Raises:
-        ValueError: for a value out of range.
     """
 
     max_new_tokens: int = 1024
@@ -46,28 +42,24 @@ class TraceSettings:
     seed: int = 0
 
     def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be at least 0, got {self.temperature}.")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be an integer from 0, got {self.seed}.")
+        for name, valid, expected in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < float("inf"), "at least 0"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
+            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("seed", 0 <= self.seed < 2**63, "an integer from 0"),
+        ):
+            if not valid:
+                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)}.")
         if not self.temperature and (self.top_k is not None or self.top_p is not None):
             raise ValueError("top_k and top_p need a temperature above 0: without one, nothing is sampled.")
 
 
 @dataclass
 class WrittenBatch:
-    """
-    What the model wrote for a batch of prompts: per row the tokens up to and with the closing marker, or, without a
-    complete thought, all but the end-of-sequence token.
-    """
+    """What the model wrote for a batch of prompts."""
 
-    completions: list[list[int]]
+    completions: list[list[int]]  # with the closing marker, but without the end-of-sequence token
     statuses: list[str]  # `complete`, `no_end_of_thought` or `ended_early`
     hidden_pre: torch.Tensor | None  # [sum of the contexts, D], row after row, on the CPU; None without `keep_states`
     hidden_post: torch.Tensor | None  # [B, D], on the CPU, zeros where there is no complete thought
@@ -93,7 +85,6 @@ def write_traces(
         prompts: context and opening marker of each problem.
         numbers: the number of each problem, for sampling.
         end_ids, eos_ids: the closing marker, and the tokens that end the text.
-        keep_states: return `hidden_pre` and `hidden_post`.
     """
     device, longest = model.device, max(len(context) + len(opening) for context, opening in prompts)
     input_ids = torch.full((len(prompts), longest), pad_id)
@@ -110,14 +101,12 @@ def write_traces(
     if states is not None and "logits_to_keep" in signature(model.forward).parameters:
         arguments["logits_to_keep"] = 0  # every position of the prompt reaches the hook, which passes on only the last
     hook = states and model.get_output_embeddings().register_forward_pre_hook(states)
+    limit = settings.max_new_tokens + 1  # the state of the last token exists when it has been read
     try:
         sequences = model.generate(
             input_ids.to(device),
             attention_mask=is_real.long().to(device),
-            # One token more: the state of the last one exists when it has been read.
-            generation_config=GenerationConfig(
-                max_new_tokens=settings.max_new_tokens + 1, do_sample=False, pad_token_id=pad_id
-            ),
+            generation_config=GenerationConfig(max_new_tokens=limit, do_sample=False, pad_token_id=pad_id),
             logits_processor=_sampling(settings, numbers, longest, device),
             stopping_criteria=StoppingCriteriaList([ends]),
             **arguments,

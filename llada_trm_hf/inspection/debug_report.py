@@ -25,10 +25,7 @@ def debug_enabled() -> bool:
 
 
 def debug_forward(forward: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    """
-    `forward(model, *args, **kwargs)`, the same bit for bit, which in debug mode prints a report. `model` has a
-    `refiner` and `get_output_embeddings`. While debug mode is off, this costs a look at the environment.
-    """
+    """`forward(model, *args, **kwargs)`, the same bit for bit; in debug mode it also prints a report."""
     if not debug_enabled():
         return forward(model, *args, **kwargs)
     arguments = inspect.signature(forward).bind(model, *args, **kwargs).arguments
@@ -39,7 +36,7 @@ def debug_forward(forward: Callable[..., Any], model: Any, *args: Any, **kwargs:
         watch.check_inputs(inputs)
         output = forward(model, *args, **kwargs)
         watch.check_output(output)
-    lines = [*_state_lines(captured, output), *_refinement_lines(model, captured, output), *_loss_lines(output)]
+    lines = [*_state_lines(captured, output), *_refinement_lines(model, captured, output)]
     print("\n".join([*lines, *_summary_lines(captured, output, watch)]), flush=True)
     return output
 
@@ -47,45 +44,11 @@ def debug_forward(forward: Callable[..., Any], model: Any, *args: Any, **kwargs:
 FORWARD_REPORTERS["debug"] = debug_forward
 
 
-class _Statistics:
-    """Mean, standard deviation and range of the finite values of all tensors added to it."""
-
-    def __init__(self, *tensors: torch.Tensor):
-        self.shapes: list[list[int]] = []
-        self.count = self.num_non_finite = 0
-        self.sum = self.sum_of_squares = 0.0
-        self.min, self.max = float("inf"), float("-inf")
-        for tensor in tensors:
-            self.add(tensor)
-
-    def add(self, tensor: torch.Tensor) -> None:
-        self.shapes.append(list(tensor.shape))
-        values = tensor.detach().float()
-        values = values[values.isfinite()]
-        self.num_non_finite += tensor.numel() - values.numel()
-        if values.numel():
-            mean = values.mean().item()
-            self.count += values.numel()
-            self.sum += values.numel() * mean
-            self.sum_of_squares += values.numel() * (values.var(correction=0).item() + mean**2)
-            self.min, self.max = min(self.min, values.min().item()), max(self.max, values.max().item())
-
-    def row(self, name: str) -> list[str]:
-        """The cells of a table's row."""
-        shape = str(self.shapes[0]) + (f" and {len(self.shapes) - 1} more" if len(self.shapes) > 1 else "")
-        numbers = ["-"] * 4
-        if self.count:
-            mean = self.sum / self.count
-            std = max(self.sum_of_squares / self.count - mean**2, 0.0) ** 0.5
-            numbers = [f"{number:.4g}" for number in (mean, std, self.min, self.max)]
-        return [name, shape, *numbers, str(self.num_non_finite)]
-
-
 @dataclass
 class _Captured:
     """Inputs and outputs of a model's refiner and LM head."""
 
-    base_logits: _Statistics = field(default_factory=_Statistics)  # those computed before the refiner ran
+    base_logits: list[torch.Tensor] = field(default_factory=list)  # computed before the refiner ran, on the CPU
     refiner_inputs: dict[str, Any] = field(default_factory=dict)  # by name; empty if the refiner did not run
     refined: RefinerOutput | None = None
 
@@ -104,7 +67,8 @@ def _capture(model: Any) -> Iterator[_Captured]:
     def capture_logits(module: nn.Module, args: Any, logits: torch.Tensor) -> None:
         # Empty where the LM head of a backbone that is not ours is skipped.
         if captured.refined is None and logits.numel():
-            captured.base_logits.add(logits)
+            # A copy: refined logits overwrite these.
+            captured.base_logits.append(logits.detach().to("cpu", copy=True))
 
     hooks = [
         model.refiner.register_forward_pre_hook(request_statistics, with_kwargs=True),
@@ -121,33 +85,28 @@ def _capture(model: Any) -> Iterator[_Captured]:
 def _input_lines(model: Any, inputs: dict[str, Any]) -> Iterator[str]:
     mode = "training" if model.training else "evaluation"
     yield f"\n=== {type(model).__name__}.forward, {mode} " + "=" * 40
-    rows = [["inputs", "shape", "dtype", "device", ""]]
+    counted = {"input_ids": ("masks", model.config.mask_token_id), "attention_mask": ("padding", 0)}
+    rows = []
     for name, value in inputs.items():
-        if not isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor):
+            word, token = counted.get(name, ("", 0))
+            note = f"{int((value == token).sum())} {word}" if word else ""
+            dtype = str(value.dtype).removeprefix("torch.")
+            rows.append([name, str(list(value.shape)), dtype, str(value.device), note])
+        else:
             shown = str(value) if isinstance(value, (bool, int, float)) else type(value).__name__
             rows.append([name, shown, "", "", ""])
-            continue
-        note = ""
-        if name == "input_ids":
-            note = f"{int((value == model.config.mask_token_id).sum())} masks"
-        elif name == "attention_mask":
-            note = f"{int((value == 0).sum())} padding"
-        dtype = str(value.dtype).removeprefix("torch.")
-        rows.append([name, str(list(value.shape)), dtype, str(value.device), note])
-    yield from _table(rows)
+    yield from _table(["inputs", "shape", "dtype", "device", ""], rows)
 
 
 def _state_lines(captured: _Captured, output: Any) -> Iterator[str]:
-    rows = [["states and logits", "shape", "mean", "std", "min", "max", "not finite"]]
+    tensors: dict[str, list[torch.Tensor]] = {}
     if captured.refined is not None:
         before, after = captured.refiner_inputs["hidden_states"].detach(), captured.refined.hidden_states.detach()
-        states = {"hidden states": before, "refined states": after, "their difference": after - before}
-        rows += [_Statistics(values).row(name) for name, values in states.items()]
-    if captured.base_logits.shapes:
-        rows.append(captured.base_logits.row("base logits"))
-    if output.logits is not None:
-        rows.append(_Statistics(output.logits).row("final logits"))
-    yield from _table(rows)
+        tensors = {"hidden states": [before], "refined states": [after], "their difference": [after - before]}
+    tensors["base logits"] = captured.base_logits
+    tensors["final logits"] = [] if output.logits is None else [output.logits.detach()]
+    yield from _statistics_table("states and logits", tensors, "not finite")
 
 
 def _refinement_lines(model: Any, captured: _Captured, output: Any) -> Iterator[str]:
@@ -169,16 +128,15 @@ def _refinement_lines(model: Any, captured: _Captured, output: Any) -> Iterator[
     if limit is not None and captured.refiner_inputs.get("max_steps") is not None:
         limit = captured.refiner_inputs["max_steps"]
     yield from _chunk_lines(output, active.nonzero().tolist(), similarity, limit)
-    if statistics:
-        header = ["refiner's statistics", "shape", "mean", "std", "min", "max", "not run"]
-        yield from _table([header, *(_Statistics(values).row(name) for name, values in statistics.items())])
+    tensors = {name: [values.detach()] for name, values in statistics.items()}
+    yield from _statistics_table("refiner's statistics", tensors, "not run")
 
 
 def _chunk_lines(
     output: Any, chunks: list[list[int]], similarity: torch.Tensor | None, limit: int | None
 ) -> Iterator[str]:
     """A line for each of the first `chunks`, the rows and numbers of the active ones; similarity `[B, N, K]`."""
-    rows = [["row", "chunk", "confidence", "refiner's", "updates", "", "similarity with the step before, by step"]]
+    rows = []
     for row, chunk in chunks[:MAX_CHUNK_LINES]:
         updates = int(output.refinement_steps[row, chunk])
         curve = [] if similarity is None else similarity[row, chunk].tolist()
@@ -188,35 +146,47 @@ def _chunk_lines(
         confidences = [f"{confidence[row, chunk].item():.4f}" for confidence in both]
         values = ["-" if value != value else f"{value:.4f}" for value in curve[:last_step]]
         rows.append([str(row), str(chunk), *confidences, str(updates), end, " ".join(values)])
-    if chunks:
-        yield from _table(rows)
+    similarities = "similarity with the step before, by step"
+    yield from _table(["row", "chunk", "confidence", "refiner's", "updates", "", similarities], rows)
     if len(chunks) > MAX_CHUNK_LINES:
         yield f"  ... and {len(chunks) - MAX_CHUNK_LINES} more active chunks"
 
 
-def _loss_lines(output: Any) -> Iterator[str]:
-    if output.loss is None:
-        return
-    components = (f"{name} {value.item():.6g}" for name, value in (output.loss_components or {}).items())
-    yield f"loss {output.loss.item():.6g}   before their weights: {', '.join(components)}"
-
-
 def _summary_lines(captured: _Captured, output: Any, watch: NonFiniteWatch) -> Iterator[str]:
-    if captured.refined is None:
-        text = "the backbone alone"
-    else:
+    if output.loss is not None:
+        components = (f"{name} {value.item():.6g}" for name, value in (output.loss_components or {}).items())
+        yield f"loss {output.loss.item():.6g}   before their weights: {', '.join(components)}"
+    text = "the backbone alone"
+    if captured.refined is not None:
         steps = output.refinement_steps
-        refined = steps[steps > 0].float()
-        mean = refined.mean().item() if len(refined) else 0.0
-        text = f"{len(refined)} of {steps.numel()} chunks refined, {mean:.1f} updates each on average"
+        refined = int((steps > 0).sum())
+        mean = int(steps.sum()) / max(refined, 1)
+        text = f"{refined} of {steps.numel()} chunks refined, {mean:.1f} updates each on average"
     yield f"summary: {text}; " + ("all values finite" if watch.finding is None else "NOT ALL VALUES FINITE")
     if watch.finding is not None:
         yield f"  {watch.finding}"
 
 
-def _table(rows: list[list[str]]) -> Iterator[str]:
-    """Aligned lines; the first row is the header, its first cell not indented."""
-    rows = [[("  " if number else "") + first, *rest] for number, (first, *rest) in enumerate(rows)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+def _statistics_table(title: str, named: dict[str, list[torch.Tensor]], not_finite: str) -> Iterator[str]:
+    """Moments and range of the finite values of one or several tensors per row, and the number of other values."""
+    rows = []
+    for name, tensors in named.items():
+        if tensors:
+            values = torch.cat([tensor.float().flatten() for tensor in tensors])
+            finite = values[values.isfinite()]
+            numbers = ["-"] * 4
+            if len(finite):
+                statistics = (finite.mean(), finite.std(correction=0), finite.min(), finite.max())
+                numbers = [f"{number.item():.4g}" for number in statistics]
+            shape = str(list(tensors[0].shape)) + (f" and {len(tensors) - 1} more" if len(tensors) > 1 else "")
+            rows.append([name, shape, *numbers, str(len(values) - len(finite))])
+    yield from _table([title, "shape", "mean", "std", "min", "max", not_finite], rows)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> Iterator[str]:
+    """Aligned lines; nothing without rows."""
+    if rows:
+        lines = [header, *(["  " + first, *rest] for first, *rest in rows)]
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        for line in lines:
+            yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()

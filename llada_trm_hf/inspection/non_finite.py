@@ -30,12 +30,9 @@ class NonFinite:
 
 class NonFiniteWatch:
     """
-    A context in which every module of `model` is watched: finds the first one, in the order of execution, whose output
-    holds NaN or Inf although its inputs do not (-Inf in inputs does not count: masks use it). What `torch.compile` has
-    compiled is seen as one module. Every module waits for the device.
-
-    Attributes:
-        finding: the [`NonFinite`], or None.
+    A context that finds the first module of `model`, in the order of execution, whose output holds NaN or Inf although
+    its inputs do not (-Inf in inputs does not count: masks use it). What `torch.compile` has compiled is seen as one
+    module. Every module waits for the device. The result is in `finding`.
     """
 
     def __init__(self, model: nn.Module):
@@ -54,13 +51,11 @@ class NonFiniteWatch:
             hook.remove()
 
     def check_inputs(self, inputs: dict[str, Any]) -> None:
-        """Checks the inputs of the model, by name."""
         where = _non_finite({name: value for name, value in inputs.items() if name != "attention_mask"})
         if where and self.finding is None:
             self.finding = NonFinite("", type(self.model).__name__, where[0], [], in_inputs=True)
 
     def check_output(self, output: Any) -> None:
-        """Checks the output of the model: its own arithmetic, if no module has been found."""
         self._after("", self.model, (), {}, output)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -82,18 +77,16 @@ def non_finite_weights(module: nn.Module) -> list[str]:
 
 def generate_finite(model: PreTrainedModel, streamer: Any = None, **arguments: Any) -> Any:
     """
-    `model.generate(streamer=streamer, **arguments)` that checks the logits on the way, without waiting for the device.
-    If any were NaN or Inf, it generates once more under a [`NonFiniteWatch`].
+    `model.generate(...)` that checks the logits without waiting for the device. If any were NaN or Inf, it generates
+    once more under a [`NonFiniteWatch`], without the streamer.
 
     Raises:
         FloatingPointError: naming the module NaN or Inf came from.
     """
     finite: list[torch.Tensor] = []
-
-    def check(module: nn.Module, args: Any, logits: torch.Tensor) -> None:
-        finite.append(logits.isfinite().all())
-
-    hook = model.get_output_embeddings().register_forward_hook(check)
+    hook = model.get_output_embeddings().register_forward_hook(
+        lambda module, args, logits: finite.append(logits.isfinite().all())
+    )
     try:
         output = model.generate(streamer=streamer, **arguments)
     finally:
@@ -124,7 +117,7 @@ def _float_tensors(value: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def named_tensors(value: Any, name: str = "", skip: str | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors in nested dictionaries and sequences, with their paths, but those of keys that end with `skip`."""
+    """The tensors in nested dictionaries and sequences, by path, without those of keys that end with `skip`."""
     if isinstance(value, torch.Tensor):
         yield name, value
     elif isinstance(value, dict):

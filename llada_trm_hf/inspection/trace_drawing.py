@@ -1,8 +1,8 @@
 """Refinement traces shown: as a page to watch, as a picture for a report, as a few lines of text."""
 
 import json
+import math
 import os
-from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -19,12 +19,8 @@ WIDTH, HEIGHT, MARGIN = 160, 48, 4
 
 def write_html(trace: RefinementTrace, path: str | os.PathLike, tokenizer: Any = None) -> None:
     """
-    Writes one self-contained page that plays the trace; it loads nothing from anywhere.
-
-    Args:
-        trace: what `generate(..., output_refinement_trace=True)` returned.
-        path: the file, overwritten.
-        tokenizer: anything with `decode([id])`; without it the page shows token ids.
+    Writes one self-contained page that plays the trace of `generate(..., output_refinement_trace=True)`; it loads
+    nothing from anywhere. Without a tokenizer, anything with `decode([id])`, it shows token ids.
     """
     # Every "<" is escaped, not only "</": "<!--<script" in a text would hide the end of the script element as well.
     data = json.dumps(trace.to_dict(tokenizer)).replace("<", "\\u003c")
@@ -53,8 +49,7 @@ def plot_trace(trace: RefinementTrace, path: str | os.PathLike) -> None:
         raise ImportError("Plotting a trace needs matplotlib: pip install llada-trm-hf[demo]") from error
     if not trace.passes:
         raise ValueError("The trace has no refinement passes: there is nothing to plot for a model without refiner.")
-    names = ("similarity", "num_steps", "chunk_confidence")
-    similarity, num_steps, confidence = (_first_row(trace, name) for name in names)
+    similarity, num_steps, confidence = _first_row(trace, "similarity", "num_steps", "chunk_confidence")
     num_passes, num_chunks, max_steps = similarity.shape
     most_updates = max(max_steps, int(num_steps.max()))  # a refiner without similarities has updates all the same
 
@@ -65,13 +60,11 @@ def plot_trace(trace: RefinementTrace, path: str | os.PathLike) -> None:
     colors = ScalarMappable(Normalize(1, max(num_chunks, 2)), "viridis")
     for chunk in range(num_chunks):
         # Points as well as lines: a chunk that stops after one update has a single value.
-        color = colors.cmap(chunk / max(num_chunks - 1, 1))
-        steps, curves = range(1, max_steps + 1), similarity[:, chunk].T.numpy()
-        curve_axes.plot(steps, curves, ".-", color=color, alpha=0.6, linewidth=1)
+        color, curves = colors.cmap(chunk / max(num_chunks - 1, 1)), similarity[:, chunk].T.numpy()
+        curve_axes.plot(range(1, max_steps + 1), curves, ".-", color=color, alpha=0.6, linewidth=1)
     figure.colorbar(colors, ax=curve_axes, label="chunk", ticks=MaxNLocator(integer=True))
     curve_axes.set(title="When a chunk settles", xlabel="recursion step", ylabel="similarity with the step before")
     curve_axes.set_xlim(0.5, max_steps + 0.5)
-    curve_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     extent = (0.5, num_passes + 0.5, num_chunks + 0.5, 0.5)  # everything counts from 1
     for axes, values, blank, title, largest in (
@@ -83,8 +76,9 @@ def plot_trace(trace: RefinementTrace, path: str | os.PathLike) -> None:
         image = axes.imshow(painted, aspect="auto", interpolation="nearest", extent=extent, vmin=0, vmax=largest)
         figure.colorbar(image, ax=axes)
         axes.set(title=title, xlabel="diffusion step", ylabel="chunk")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (curve_axes, update_axes, confidence_axes):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path, format="png", dpi=150)
 
 
@@ -95,8 +89,8 @@ def trace_summary(trace: RefinementTrace) -> str:
     lines = [f"{int(decided)} tokens decided in {len(canvases) - 1} diffusion steps"]
     if not trace.passes:
         return "\n".join([*lines, "no refiner ran"])
-    names = ("num_steps", "chunk_confidence", "refiner_confidence", "similarity")
-    num_steps, before, after, similarity = (_first_row(trace, name) for name in names)
+    num_steps, similarity = _first_row(trace, "num_steps", "similarity")
+    before, after = _first_row(trace, "chunk_confidence", "refiner_confidence")
     refined = num_steps > 0  # [S, N]
     changed = sum(int(done.changed_tokens[0].sum()) for done in trace.passes if 0 in done.rows)
     lines.append(
@@ -112,12 +106,12 @@ def trace_summary(trace: RefinementTrace) -> str:
     return "\n".join(lines)
 
 
-def _first_row(trace: RefinementTrace, name: str) -> torch.Tensor:
-    """A field of the passes of row 0, `[S, N]` or `[S, N, K]`; a padded row has fewer chunks than the batch."""
+def _first_row(trace: RefinementTrace, *names: str) -> list[torch.Tensor]:
+    """Fields of the passes of row 0, `[S, N]` or `[S, N, K]`; a padded row has fewer chunks than the batch."""
     # Rows only ever leave the batch, in order: as long as row 0 is in it, it comes first.
     passes = [done for done in trace.passes if 0 in done.rows]
     num_chunks = int(passes[0].chunk_of_token[0].max()) + 1
-    return torch.stack([getattr(done, name)[0, :num_chunks].float() for done in passes])
+    return [torch.stack([getattr(done, name)[0, :num_chunks].float() for done in passes]) for name in names]
 
 
 TRACE_RENDERERS["html"] = write_html
@@ -125,25 +119,23 @@ TRACE_RENDERERS["plot"] = plot_trace
 
 
 class _Curve(NamedTuple):
-    """How a chunk settled in a diffusion step."""
-
-    step: int
+    step: int  # of diffusion
     similarity: list[float]  # of the recursion steps that have one
     num_updates: int
 
 
 def _similarity_curves(trace: RefinementTrace) -> str:
     """
-    HTML with a drawing for each refined chunk of each row, in it a polyline for each diffusion step that refined it.
-    The height of a point is its similarity, from the row's lowest at the bottom to 1 at the top; from left to right
-    are the recursion steps, up to the last that any chunk of the row took. Titles give the numbers.
+    HTML with a drawing for each refined chunk of each row: a polyline for each diffusion step that refined it, over
+    the recursion steps, from the lowest similarity of the row at the bottom to 1 at the top. Titles give the numbers.
     """
     rows = []
     for row in range(len(trace.canvases[0])):
         chunks = _chunks(trace, row)
-        values = [value for curves in chunks.values() for curve in curves for value in curve.similarity]
-        longest = max((len(curve.similarity) for curves in chunks.values() for curve in curves), default=0)
-        drawings = (_drawing(chunk, chunks[chunk], min(values), longest) for chunk in sorted(chunks))
+        similarities = [curve.similarity for curves in chunks.values() for curve in curves]
+        lowest = min(map(min, similarities), default=1.0)
+        longest = max(map(len, similarities), default=0)
+        drawings = (_drawing(chunk, chunks[chunk], lowest, longest) for chunk in sorted(chunks))
         rows.append(f'<div class="curves" data-row="{row}">{"".join(drawings)}</div>')
     return "\n".join(rows)
 
@@ -153,20 +145,18 @@ def _chunks(trace: RefinementTrace, row: int) -> dict[int, list[_Curve]]:
     chunks: dict[int, list[_Curve]] = {}
     for step, done in enumerate(trace.passes, start=1):
         for index in (done.rows == row).nonzero().flatten().tolist():
-            similarity, updates = done.similarity[index], done.num_steps[index]
-            for chunk in similarity.isfinite().any(-1).nonzero().flatten().tolist():
-                curve: torch.Tensor = similarity[chunk]
-                values = curve[curve.isfinite()].tolist()
-                chunks.setdefault(chunk, []).append(_Curve(step, values, int(updates[chunk])))
+            for chunk, curve in enumerate(done.similarity[index].tolist()):
+                if values := [value for value in curve if math.isfinite(value)]:
+                    chunks.setdefault(chunk, []).append(_Curve(step, values, int(done.num_steps[index, chunk])))
     return chunks
 
 
-def _drawing(chunk: int, curves: list[_Curve], low: float, longest: int) -> str:
+def _drawing(chunk: int, curves: list[_Curve], lowest: float, longest: int) -> str:
     updates, steps = sum(curve.num_updates for curve in curves), len(curves)
     lines = "".join(
-        f'<polyline data-step="{curve.step}" points="{" ".join(_points(curve.similarity, low, longest))}">'
-        f"<title>step {curve.step}: {' '.join(f'{value:.4f}' for value in curve.similarity)}</title></polyline>"
-        for curve in curves
+        f'<polyline data-step="{step}" points="{" ".join(_points(similarity, lowest, longest))}">'
+        f"<title>step {step}: {' '.join(f'{value:.4f}' for value in similarity)}</title></polyline>"
+        for step, similarity, _ in curves
     )
     return (
         f'<figure data-chunk="{chunk}"><svg class="curve" viewBox="0 0 {WIDTH} {HEIGHT}">'
@@ -176,10 +166,8 @@ def _drawing(chunk: int, curves: list[_Curve], low: float, longest: int) -> str:
     )
 
 
-def _points(similarity: list[float], low: float, longest: int) -> Iterator[str]:
-    scale = (HEIGHT - 2 * MARGIN) / max(1 - low, 1e-6)
+def _points(similarity: list[float], lowest: float, longest: int) -> list[str]:
+    scale = (HEIGHT - 2 * MARGIN) / max(1 - lowest, 1e-6)
     width = (WIDTH - 2 * MARGIN) / max(longest - 1, 1)
-    for number, value in enumerate(similarity):
-        yield f"{MARGIN + number * width:.2f},{MARGIN + (1 - value) * scale:.2f}"
-    if len(similarity) == 1:  # a line of no length is drawn as a dot
-        yield f"{MARGIN:.2f},{MARGIN + (1 - similarity[0]) * scale:.2f}"
+    points = [f"{MARGIN + n * width:.2f},{MARGIN + (1 - value) * scale:.2f}" for n, value in enumerate(similarity)]
+    return points * 2 if len(points) == 1 else points  # a line of no length is drawn as a dot

@@ -192,7 +192,7 @@ def test_training_a_sequence_trm_names_module_or_input(tmp_path):
     with pytest.raises(FloatingPointError, match=r"first appeared in net\.layers\.0\.down_proj \(Linear\)"):
         train("net.layers.0.down_proj")
     with pytest.raises(
-        FloatingPointError, match=r"pair-1\. NaN or Inf came in with what SequenceTRM was given, context"
+        FloatingPointError, match=r"pair-1\..* NaN or Inf came in with what SequenceTRM was given, context"
     ):
         train(None)
 
