@@ -1,4 +1,4 @@
-"""What the trainers of the package share: extra metrics in every log, CSV files, early stopping, the NaN check."""
+"""What all trainers share: metrics in every log and as CSV files, early stopping, the NaN check, the Hub."""
 
 import json
 import os
@@ -22,10 +22,10 @@ from .callbacks import CSVMetricsCallback, ProfilerCallback
 
 class BaseTrainer(Trainer):
     """
-    The HF `Trainer` with `record`: values recorded since the last log are averaged into the next one, over steps and
-    processes. Logs also go to `training_metrics.csv` and `validation_metrics.csv`. Saved models come with
-    `training_settings.json`, from which the model card is made, and with `args.save_backbone=False` without their
-    backbone. A loss that is NaN or infinite stops training before it reaches the weights.
+    The HF `Trainer` with `record`: what was recorded since the last log is averaged into the next one, over steps and
+    processes. Logs also go to CSV files. Saved models come with `training_settings.json`, from which the model card is
+    made, and with `args.save_backbone=False` without their backbone. A loss that is NaN or infinite stops training
+    before it reaches the weights.
 
     Attributes:
         data_description: `name`, `hub_name`, `split` and `eval_split` of the dataset, for the card.
@@ -59,9 +59,8 @@ class BaseTrainer(Trainer):
 
     def record(self, name: str, value: torch.Tensor) -> None:
         """
-        Keeps a scalar, on its device, for the mean that the next log reports; NaN does not count. Names that start
-        with `eval_` go to the next log of an evaluation, others to the next one of training. Every process must
-        record the same names.
+        Keeps a scalar, on its device, for the mean in the next log: of an evaluation for names that start with
+        `eval_`, else of training. NaN does not count. Every process must record the same names.
         """
         self._records[name].append(value.detach())
 
@@ -69,8 +68,8 @@ class BaseTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """
-        As in `Trainer`. After the last micro-batch of an optimizer step, but before the weights change, all processes
-        check the losses: once per step, since the check waits for the device.
+        As in `Trainer`, with a check of the losses after the last micro-batch of an optimizer step, before the weights
+        change. (Once per step, since it waits for the device.)
 
         Raises:
             FloatingPointError: if one is NaN or infinite on any process; names the module where it began.
@@ -86,21 +85,24 @@ class BaseTrainer(Trainer):
                 origin = self._origin_of_non_finite(model, inputs, num_items_in_batch)
                 became = f"became {wrong.item()}" if broken else "is NaN or infinite on another process"
                 raise FloatingPointError(
-                    f"The loss {became} in step {self.state.global_step + 1}. {origin} Lower the learning rate or "
-                    f"max_grad_norm, and resume from the last checkpoint in {self.args.output_dir}."
+                    f"The loss {became} in step {self.state.global_step + 1}. {origin} {self._advice_on_non_finite()}"
                 )
         return loss
+
+    def _advice_on_non_finite(self) -> str:
+        return (
+            f"Lower the learning rate or max_grad_norm, and resume from the last checkpoint in {self.args.output_dir}."
+        )
 
     @torch.no_grad()
     def _origin_of_non_finite(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None
     ) -> str:
-        """Runs a batch again and says where its NaN or Inf came from. Sharded models need every process here."""
+        """Runs a batch again, on every process since models may be sharded, and says where NaN or Inf came from."""
         unwrapped = self.accelerator.unwrap_model(model)
         with NonFiniteWatch(unwrapped) as watch, self.compute_loss_context_manager():
-            _, outputs = self.compute_loss(
-                model, self._prepare_inputs(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch
-            )
+            inputs = self._prepare_inputs(inputs)
+            _, outputs = self.compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch)
         samples = self._non_finite_samples(inputs, outputs)
         if watch.finding is None:
             return samples or "Run again, the batch of this process gives finite numbers."
@@ -109,7 +111,7 @@ class BaseTrainer(Trainer):
         return f"{samples} {watch.finding}{weights}".lstrip()
 
     def _non_finite_samples(self, inputs: dict[str, Any], outputs: Any) -> str:
-        """A sentence that names the samples with NaN or Inf, for trainers that can tell them apart."""
+        """A sentence that names the samples with NaN or Inf, of trainers that can tell them apart."""
         return ""
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -128,10 +130,8 @@ class BaseTrainer(Trainer):
 
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
         """
-        Writes the package's card for the model in the output folder.
-
-        Raises:
-            ValueError: for arguments that only the card of `Trainer` has.
+        Writes the package's card for the model in the output folder; a ValueError for arguments that only the card of
+        `Trainer` has.
         """
         _refuse_for_card(kwargs)
         if self.is_world_process_zero():
@@ -151,8 +151,7 @@ class BaseTrainer(Trainer):
         **kwargs: Any,
     ) -> Any:
         """
-        As in `Trainer`, but uploads the same files as `llada-trm push`: the model, its code and its card, neither
-        pickles (`training_args.bin`) nor logs.
+        As in `Trainer`, but uploads what `llada-trm push` does: the model, its code and its card, no pickles and logs.
 
         Returns:
             `CommitInfo`, or a `Future` of it unless `blocking`; None in all processes but the first.

@@ -1,4 +1,4 @@
-"""A trainer that keeps an exponential moving average (EMA) of the weights."""
+"""An exponential moving average (EMA) of the weights."""
 
 import os
 from collections.abc import Iterator
@@ -24,8 +24,8 @@ class EMATrainer(BaseTrainer):
     both. After training the model holds the average.
 
     Attributes:
-        ema: torch's `AveragedModel` of the parameters that required gradients when the trainer was made, in float32 or
-            better, or None. A frozen backbone is not copied.
+        ema: torch's `AveragedModel`, in float32 or better, of the parameters that required gradients when the trainer
+            was made; None without `use_ema`.
 
     Raises:
         ValueError: for sharded training: the average is one of whole weights.
