@@ -22,40 +22,36 @@ def freeze(language_model: PreTrainedModel, device: torch.device) -> PreTrainedM
 def last_layer_states(
     language_model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> torch.Tensor:
-    """
-    The hidden states `[B, L, D]` that the LM head reads. The head is not evaluated, and other layers' states are not
-    kept.
-    """
+    """The hidden states `[B, L, D]` that the LM head reads; the head is not run, other layers' states are not kept."""
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
     if "use_cache" in inspect.signature(language_model.forward).parameters:
         inputs["use_cache"] = False
     return encode(language_model, inputs).last_hidden_state.to(input_ids.device)
 
 
-def head_width(head: nn.Module) -> int:
+def head_width(head: nn.Linear) -> int:
     """The size of the hidden states that an LM head reads."""
-    return _weight(head).shape[1]
+    return head.weight.shape[1]
 
 
-def top_tokens(head: nn.Module, states: torch.Tensor) -> torch.Tensor:
+def top_tokens(head: nn.Linear, states: torch.Tensor) -> torch.Tensor:
     """The most likely token after each of the hidden states `[N, D]`: LongTensor `[N]`."""
     return _logits(head, states).argmax(-1)
 
 
 def compare_next_tokens(
-    head: nn.Module, before: torch.Tensor, after: torch.Tensor, chunk_size: int = 512
+    head: nn.Linear, before: torch.Tensor, after: torch.Tensor, chunk_size: int = 512
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     How an LM head's predictions change with the hidden states.
 
     Args:
-        head: linear, `[V, D]`.
         before, after: `[N, D]`.
         chunk_size: states at a time, since a row of logits is as long as the vocabulary.
 
     Returns:
         Whether the top token is the same, and KL(before || after) in nats, both float32 `[N]`, from the head's raw
-        logits: whatever a model does to them later, such as a cap, is left out.
+        logits (before a cap, if the model has one).
     """
     same, divergence = [], []
     for old, new in zip(before.split(chunk_size), after.split(chunk_size)):
@@ -65,12 +61,5 @@ def compare_next_tokens(
     return torch.cat(same), torch.cat(divergence)
 
 
-def _logits(head: nn.Module, states: torch.Tensor) -> torch.Tensor:
-    weight = _weight(head)
-    return head(states.to(weight.device, weight.dtype)).float().to(states.device)  # [N, V]
-
-
-def _weight(head: nn.Module) -> torch.Tensor:
-    weight = head.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight
+def _logits(head: nn.Linear, states: torch.Tensor) -> torch.Tensor:
+    return head(states.to(head.weight.device, head.weight.dtype)).float().to(states.device)  # [N, V]

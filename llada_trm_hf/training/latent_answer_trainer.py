@@ -1,4 +1,4 @@
-"""The trainer of answers after latent thoughts."""
+"""The trainer of [`LatentThinkingForCausalLM`]: answers after latent thoughts."""
 
 from typing import Any
 
@@ -19,14 +19,9 @@ class LatentAnswerTrainer(BaseTrainer):
     those before it, and `reasoning_steps`.
 
     Args:
-        model: the model.
-        args: [`LatentAnswerTrainingArguments`].
         train_dataset, eval_dataset: of `tokenize_latent_answers`.
         processing_class: the tokenizer, saved with every checkpoint.
         kwargs: as in `Trainer`.
-
-    Raises:
-        ValueError: if checkpoints would leave out a backbone that nobody could find again, or one that trains.
     """
 
     args: LatentAnswerTrainingArguments
