@@ -155,9 +155,6 @@ class BaseTrainer(Trainer):
 
         Returns:
             `CommitInfo`, or a `Future` of it unless `blocking`; None in all processes but the first.
-
-        Raises:
-            ValueError: as `create_model_card` and `publish`.
         """
         _refuse_for_card(kwargs)
         private = bool(self.args.hub_private_repo if private is None else private)
@@ -182,11 +179,10 @@ class BaseTrainer(Trainer):
                 super()._save(output_dir, state_dict)
             finally:
                 del self.model.save_pretrained
-        if not self.args.should_save:
-            return
-        folder = output_dir or self.args.output_dir
-        with open(os.path.join(folder, TRAINING_SETTINGS_FILE), "w", encoding="utf-8") as file:
-            json.dump(training_settings(self.model, self.args, self.data_description), file, indent=2)
+        if self.args.should_save:
+            path = os.path.join(output_dir or self.args.output_dir, TRAINING_SETTINGS_FILE)
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(training_settings(self.model, self.args, self.data_description), file, indent=2)
 
 
 def _check_backbone_can_be_left_out(model: Any) -> None:

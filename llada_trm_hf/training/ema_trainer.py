@@ -19,9 +19,9 @@ EMA_FILE = "ema_state.safetensors"
 
 class EMATrainer(BaseTrainer):
     """
-    A [`BaseTrainer`] that, with `args.use_ema`, keeps an average of the weights that train. Evaluation, the choice of
-    the best model and saved models use the average; training goes on from the weights themselves, and checkpoints hold
-    both. After training the model holds the average.
+    With `args.use_ema`, keeps an average of the weights that train. Evaluation, the choice of the best model and saved
+    models use the average; training goes on from the weights themselves, and checkpoints hold both. After training
+    the model holds the average.
 
     Attributes:
         ema: torch's `AveragedModel`, in float32 or better, of the parameters that required gradients when the trainer
@@ -45,10 +45,10 @@ class EMATrainer(BaseTrainer):
                 nn.ParameterList(weights),
                 avg_fn=lambda average, weight, _: average.lerp(weight.to(average.dtype), 1 - args.ema_decay),
             )
-            self.update_ema()  # AveragedModel takes over the first weights as they are
+            self.update_ema()  # the first time, AveragedModel copies the weights
 
     def update_ema(self) -> None:
-        """Takes the weights as they are into the average; to be called after every optimizer step."""
+        """To be called after every optimizer step."""
         if self.ema is not None:
             self.ema.update_parameters(nn.ParameterList(self._trainable.values()))
 
@@ -83,7 +83,7 @@ class EMATrainer(BaseTrainer):
             super()._save(output_dir, state_dict)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Also the weights and their average; the Trainer calls this on every process for every checkpoint."""
+        """Also the weights and their average: the Trainer calls this on every process for every checkpoint."""
         super()._save_rng_state(output_dir)
         if self.ema is not None and self.args.should_save:
             state = {f"weights.{name}": weight.detach() for name, weight in self._trainable.items()}
@@ -94,10 +94,11 @@ class EMATrainer(BaseTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = os.path.join(resume_from_checkpoint, EMA_FILE)
-        if os.path.isfile(path) != (self.ema is not None):
-            made = "with" if os.path.isfile(path) else "without"
+        has_average = os.path.isfile(path)
+        if has_average != (self.ema is not None):
+            made = "with" if has_average else "without"
             raise ValueError(f"The checkpoint {resume_from_checkpoint} was made {made} use_ema: resume it likewise.")
-        if self.ema is None:
+        if not has_average:
             return
         state = load_file(path)
         if {name for name in state if name.startswith("average.")} != {f"average.{name}" for name in self._trainable}:

@@ -14,16 +14,12 @@ def reconstruction_metrics(
 
     Args:
         prediction, target: `[..., D]`.
-        mask: `[...]`, 0 for rows that do not count.
+        mask: `[...]`, 0 for rows that do not count; at least two must.
 
     Returns:
-        `mse`; `relative_error`, the norm of the whole error over the norm of the whole target; `cosine_similarity`,
-        mean over rows; `variance_ratio`, mean over channels of the prediction's variance over the target's ("variance
-        kept"); and with the prefixes above the same again. `r2` is `1 - mse / constant_mse`, the share of the
-        target's variance that is explained.
-
-    Raises:
-        ValueError: if the shapes differ, or fewer than two rows count.
+        `mse`; `relative_error`, the norm of the whole error over that of the target; `cosine_similarity`, mean over
+        rows; `variance_ratio`, mean over channels of the prediction's variance over the target's; the same with the
+        prefixes above; and `r2 = 1 - mse / constant_mse`, the share of the target's variance that is explained.
     """
     if prediction.shape != target.shape or (mask is not None and mask.shape != target.shape[:-1]):
         shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (prediction, target, mask)]
@@ -35,12 +31,11 @@ def reconstruction_metrics(
         raise ValueError(f"A variance needs at least two rows, got {len(expected)}.")
     mean, scale = expected.mean(0), expected.std(0)
     scale = torch.where(scale > 0, scale, 1.0)
-    constant = mean.expand_as(expected)
     standard = (expected - mean) / scale
     metrics = {
         **_measures("", rows, expected),
         **_measures("standardised_", (rows - mean) / scale, standard),
-        **_measures("constant_", constant, expected),
+        **_measures("constant_", mean.expand_as(expected), expected),
         **_measures("constant_standardised_", torch.zeros_like(standard), standard),
     }
     metrics["r2"] = 1 - metrics["mse"] / metrics["constant_mse"] if metrics["constant_mse"] else float("nan")
@@ -48,8 +43,7 @@ def reconstruction_metrics(
 
 
 def _measures(prefix: str, rows: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
-    """The measures of `[N, D]` against `[N, D]`."""
-    error = rows - expected
+    error = rows - expected  # [N, D]
     values = {
         "mse": error.square().mean(),
         "relative_error": error.norm() / expected.norm(),
