@@ -68,8 +68,8 @@ class LatentGRPOTrainer(BaseTrainer, GRPOTrainer):
             raise ValueError("GRPO trains the thinker: freeze the backbone, model.backbone.requires_grad_(False).")
         if model.config.noise_std:
             raise ValueError(
-                f"With noise_std={model.config.noise_std} a thought differs from pass to pass, and answers have no "
-                f"probability of their own: set model.config.noise_std = 0."
+                f"With noise_std={model.config.noise_std} answers have no probability of their own, since thoughts "
+                f"differ from pass to pass: set model.config.noise_std = 0."
             )
         # TRL would load the reference from the model's name, with a second backbone.
         beta, args.beta = args.beta, 0.0
@@ -99,7 +99,8 @@ class LatentGRPOTrainer(BaseTrainer, GRPOTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in `Trainer`; `eval_reward` is the mean reward. The same weights get the same samples."""
-        with _seeded(self.args.seed):
+        with torch.random.fork_rng():
+            torch.manual_seed(self.args.seed)
             return super().evaluate(*args, **kwargs)
 
     @torch.no_grad()
@@ -115,7 +116,8 @@ class LatentGRPOTrainer(BaseTrainer, GRPOTrainer):
         for start in tqdm(local_starts, desc="Pass rates", disable=self.args.disable_tqdm):
             batch = problems.select(range(start, min(start + size, len(problems))))
             rows = [row for row in batch for _ in range(num_samples)]
-            with _seeded(self.args.seed + start):
+            with torch.random.fork_rng():
+                torch.manual_seed(self.args.seed + start)
                 rewards = self._rewards_of_samples(rows)
             local_rates.append((start, rewards.view(-1, num_samples).mean(1).tolist()))
         return [rate for _, rates in sorted(gather_object(local_rates)) for rate in rates]
@@ -158,12 +160,9 @@ class LatentGRPOTrainer(BaseTrainer, GRPOTrainer):
     def _check_number_of_problems(self) -> None:
         if len(self.train_dataset) < self._problems_per_batch:
             raise ValueError(
-                f"There are {len(self.train_dataset)} problems to train on, and a batch takes "
-                f"{self._problems_per_batch}, each with num_generations={self.args.num_generations} samples: use more "
-                f"problems, or a smaller batch."
+                f"There are {len(self.train_dataset)} problems to train on, and a batch takes {self._problems_per_batch}, "
+                f"num_generations={self.args.num_generations} samples of each: use more, or a smaller batch."
             )
-
-    # --- What TRL calls ---
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         return _EpochSampler(
@@ -207,8 +206,6 @@ class LatentGRPOTrainer(BaseTrainer, GRPOTrainer):
     def _origin_of_non_finite(self, *batch: Any) -> str:
         return "Look at the rewards: the answers were sampled from finite probabilities."
 
-    # --- Answers in use when a checkpoint is written ---
-
     def _save_rng_state(self, output_dir: str) -> None:
         """Also the answers: the Trainer calls this on every process for every checkpoint."""
         super()._save_rng_state(output_dir)
@@ -249,11 +246,3 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Inside, random numbers come from `seed`; afterwards they go on as if none had been drawn."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield

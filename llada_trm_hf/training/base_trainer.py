@@ -59,14 +59,12 @@ class BaseTrainer(Trainer):
 
     def record(self, name: str, value: torch.Tensor) -> None:
         """
-        Keeps a scalar, on its device, for the mean in the next log: of an evaluation for names that start with
-        `eval_`, else of training. NaN does not count. Every process must record the same names.
+        Keeps a scalar, on its device, for the mean in the next log: of an evaluation (as `eval_{name}`) if the model
+        is in evaluation mode, else of training. NaN does not count. Every process must record the same names.
         """
-        self._records[name].append(value.detach())
+        self._records[name if self.model.training else f"eval_{name}"].append(value.detach())
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """
         As in `Trainer`, with a check of the losses after the last micro-batch of an optimizer step, before the weights
         change. (Once per step, since it waits for the device.)
@@ -95,9 +93,7 @@ class BaseTrainer(Trainer):
         )
 
     @torch.no_grad()
-    def _origin_of_non_finite(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None
-    ) -> str:
+    def _origin_of_non_finite(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> str:
         """Runs a batch again, on every process since models may be sharded, and says where NaN or Inf came from."""
         unwrapped = self.accelerator.unwrap_model(model)
         with NonFiniteWatch(unwrapped) as watch, self.compute_loss_context_manager():

@@ -14,7 +14,7 @@ from ..data import TextCollator
 from ..models import DimensionCompressor, PCAFit
 from .arguments import CompressorTrainingArguments
 from .base_trainer import BaseTrainer
-from .language_model import compare_next_tokens, freeze, head_width, last_layer_states
+from .language_model import compare_next_tokens, head_width, last_layer_states
 from .reconstruction_metrics import reconstruction_metrics
 
 
@@ -65,7 +65,9 @@ class CompressorTrainer(BaseTrainer):
             compute_metrics=self._held_out_metrics,
             **kwargs,
         )
-        self.language_model = freeze(language_model, self.args.device)
+        self.language_model = language_model.requires_grad_(False).eval()
+        if getattr(language_model, "hf_device_map", None) is None:  # else it is placed already
+            language_model.to(self.args.device)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of all micro-batches
 
     def fit_pca(self, num_batches: int | None = None) -> PCAFit:

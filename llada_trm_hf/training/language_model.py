@@ -10,14 +10,6 @@ from transformers import PreTrainedModel
 from ..models.backbone_wrapper import encode
 
 
-def freeze(language_model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """The model in evaluation mode, without gradients, on `device` unless it was placed with a device map."""
-    language_model.requires_grad_(False).eval()
-    if getattr(language_model, "hf_device_map", None) is None:
-        language_model.to(device)
-    return language_model
-
-
 @torch.no_grad()
 def last_layer_states(
     language_model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor

@@ -37,7 +37,6 @@ class LatentAnswerTrainer(BaseTrainer):
         labels = inputs["labels"][:, 1:]
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         correct = (outputs["logits"][:, :-1].argmax(-1) == labels) | (labels == -100)
-        prefix = "" if model.training else "eval_"
-        self.record(f"{prefix}answer_accuracy", correct.all(-1).float().mean())
-        self.record(f"{prefix}reasoning_steps", outputs["reasoning_steps"].float().mean())
+        self.record("answer_accuracy", correct.all(-1).float().mean())
+        self.record("reasoning_steps", outputs["reasoning_steps"].float().mean())
         return (loss, outputs) if return_outputs else loss

@@ -96,7 +96,7 @@ class MaskedDiffusionTrainer(EMATrainer):
             # Evaluation needs no logits.
             inputs = {**inputs, "logits_to_keep": torch.zeros(0, dtype=torch.long, device=inputs["labels"].device)}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        self._record_components("" if model.training else "eval_", outputs)
+        self._record_components(outputs)
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
@@ -111,19 +111,19 @@ class MaskedDiffusionTrainer(EMATrainer):
         refined = outputs["refinement_steps"] > 0
         return loss, outputs["refiner_confidence"], outputs["chunk_accuracy"].where(refined, NOT_REFINED)
 
-    def _record_components(self, prefix: str, outputs: Any) -> None:
+    def _record_components(self, outputs: Any) -> None:
         for name, value in (outputs.get("loss_components") or {}).items():
-            self.record(f"{prefix}{name}_loss", value)
+            self.record(f"{name}_loss", value)
         if outputs.get("refinement_steps") is not None:
             refined = outputs["refinement_steps"] > 0
             num_refined = refined.sum().clamp(min=1)
             undecided = outputs["chunk_confidence"] < 1
-            self.record(f"{prefix}refined_share", refined.sum() / undecided.sum().clamp(min=1))
-            self.record(f"{prefix}refinement_steps", (outputs["refinement_steps"] * refined).sum() / num_refined)
+            self.record("refined_share", refined.sum() / undecided.sum().clamp(min=1))
+            self.record("refinement_steps", (outputs["refinement_steps"] * refined).sum() / num_refined)
             for name in ("chunk_confidence", "refiner_confidence"):
-                self.record(prefix + name, (outputs[name] * refined).sum() / num_refined)
+                self.record(name, (outputs[name] * refined).sum() / num_refined)
         for name, value in (outputs.get("refiner_statistics") or {}).items():
-            self.record(prefix + name, value.nanmean())  # NaN where a chunk or a step was not run
+            self.record(name, value.nanmean())  # NaN where a chunk or a step was not run
 
 
 def expected_calibration_error(confidence: torch.Tensor, accuracy: torch.Tensor, num_bins: int = NUM_BINS) -> float:

@@ -115,11 +115,7 @@ class TRMTrainer(EMATrainer):
         )
         return self.accelerator.prepare(loader)
 
-    # --- Supervision steps ---
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """As in [`BaseTrainer`], from the state (y, z) that the previous supervision step left."""
         if len(self._carry) == self.args.gradient_accumulation_steps:
             y, z = self._carry.popleft()
@@ -168,8 +164,6 @@ class TRMTrainer(EMATrainer):
             config.cosine_threshold = max(config.cosine_threshold, 0.95 * total / number)
         self._cosines.zero_()
 
-    # --- Evaluation ---
-
     @torch.no_grad()
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -199,8 +193,6 @@ class TRMTrainer(EMATrainer):
         if tokens:
             metrics["top_token_agreement"] = (tokens[0] == tokens[1]).float().mean().item()
         return metrics
-
-    # --- Checkpoints ---
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Also the state of the supervision steps: the Trainer calls this on every process for every checkpoint."""
@@ -277,9 +269,6 @@ class RecentBatches(Dataset):
 
     def __len__(self) -> int:
         return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.dataset[index]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         key = tuple(indices)
