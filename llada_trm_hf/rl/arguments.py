@@ -24,11 +24,7 @@ class LatentGRPOTrainingArguments(CommonTrainingArguments, GRPOConfig):
     """
     TRL's `GRPOConfig` (`num_generations`, `max_completion_length`, `temperature`, `beta`, `num_iterations`, ...) and
     [`CommonTrainingArguments`], whose defaults win. With `curriculum` and `max_steps`, only as many problems are
-    measured as the run will see.
-
-    Raises:
-        ValueError: for fewer than 2 samples, batches that do not divide into groups of samples, and settings of TRL
-            that do not work with latent thoughts.
+    measured as the run will see. Settings of TRL that do not work with latent thoughts raise ValueError.
     """
 
     learning_rate: float = learning_rate_field(1e-5)

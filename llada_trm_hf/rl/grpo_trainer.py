@@ -44,7 +44,6 @@ class LatentGRPOTrainer(BaseTrainer, GRPOTrainer):
         model: with a frozen backbone, and without `noise_std`.
         reward_funcs: one or several, as in TRL, such as [`correctness_reward`].
         train_dataset, eval_dataset: problems, with a column `prompt` (text) and the columns that rewards read.
-        processing_class: the tokenizer, saved with every checkpoint.
 
     Raises:
         ValueError: for a backbone that trains, noisy thoughts, fewer problems than a batch takes, or checkpoints that
@@ -128,10 +127,8 @@ class LatentGRPOTrainer(BaseTrainer, GRPOTrainer):
         answers, _ = self._generate_single_turn(self._tokenize_prompts(prompts)[0], None, {}, 1)
         texts = self.processing_class.batch_decode(answers, skip_special_tokens=True)
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-        rewards = [
-            torch.tensor(reward(prompts=prompts, completions=texts, completion_ids=answers, **columns))
-            for reward in self.reward_funcs
-        ]
+        arguments = {"prompts": prompts, "completions": texts, "completion_ids": answers, **columns}
+        rewards = [torch.tensor(reward(**arguments)) for reward in self.reward_funcs]
         return (torch.stack(rewards, dim=1) * self.reward_weights).sum(1)
 
     def _order_problems(self, resume_from: str | bool | None) -> None:
@@ -160,8 +157,9 @@ class LatentGRPOTrainer(BaseTrainer, GRPOTrainer):
     def _check_number_of_problems(self) -> None:
         if len(self.train_dataset) < self._problems_per_batch:
             raise ValueError(
-                f"There are {len(self.train_dataset)} problems to train on, and a batch takes {self._problems_per_batch}, "
-                f"num_generations={self.args.num_generations} samples of each: use more, or a smaller batch."
+                f"There are {len(self.train_dataset)} problems to train on, and a batch takes "
+                f"{self._problems_per_batch}, with num_generations={self.args.num_generations} samples of each: use "
+                f"more problems, or a smaller batch."
             )
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:

@@ -27,15 +27,12 @@ class BaseTrainer(Trainer):
     made, and with `args.save_backbone=False` without their backbone. A loss that is NaN or infinite stops training
     before it reaches the weights.
 
-    Attributes:
-        data_description: `name`, `hub_name`, `split` and `eval_split` of the dataset, for the card.
-
     Raises:
         ValueError: if checkpoints would leave out a backbone that nobody could find again, or one that trains.
     """
 
     args: CommonTrainingArguments
-    data_description: dict[str, str] | None = None
+    data_description: dict[str, str] | None = None  # for the card: `name`, `hub_name`, `split` and `eval_split`
 
     def __init__(
         self,
@@ -66,11 +63,8 @@ class BaseTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """
-        As in `Trainer`, with a check of the losses after the last micro-batch of an optimizer step, before the weights
-        change. (Once per step, since it waits for the device.)
-
-        Raises:
-            FloatingPointError: if one is NaN or infinite on any process; names the module where it began.
+        As in `Trainer`, but raises FloatingPointError, naming the module where it began, if a loss is NaN or infinite
+        on any process. Checked once per optimizer step, before the weights change, since it waits for the device.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._micro_batches.append((loss, inputs))
@@ -88,9 +82,8 @@ class BaseTrainer(Trainer):
         return loss
 
     def _advice_on_non_finite(self) -> str:
-        return (
-            f"Lower the learning rate or max_grad_norm, and resume from the last checkpoint in {self.args.output_dir}."
-        )
+        folder = self.args.output_dir
+        return f"Lower the learning rate or max_grad_norm, and resume from the last checkpoint in {folder}."
 
     @torch.no_grad()
     def _origin_of_non_finite(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> str:
@@ -125,10 +118,7 @@ class BaseTrainer(Trainer):
         super().log(logs, start_time)
 
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
-        """
-        Writes the package's card for the model in the output folder; a ValueError for arguments that only the card of
-        `Trainer` has.
-        """
+        """Writes the package's card to the output folder; ValueError for arguments that only `Trainer`'s card has."""
         _refuse_for_card(kwargs)
         if self.is_world_process_zero():
             folder = self.args.output_dir
@@ -148,9 +138,7 @@ class BaseTrainer(Trainer):
     ) -> Any:
         """
         As in `Trainer`, but uploads what `llada-trm push` does: the model, its code and its card, no pickles and logs.
-
-        Returns:
-            `CommitInfo`, or a `Future` of it unless `blocking`; None in all processes but the first.
+        Returns a `CommitInfo`, or a `Future` of it unless `blocking`; None in all processes but the first.
         """
         _refuse_for_card(kwargs)
         private = bool(self.args.hub_private_repo if private is None else private)

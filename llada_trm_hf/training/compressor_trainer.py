@@ -1,5 +1,6 @@
-"""The trainer of [`DimensionCompressor`]."""
+"""The trainer of [`DimensionCompressor`], on the last-layer hidden states of a frozen language model."""
 
+import inspect
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -12,10 +13,10 @@ from transformers import EvalPrediction, PreTrainedModel
 
 from ..data import TextCollator
 from ..models import DimensionCompressor, PCAFit
+from ..models.backbone_wrapper import encode
 from .arguments import CompressorTrainingArguments
 from .base_trainer import BaseTrainer
-from .language_model import compare_next_tokens, head_width, last_layer_states
-from .reconstruction_metrics import reconstruction_metrics
+from .reconstruction_metrics import compare_next_tokens, head_width, reconstruction_metrics
 
 
 class CompressorTrainer(BaseTrainer):
@@ -25,8 +26,7 @@ class CompressorTrainer(BaseTrainer):
 
     On held-out text it reports `reconstruction_metrics`, and how the LM head reads the reconstruction:
     `eval_top_token_agreement`, the share of tokens with the same most likely successor, and `eval_kl_divergence`.
-    `eval_loss` is the mean squared error. (The held-out states stay in memory: tokens x hidden size x 4 bytes, a few
-    times over.)
+    `eval_loss` is the mean squared error. (The states stay in memory: tokens x hidden size x 4 bytes, and again.)
 
     Args:
         language_model: any causal language model; frozen here. Its hidden size is the compressor's.
@@ -126,3 +126,14 @@ class CompressorTrainer(BaseTrainer):
         metrics = reconstruction_metrics(reconstructed, rows(states for states, _ in outputs.label_ids))
         metrics |= {"top_token_agreement": same.mean().item(), "kl_divergence": divergence.mean().item()}
         return {"loss": metrics["mse"], **metrics}
+
+
+@torch.no_grad()
+def last_layer_states(
+    language_model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> torch.Tensor:
+    """The hidden states `[B, L, D]` that the LM head reads; the head is not run, other layers' states are not kept."""
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if "use_cache" in inspect.signature(language_model.forward).parameters:
+        inputs["use_cache"] = False
+    return encode(language_model, inputs).last_hidden_state.to(input_ids.device)

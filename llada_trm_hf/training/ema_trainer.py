@@ -57,22 +57,20 @@ class EMATrainer(BaseTrainer):
         return {} if self.ema is None else dict(zip(self._trainable, (a.detach() for a in self.ema.parameters())))
 
     @torch.no_grad()
-    def copy_ema_to_model(self) -> None:
-        """Replaces the weights by their average."""
-        for name, average in self.averages().items():
-            self._trainable[name].copy_(average)
+    def set_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Copies these weights, such as `averages()`, into the model."""
+        for name, weight in weights.items():
+            self._trainable[name].copy_(weight)
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:
-        """Inside, the model has the averages; afterwards its own weights again."""
+        """Inside, the model has the averages."""
         weights = {name: self._trainable[name].detach().clone() for name in self.averages()}
-        self.copy_ema_to_model()
+        self.set_weights(self.averages())
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, weight in weights.items():
-                    self._trainable[name].copy_(weight)
+            self.set_weights(weights)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         with self._averaged_weights():
@@ -100,10 +98,10 @@ class EMATrainer(BaseTrainer):
             raise ValueError(f"The checkpoint {resume_from_checkpoint} was made {made} use_ema: resume it likewise.")
         if not has_average:
             return
-        state = load_file(path)
-        if {name for name in state if name.startswith("average.")} != {f"average.{name}" for name in self._trainable}:
+        state, averages = load_file(path), self.averages()
+        if state.keys() != {f"{kind}.{name}" for name in averages for kind in ("weights", "average")}:
             raise ValueError("The checkpoint was made with other weights trainable: resume with the same ones.")
-        for name, average in self.averages().items():
+        for name, average in averages.items():
             self._trainable[name].copy_(state[f"weights.{name}"])
             average.copy_(state[f"average.{name}"])
 
@@ -123,4 +121,4 @@ class _UpdateEMA(TrainerCallback):
             self.trainer.update_ema()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.copy_ema_to_model()
+        self.trainer.set_weights(self.trainer.averages())

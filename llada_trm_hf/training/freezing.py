@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 @dataclass
 class TrainableReport:
-    """How many parameters of a model train; `modules` names the modules that hold them."""
+    """How many parameters of a model train, and the names of the modules that hold them."""
 
     trainable: int
     total: int

@@ -20,7 +20,6 @@ class LatentAnswerTrainer(BaseTrainer):
 
     Args:
         train_dataset, eval_dataset: of `tokenize_latent_answers`.
-        processing_class: the tokenizer, saved with every checkpoint.
         kwargs: as in `Trainer`.
     """
 

@@ -30,7 +30,6 @@ class MaskedDiffusionTrainer(EMATrainer):
     Args:
         model: a masked-diffusion model or hybrid.
         train_dataset, eval_dataset: of `tokenize_reasoning`.
-        processing_class: the tokenizer, saved with every checkpoint.
         kwargs: as in `Trainer`.
 
     Raises:
@@ -96,7 +95,7 @@ class MaskedDiffusionTrainer(EMATrainer):
             # Evaluation needs no logits.
             inputs = {**inputs, "logits_to_keep": torch.zeros(0, dtype=torch.long, device=inputs["labels"].device)}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        self._record_components(outputs)
+        self._record_outputs(outputs)
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
@@ -111,7 +110,7 @@ class MaskedDiffusionTrainer(EMATrainer):
         refined = outputs["refinement_steps"] > 0
         return loss, outputs["refiner_confidence"], outputs["chunk_accuracy"].where(refined, NOT_REFINED)
 
-    def _record_components(self, outputs: Any) -> None:
+    def _record_outputs(self, outputs: Any) -> None:
         for name, value in (outputs.get("loss_components") or {}).items():
             self.record(f"{name}_loss", value)
         if outputs.get("refinement_steps") is not None:

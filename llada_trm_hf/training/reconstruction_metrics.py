@@ -1,6 +1,7 @@
-"""How close vectors are to what they should be, beside what a constant would reach."""
+"""How close hidden states are to what they should be, and what an LM head makes of the difference."""
 
 import torch
+from torch import nn
 
 
 def reconstruction_metrics(
@@ -42,6 +43,38 @@ def reconstruction_metrics(
     return metrics
 
 
+def head_width(head: nn.Linear) -> int:
+    """The size of the hidden states that an LM head reads."""
+    return head.weight.shape[1]
+
+
+def top_tokens(head: nn.Linear, states: torch.Tensor) -> torch.Tensor:
+    """The most likely token after each of the hidden states `[N, D]`: LongTensor `[N]`."""
+    return _logits(head, states).argmax(-1)
+
+
+def compare_next_tokens(
+    head: nn.Linear, before: torch.Tensor, after: torch.Tensor, chunk_size: int = 512
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    How an LM head's predictions change with the hidden states.
+
+    Args:
+        before, after: `[N, D]`.
+        chunk_size: states at a time, since a row of logits is as long as the vocabulary.
+
+    Returns:
+        Whether the top token is the same, and KL(before || after) in nats, both float32 `[N]`, from the head's raw
+        logits (before a cap, if the model has one).
+    """
+    same, divergence = [], []
+    for old, new in zip(before.split(chunk_size), after.split(chunk_size)):
+        old_log, new_log = (_logits(head, states).log_softmax(-1) for states in (old, new))
+        same.append((old_log.argmax(-1) == new_log.argmax(-1)).float())
+        divergence.append((old_log.exp() * (old_log - new_log)).sum(-1))
+    return torch.cat(same), torch.cat(divergence)
+
+
 def _measures(prefix: str, rows: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
     error = rows - expected  # [N, D]
     values = {
@@ -51,3 +84,7 @@ def _measures(prefix: str, rows: torch.Tensor, expected: torch.Tensor) -> dict[s
         "variance_ratio": (rows.var(0) / (expected.var(0) + 1e-8)).mean(),
     }
     return {prefix + name: value.item() for name, value in values.items()}
+
+
+def _logits(head: nn.Linear, states: torch.Tensor) -> torch.Tensor:
+    return head(states.to(head.weight.device, head.weight.dtype)).float().to(states.device)  # [N, V]

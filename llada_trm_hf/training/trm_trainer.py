@@ -18,8 +18,7 @@ from ..hidden_pairs import HiddenPairsCollator
 from ..models import DimensionCompressor, SequenceTRM, SequenceTRMOutput
 from .arguments import TRMTrainingArguments
 from .ema_trainer import EMATrainer
-from .language_model import head_width, top_tokens
-from .reconstruction_metrics import reconstruction_metrics
+from .reconstruction_metrics import head_width, reconstruction_metrics, top_tokens
 
 BATCH_FIELDS = ("context", "mask", "target", "y", "z")
 
@@ -35,9 +34,8 @@ class TRMTrainer(EMATrainer):
     processes stay in step. Checkpoints hold what a run needs to resume in the middle of a batch.
 
     Held-out metrics are those of `reason`, which halts sample by sample: `reconstruction_metrics` (`eval_loss` is the
-    mean squared error), `eval_halting_accuracy` (how often the halting head judges the final prediction rightly),
-    `eval_solved_share` (how often that prediction was close enough), `eval_mean_steps`, and with an LM head
-    `eval_top_token_agreement`.
+    mean squared error), `eval_solved_share` (how often the final prediction was close enough), `eval_halting_accuracy`
+    (how often the halting head knew), `eval_mean_steps`, and with an LM head `eval_top_token_agreement`.
 
     Args:
         model: the SequenceTRM; `args` change its config.
@@ -50,7 +48,6 @@ class TRMTrainer(EMATrainer):
 
     Raises:
         ValueError: for an LM head of another width, or sharded training (the model is small: processes hold it whole).
-        FloatingPointError: in training, when a loss becomes NaN or infinite; names the samples and the module.
     """
 
     args: TRMTrainingArguments
@@ -248,9 +245,8 @@ class _SupervisionSteps(TrainerCallback):
 def _check_width(lm_head: nn.Linear, model: SequenceTRM, compressor: DimensionCompressor | None) -> None:
     size = model.config.hidden_size
     if compressor is not None and compressor.config.compressed_size != size:
-        raise ValueError(
-            f"The compressor has compressed_size={compressor.config.compressed_size}, the model hidden_size={size}."
-        )
+        compressed = compressor.config.compressed_size
+        raise ValueError(f"The compressor has compressed_size={compressed}, the model hidden_size={size}.")
     width = size if compressor is None else compressor.config.hidden_size
     found = head_width(lm_head)
     if found != width:
@@ -281,12 +277,10 @@ class RecentBatches(Dataset):
 
 class SupervisionSampler(Sampler[list[int]]):
     """
-    Batches of indices, repeated for each supervision step.
-
-    The batches of all processes in one optimizer step form a group of `num_parts` micro-batches (processes times
-    accumulation steps), which comes `num_repeats` times in a row. accelerate shards batch by batch, so every process
-    gets the same micro-batches in every repetition. To a smaller last group, up to `num_parts - 1` samples from the
-    beginning of the epoch are added until it divides into equal parts.
+    Batches of indices, repeated for each supervision step. The batches of all processes in one optimizer step form a
+    group of `num_parts` micro-batches (processes times accumulation steps), which comes `num_repeats` times in a row.
+    accelerate shards batch by batch, so every process gets the same micro-batches in every repetition. To a smaller
+    last group, up to `num_parts - 1` samples from the beginning of the epoch are added, until it divides.
 
     Args:
         sampler: of indices; accelerate replaces this attribute by a seeded one.
