@@ -31,12 +31,8 @@ class LatentGRPOTrainingArguments(CommonTrainingArguments, GRPOConfig):
     curriculum: bool = HfArg(
         default=False, help="Order the problems from easy to hard, by the initial model's share of right samples."
     )
-    curriculum_samples: int | None = HfArg(
-        default=None, help="Samples of a problem that measure this share; num_generations by default."
-    )
-    drop_uninformative: bool = HfArg(
-        default=False, help="Leave out problems that all or none of these samples solve: there is nothing to compare."
-    )
+    curriculum_samples: int | None = HfArg(default=None, help="Samples that measure this share; num_generations.")
+    drop_uninformative: bool = HfArg(default=False, help="Leave out problems that all or none of these samples solve.")
     save_backbone: bool = HfArg(
         default=True, help="Whether checkpoints hold the backbone too; without it they need the one they name."
     )

@@ -214,15 +214,13 @@ class LatentGRPOTrainer(BaseTrainer, GRPOTrainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        if checkpoint is None:
-            return
-        state = load_file(self._answers_file(checkpoint))
-        self._step = int(state.pop("step"))
-        batches: list[dict[str, torch.Tensor]] = [{} for _ in range(self.args.steps_per_generation)]
-        for name, value in state.items():
-            number, _, field = name.partition(".")
-            batches[int(number)][field] = value.to(self.args.device)
-        self._buffered_inputs = batches
+        if checkpoint is not None:
+            state = load_file(self._answers_file(checkpoint))
+            self._step = int(state.pop("step"))
+            self._buffered_inputs = [{} for _ in range(self.args.steps_per_generation)]
+            for name, value in state.items():
+                number, _, field = name.partition(".")
+                self._buffered_inputs[int(number)][field] = value.to(self.args.device)
 
     def _answers_file(self, folder: str) -> str:
         return os.path.join(folder, f"answers_{self.args.process_index}.safetensors")

@@ -22,9 +22,7 @@ class CommonTrainingArguments(TrainingArguments):
     """
 
     learning_rate: float = learning_rate_field(5e-5)
-    per_device_train_batch_size: int = HfArg(
-        default=8, aliases=["--batch_size"], help="The batch size per device in training."
-    )
+    per_device_train_batch_size: int = HfArg(default=8, aliases=["--batch_size"], help="Training rows per device.")
     num_train_epochs: float = HfArg(default=3.0, aliases=["--num_epochs"], help="Total number of training epochs.")
     remove_unused_columns: bool = HfArg(default=False, help="Off: the collator needs columns the model does not.")
     logging_nan_inf_filter: bool = HfArg(default=False, help="Off: a loss of NaN stops the run, and is not hidden.")
@@ -67,12 +65,8 @@ class CommonTrainingArguments(TrainingArguments):
 class EMATrainingArguments(CommonTrainingArguments):
     """[`CommonTrainingArguments`] of [`EMATrainer`]."""
 
-    use_ema: bool = HfArg(
-        default=False, help="Evaluate and save an exponential moving average of the weights that train."
-    )
-    ema_decay: float = HfArg(
-        default=0.999, help="After every optimizer step, average = decay * average + (1 - decay) * weights."
-    )
+    use_ema: bool = HfArg(default=False, help="Evaluate and save an exponential moving average of the weights.")
+    ema_decay: float = HfArg(default=0.999, help="Each step, average = decay * average + (1 - decay) * weights.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -88,19 +82,13 @@ class MaskedDiffusionTrainingArguments(EMATrainingArguments):
     """
 
     mask_epsilon: float = HfArg(default=1e-3, help="Smallest masking probability: p_mask = (1 - eps) t + eps.")
-    learn_padding: bool = HfArg(
-        default=True, help="Pad responses with the end-of-sequence token and learn it, as LLaDA's fine-tuning does."
-    )
+    learn_padding: bool = HfArg(default=True, help="Pad with the end of the sequence and learn it, as in LLaDA's SFT.")
     random_length_probability: float = HfArg(
         default=0.0, help="Share of rows cut to a random length (0.01 in LLaDA's pre-training)."
     )
     save_backbone: bool = HfArg(default=True, help="Whether checkpoints of a hybrid hold the backbone too.")
-    use_muon: bool = HfArg(
-        default=False, help="Train the matrices of the hidden layers with Muon, and all the rest as optim says."
-    )
-    muon_learning_rate: float | None = HfArg(
-        default=None, help="The initial learning rate of Muon; learning_rate by default."
-    )
+    use_muon: bool = HfArg(default=False, help="Muon for the matrices of the hidden layers; optim for all the rest.")
+    muon_learning_rate: float | None = HfArg(default=None, help="Initial learning rate of Muon; learning_rate.")
 
     def __post_init__(self):
         super().__post_init__()

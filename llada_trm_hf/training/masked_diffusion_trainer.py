@@ -12,7 +12,6 @@ from .arguments import MaskedDiffusionTrainingArguments
 from .ema_trainer import EMATrainer
 from .muon import muon_with_adamw
 
-NUM_BINS = 10  # of confidence, for the calibration error
 NOT_REFINED = -100.0  # in place of an accuracy; the Trainer also pads with -100 where a batch has fewer chunks
 
 
@@ -125,7 +124,7 @@ class MaskedDiffusionTrainer(EMATrainer):
             self.record(name, value.nanmean())  # NaN where a chunk or a step was not run
 
 
-def expected_calibration_error(confidence: torch.Tensor, accuracy: torch.Tensor, num_bins: int = NUM_BINS) -> float:
+def expected_calibration_error(confidence: torch.Tensor, accuracy: torch.Tensor, num_bins: int = 10) -> float:
     """
     The expected calibration error (Guo et al., arXiv 1706.04599, equation 3): the distance between mean confidence and
     mean accuracy in each of `num_bins` bins of equal width, weighted by the share of predictions in the bin.

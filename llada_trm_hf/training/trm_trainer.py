@@ -20,8 +20,6 @@ from .arguments import TRMTrainingArguments
 from .ema_trainer import EMATrainer
 from .reconstruction_metrics import head_width, reconstruction_metrics, top_tokens
 
-BATCH_FIELDS = ("context", "mask", "target", "y", "z")
-
 
 class TRMTrainer(EMATrainer):
     """
@@ -124,7 +122,7 @@ class TRMTrainer(EMATrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of a supervision step; without per-step updates the mean over all of them."""
-        batch = {name: inputs[name] for name in BATCH_FIELDS if name in inputs}
+        batch = {name: inputs[name] for name in ("context", "mask", "target", "y", "z") if name in inputs}
         losses: list[torch.Tensor] = []
         for _ in range(1 if self.args.per_step_updates else self.model.config.n_supervision_steps):
             outputs = model(**batch)
