@@ -127,7 +127,7 @@ class LatentGRPOTrainer(BaseTrainer, GRPOTrainer):
         answers, _ = self._generate_single_turn(self._tokenize_prompts(prompts)[0], None, {}, 1)
         texts = self.processing_class.batch_decode(answers, skip_special_tokens=True)
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-        arguments = {"prompts": prompts, "completions": texts, "completion_ids": answers, **columns}
+        arguments = {**columns, "prompts": prompts, "completions": texts, "completion_ids": answers}
         rewards = [torch.tensor(reward(**arguments)) for reward in self.reward_funcs]
         return (torch.stack(rewards, dim=1) * self.reward_weights).sum(1)
 
