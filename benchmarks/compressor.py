@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from llada_trm_hf import DimensionCompressor, DimensionCompressorConfig
 from llada_trm_hf.data import TextCollator, load_reasoning_dataset
-from llada_trm_hf.training.language_model import compare_next_tokens, last_layer_states
-from llada_trm_hf.training.reconstruction_metrics import reconstruction_metrics
+from llada_trm_hf.training.compressor_trainer import last_layer_states
+from llada_trm_hf.training.reconstruction_metrics import compare_next_tokens, reconstruction_metrics
 
 LEARNING_RATES = [(rate, decays) for rate in (1e-3, 3e-3) for decays in (False, True)]
 BATCH_TEXTS, LOOK_EVERY = 8, 25

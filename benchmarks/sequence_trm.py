@@ -28,8 +28,7 @@ from transformers import AutoModelForCausalLM
 from llada_trm_hf import DimensionCompressor, DimensionCompressorConfig, SequenceTRM, SequenceTRMConfig
 from llada_trm_hf.hidden_pairs import HiddenPairsCollator, HiddenPairsDataset
 from llada_trm_hf.training import TRMTrainer, TRMTrainingArguments
-from llada_trm_hf.training.language_model import top_tokens
-from llada_trm_hf.training.reconstruction_metrics import reconstruction_metrics
+from llada_trm_hf.training.reconstruction_metrics import reconstruction_metrics, top_tokens
 
 SHOWN = ("mse", "r2", "relative_error", "cosine_similarity", "standardised_cosine_similarity", "top_token_agreement")
 NOISE_LEVELS = (0.1, 0.3, 1.0)

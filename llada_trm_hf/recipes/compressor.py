@@ -19,7 +19,7 @@ from ..data.rows import Rows
 from ..hub.files import output_dir_lock, write_atomically
 from ..models import DimensionCompressor, DimensionCompressorConfig
 from ..training import CompressorTrainer, CompressorTrainingArguments
-from ..training.language_model import head_width
+from ..training.reconstruction_metrics import head_width
 from .run_setup import (
     DataArguments,
     TrainingMethod,

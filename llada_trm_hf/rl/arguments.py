@@ -1,10 +1,11 @@
-"""Arguments of GRPO."""
+"""Arguments of GRPO; what each field does is its `help`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from transformers.hf_argparser import HfArg
 from trl import GRPOConfig
 
-from ..training.arguments import CommonTrainingArguments
+from ..training.arguments import CommonTrainingArguments, learning_rate_field
 
 # Checkpointing needs training mode, a synchronised reference would overwrite the backbone it shares, and the others
 # replace the model's own generation or expect an `lm_head`.
@@ -22,33 +23,19 @@ _UNSUPPORTED = (
 class LatentGRPOTrainingArguments(CommonTrainingArguments, GRPOConfig):
     """
     TRL's `GRPOConfig` (`num_generations`, `max_completion_length`, `temperature`, `beta`, `num_iterations`, ...) and
-    [`CommonTrainingArguments`], whose defaults win.
-
-    Args:
-        curriculum: order the problems from easy to hard, by the initial model's share of right samples. With
-            `max_steps`, only as many problems as the run will see.
-        curriculum_samples: samples of each problem for this; `num_generations` by default.
-        drop_uninformative: leave out problems that all or none of these samples solve: there is nothing to compare.
-        save_backbone: whether checkpoints hold the backbone too. Without it they need the one they name.
-
-    Raises:
-        ValueError: for fewer than 2 samples, batches that do not divide into groups of samples, and settings of TRL
-            that do not work with latent thoughts.
+    [`CommonTrainingArguments`], whose defaults win. With `curriculum` and `max_steps`, only as many problems are
+    measured as the run will see. Settings of TRL that do not work with latent thoughts raise ValueError.
     """
 
-    learning_rate: float = field(
-        default=1e-5, metadata={"aliases": ["--lr"], "help": "The initial learning rate of AdamW."}
+    learning_rate: float = learning_rate_field(1e-5)
+    curriculum: bool = HfArg(
+        default=False, help="Order the problems from easy to hard, by the initial model's share of right samples."
     )
-    curriculum: bool = field(
-        default=False, metadata={"help": "Order the problems from easy to hard, by the model's own pass rate."}
+    curriculum_samples: int | None = HfArg(default=None, help="Samples that measure this share; num_generations.")
+    drop_uninformative: bool = HfArg(default=False, help="Leave out problems that all or none of these samples solve.")
+    save_backbone: bool = HfArg(
+        default=True, help="Whether checkpoints hold the backbone too; without it they need the one they name."
     )
-    curriculum_samples: int | None = field(
-        default=None, metadata={"help": "Samples of a problem that measure its pass rate; num_generations."}
-    )
-    drop_uninformative: bool = field(
-        default=False, metadata={"help": "Leave out problems that all or none of these samples solve."}
-    )
-    save_backbone: bool = field(default=True, metadata={"help": "Whether checkpoints hold the backbone too."})
 
     def __post_init__(self):
         if self.num_generations < 2:

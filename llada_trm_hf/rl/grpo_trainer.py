@@ -24,7 +24,7 @@ from ..inspection.non_finite import non_finite_weights
 from ..models import LatentThinkingForCausalLM
 from ..training.base_trainer import BaseTrainer
 from .arguments import LatentGRPOTrainingArguments
-from .curriculum import PassRates
+from .rewards import PassRates
 
 
 class LatentGRPOTrainer(BaseTrainer, GRPOTrainer):
@@ -32,10 +32,10 @@ class LatentGRPOTrainer(BaseTrainer, GRPOTrainer):
     TRL's `GRPOTrainer` (arXiv 2402.03300) for a model that thinks in latent space: the thinker learns from the answers
     that the frozen backbone gives after its thoughts. Problems are plain prompts, each followed by a thought.
 
-    The policy is the model as `generate` runs it. Answers are sampled, and their probabilities computed, in evaluation
-    mode: both without dropout and with the same halting, so before the first update on a batch of answers the ratio of
-    new and old probability is 1. Gradients reach compressor, SequenceTRM and projector through the last latent
-    recursion of each thought. The latent token, which is never sampled, keeps its share of the probabilities.
+    Answers are sampled, and their probabilities computed, in evaluation mode: both without dropout and with the same
+    halting, so before the first update on a batch of answers the ratio of new and old probability is 1. Gradients
+    reach compressor, SequenceTRM and projector through the last latent recursion of each thought. The latent token,
+    which is never sampled, keeps its share of the probabilities.
 
     With `beta`, the reference of the KL term is a copy of the initial thinker on the same backbone. Checkpoints hold
     the answers that later steps still learn from, so a resumed run goes on exactly.
@@ -43,10 +43,7 @@ class LatentGRPOTrainer(BaseTrainer, GRPOTrainer):
     Args:
         model: with a frozen backbone, and without `noise_std`.
         reward_funcs: one or several, as in TRL, such as [`correctness_reward`].
-        args: [`LatentGRPOTrainingArguments`].
         train_dataset, eval_dataset: problems, with a column `prompt` (text) and the columns that rewards read.
-        processing_class: the tokenizer, saved with every checkpoint.
-        callbacks: as in `Trainer`.
 
     Raises:
         ValueError: for a backbone that trains, noisy thoughts, fewer problems than a batch takes, or checkpoints that
@@ -70,8 +67,8 @@ class LatentGRPOTrainer(BaseTrainer, GRPOTrainer):
             raise ValueError("GRPO trains the thinker: freeze the backbone, model.backbone.requires_grad_(False).")
         if model.config.noise_std:
             raise ValueError(
-                f"With noise_std={model.config.noise_std} a thought differs from pass to pass, and answers have no "
-                f"probability of their own: set model.config.noise_std = 0."
+                f"With noise_std={model.config.noise_std} answers have no probability of their own, since thoughts "
+                f"differ from pass to pass: set model.config.noise_std = 0."
             )
         # TRL would load the reference from the model's name, with a second backbone.
         beta, args.beta = args.beta, 0.0
@@ -88,8 +85,7 @@ class LatentGRPOTrainer(BaseTrainer, GRPOTrainer):
         if beta:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise ValueError("The reference shares the backbone, FSDP and DeepSpeed shard it: use beta=0, or DDP.")
-            thinker = copy.deepcopy(model.thinker)
-            reference = LatentThinkingForCausalLM(model.config, model.backbone, thinker)
+            reference = LatentThinkingForCausalLM(model.config, model.backbone, copy.deepcopy(model.thinker))
             self.ref_model = reference.requires_grad_(False).eval()
             add_fused_lm_head(self.ref_model, temperature=args.temperature)
         self._check_number_of_problems()
@@ -102,7 +98,8 @@ class LatentGRPOTrainer(BaseTrainer, GRPOTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in `Trainer`; `eval_reward` is the mean reward. The same weights get the same samples."""
-        with _seeded(self.args.seed):
+        with torch.random.fork_rng():
+            torch.manual_seed(self.args.seed)
             return super().evaluate(*args, **kwargs)
 
     @torch.no_grad()
@@ -118,21 +115,20 @@ class LatentGRPOTrainer(BaseTrainer, GRPOTrainer):
         for start in tqdm(local_starts, desc="Pass rates", disable=self.args.disable_tqdm):
             batch = problems.select(range(start, min(start + size, len(problems))))
             rows = [row for row in batch for _ in range(num_samples)]
-            with _seeded(self.args.seed + start):
+            with torch.random.fork_rng():
+                torch.manual_seed(self.args.seed + start)
                 rewards = self._rewards_of_samples(rows)
             local_rates.append((start, rewards.view(-1, num_samples).mean(1).tolist()))
         return [rate for _, rates in sorted(gather_object(local_rates)) for rate in rates]
 
     def _rewards_of_samples(self, rows: list[dict[str, Any]]) -> torch.Tensor:
-        """The reward of one sampled answer to each problem, `[rows]`."""
+        """The reward of a sampled answer to each problem, `[rows]`."""
         prompts = [row["prompt"] for row in rows]
         answers, _ = self._generate_single_turn(self._tokenize_prompts(prompts)[0], None, {}, 1)
         texts = self.processing_class.batch_decode(answers, skip_special_tokens=True)
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-        rewards = [
-            torch.tensor(reward(prompts=prompts, completions=texts, completion_ids=answers, **columns))
-            for reward in self.reward_funcs
-        ]
+        arguments = {**columns, "prompts": prompts, "completions": texts, "completion_ids": answers}
+        rewards = [torch.tensor(reward(**arguments)) for reward in self.reward_funcs]
         return (torch.stack(rewards, dim=1) * self.reward_weights).sum(1)
 
     def _order_problems(self, resume_from: str | bool | None) -> None:
@@ -143,7 +139,9 @@ class LatentGRPOTrainer(BaseTrainer, GRPOTrainer):
             pass_rates = PassRates.load(folder, problems)
         else:
             if args.max_steps > 0:
-                problems = problems.select(range(min(len(problems), self._problems_in(args.max_steps))))
+                steps = args.max_steps * args.gradient_accumulation_steps
+                batches = math.ceil(steps / (args.steps_per_generation * args.num_iterations))
+                problems = problems.select(range(min(len(problems), batches * self._problems_per_batch)))
             num_samples = args.curriculum_samples or args.num_generations
             pass_rates = PassRates(self.pass_rates(problems, num_samples), num_samples, fingerprint(problems))
         if self.is_world_process_zero():
@@ -152,28 +150,23 @@ class LatentGRPOTrainer(BaseTrainer, GRPOTrainer):
         self.train_dataset = pass_rates.easy_to_hard(problems, args.drop_uninformative)
         self._check_number_of_problems()
 
-    def _problems_in(self, num_steps: int) -> int:
-        """The number of problems in `num_steps` optimizer steps."""
-        args = self.args
-        steps_per_batch = args.steps_per_generation * args.num_iterations
-        batches = math.ceil(num_steps * args.gradient_accumulation_steps / steps_per_batch)
-        return batches * (args.generation_batch_size // args.num_generations)
+    @property
+    def _problems_per_batch(self) -> int:
+        return self.args.generation_batch_size // self.args.num_generations
 
     def _check_number_of_problems(self) -> None:
-        needed = self.args.generation_batch_size // self.args.num_generations
-        if len(self.train_dataset) < needed:
+        if len(self.train_dataset) < self._problems_per_batch:
             raise ValueError(
-                f"There are {len(self.train_dataset)} problems to train on, and a batch takes {needed}, each with "
-                f"num_generations={self.args.num_generations} samples: use more problems, or a smaller batch."
+                f"There are {len(self.train_dataset)} problems to train on, and a batch takes "
+                f"{self._problems_per_batch}, with num_generations={self.args.num_generations} samples of each: use "
+                f"more problems, or a smaller batch."
             )
-
-    # --- What TRL calls ---
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         return _EpochSampler(
             data_source=self.train_dataset if dataset is None else dataset,
             mini_repeat_count=self.num_generations,
-            batch_size=self.args.generation_batch_size // self.num_generations,
+            batch_size=self._problems_per_batch,
             repeat_count=self.num_iterations * self.args.steps_per_generation,
             shuffle=self.shuffle_dataset and not self.args.curriculum,
             seed=self.args.seed,
@@ -181,17 +174,12 @@ class LatentGRPOTrainer(BaseTrainer, GRPOTrainer):
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[Any], None, dict[str, Any]]:
         """The tokens of each problem and the thought after it; TRL repeats each problem several times."""
-        tokens = {
-            prompt: latent_thinking_prompt(prompt, self.processing_class, self.model.config)
-            for prompt in dict.fromkeys(prompts)
-        }
+        tokenizer, config = self.processing_class, self.model.config
+        tokens = {prompt: latent_thinking_prompt(prompt, tokenizer, config) for prompt in set(prompts)}
         return [tokens[prompt] for prompt in prompts], None, {}
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        """
-        Raises:
-            FloatingPointError: if weights have become NaN, so that there is nothing to sample from.
-        """
+        """As in TRL; a FloatingPointError if weights have become NaN, so that there is nothing to sample from."""
         try:
             with _evaluation_mode(self.model):
                 return super()._generate_single_turn(*args, **kwargs)
@@ -201,8 +189,7 @@ class LatentGRPOTrainer(BaseTrainer, GRPOTrainer):
             broken = len(non_finite_weights(self.accelerator.unwrap_model(self.model)))
             raise FloatingPointError(
                 f"After step {self.state.global_step} the probabilities of the answers are NaN or infinite, and so "
-                f"are {broken} of the parameters and buffers. Lower the learning rate or max_grad_norm, and "
-                f"resume from the last checkpoint in {self.args.output_dir}."
+                f"are {broken} of the parameters and buffers. {self._advice_on_non_finite()}"
             ) from error
 
     def _get_per_token_logps_and_entropies(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -217,10 +204,8 @@ class LatentGRPOTrainer(BaseTrainer, GRPOTrainer):
     def _origin_of_non_finite(self, *batch: Any) -> str:
         return "Look at the rewards: the answers were sampled from finite probabilities."
 
-    # --- Answers in use when a checkpoint is written ---
-
     def _save_rng_state(self, output_dir: str) -> None:
-        """Also the answers; the Trainer calls this on every process for every checkpoint."""
+        """Also the answers: the Trainer calls this on every process for every checkpoint."""
         super()._save_rng_state(output_dir)
         state = {"step": torch.tensor(self._step)}
         for number, batch in enumerate(self._buffered_inputs or ()):
@@ -229,15 +214,13 @@ class LatentGRPOTrainer(BaseTrainer, GRPOTrainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        if checkpoint is None:
-            return
-        state = load_file(self._answers_file(checkpoint))
-        self._step = int(state.pop("step"))
-        batches: list[dict[str, torch.Tensor]] = [{} for _ in range(self.args.steps_per_generation)]
-        for name, value in state.items():
-            number, _, field = name.partition(".")
-            batches[int(number)][field] = value.to(self.args.device)
-        self._buffered_inputs = batches
+        if checkpoint is not None:
+            state = load_file(self._answers_file(checkpoint))
+            self._step = int(state.pop("step"))
+            self._buffered_inputs = [{} for _ in range(self.args.steps_per_generation)]
+            for name, value in state.items():
+                number, _, field = name.partition(".")
+                self._buffered_inputs[int(number)][field] = value.to(self.args.device)
 
     def _answers_file(self, folder: str) -> str:
         return os.path.join(folder, f"answers_{self.args.process_index}.safetensors")
@@ -259,11 +242,3 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Inside, random numbers come from `seed`; afterwards they go on as if none had been drawn."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield

@@ -1,4 +1,4 @@
-"""What the trainers of the package share: extra metrics in every log, CSV files, early stopping, the NaN check."""
+"""What all trainers share: metrics in every log and as CSV files, early stopping, the NaN check, the Hub."""
 
 import json
 import os
@@ -22,20 +22,17 @@ from .callbacks import CSVMetricsCallback, ProfilerCallback
 
 class BaseTrainer(Trainer):
     """
-    The HF `Trainer` with `record`: values recorded since the last log are averaged into the next one, over steps and
-    processes. Logs also go to `training_metrics.csv` and `validation_metrics.csv`. Saved models come with
-    `training_settings.json`, from which the model card is made, and with `args.save_backbone=False` without their
-    backbone. A loss that is NaN or infinite stops training before it reaches the weights.
-
-    Attributes:
-        data_description: `name`, `hub_name`, `split` and `eval_split` of the dataset, for the card.
+    The HF `Trainer` with `record`: what was recorded since the last log is averaged into the next one, over steps and
+    processes. Logs also go to CSV files. Saved models come with `training_settings.json`, from which the model card is
+    made, and with `args.save_backbone=False` without their backbone. A loss that is NaN or infinite stops training
+    before it reaches the weights.
 
     Raises:
         ValueError: if checkpoints would leave out a backbone that nobody could find again, or one that trains.
     """
 
     args: CommonTrainingArguments
-    data_description: dict[str, str] | None = None
+    data_description: dict[str, str] | None = None  # for the card: `name`, `hub_name`, `split` and `eval_split`
 
     def __init__(
         self,
@@ -59,21 +56,15 @@ class BaseTrainer(Trainer):
 
     def record(self, name: str, value: torch.Tensor) -> None:
         """
-        Keeps a scalar, on its device, for the mean that the next log reports; NaN does not count. Names that start
-        with `eval_` go to the next log of an evaluation, others to the next one of training. Every process must
-        record the same names.
+        Keeps a scalar, on its device, for the mean in the next log: of an evaluation (as `eval_{name}`) if the model
+        is in evaluation mode, else of training. NaN does not count. Every process must record the same names.
         """
-        self._records[name].append(value.detach())
+        self._records[name if self.model.training else f"eval_{name}"].append(value.detach())
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """
-        As in `Trainer`. After the last micro-batch of an optimizer step, but before the weights change, all processes
-        check the losses: once per step, since the check waits for the device.
-
-        Raises:
-            FloatingPointError: if one is NaN or infinite on any process; names the module where it began.
+        As in `Trainer`, but raises FloatingPointError, naming the module where it began, if a loss is NaN or infinite
+        on any process. Checked once per optimizer step, before the weights change, since it waits for the device.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._micro_batches.append((loss, inputs))
@@ -86,21 +77,21 @@ class BaseTrainer(Trainer):
                 origin = self._origin_of_non_finite(model, inputs, num_items_in_batch)
                 became = f"became {wrong.item()}" if broken else "is NaN or infinite on another process"
                 raise FloatingPointError(
-                    f"The loss {became} in step {self.state.global_step + 1}. {origin} Lower the learning rate or "
-                    f"max_grad_norm, and resume from the last checkpoint in {self.args.output_dir}."
+                    f"The loss {became} in step {self.state.global_step + 1}. {origin} {self._advice_on_non_finite()}"
                 )
         return loss
 
+    def _advice_on_non_finite(self) -> str:
+        folder = self.args.output_dir
+        return f"Lower the learning rate or max_grad_norm, and resume from the last checkpoint in {folder}."
+
     @torch.no_grad()
-    def _origin_of_non_finite(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None
-    ) -> str:
-        """Runs a batch again and says where its NaN or Inf came from. Sharded models need every process here."""
+    def _origin_of_non_finite(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> str:
+        """Runs a batch again, on every process since models may be sharded, and says where NaN or Inf came from."""
         unwrapped = self.accelerator.unwrap_model(model)
         with NonFiniteWatch(unwrapped) as watch, self.compute_loss_context_manager():
-            _, outputs = self.compute_loss(
-                model, self._prepare_inputs(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch
-            )
+            inputs = self._prepare_inputs(inputs)
+            _, outputs = self.compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch)
         samples = self._non_finite_samples(inputs, outputs)
         if watch.finding is None:
             return samples or "Run again, the batch of this process gives finite numbers."
@@ -109,7 +100,7 @@ class BaseTrainer(Trainer):
         return f"{samples} {watch.finding}{weights}".lstrip()
 
     def _non_finite_samples(self, inputs: dict[str, Any], outputs: Any) -> str:
-        """A sentence that names the samples with NaN or Inf, for trainers that can tell them apart."""
+        """A sentence that names the samples with NaN or Inf, of trainers that can tell them apart."""
         return ""
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -127,12 +118,7 @@ class BaseTrainer(Trainer):
         super().log(logs, start_time)
 
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
-        """
-        Writes the package's card for the model in the output folder.
-
-        Raises:
-            ValueError: for arguments that only the card of `Trainer` has.
-        """
+        """Writes the package's card to the output folder; ValueError for arguments that only `Trainer`'s card has."""
         _refuse_for_card(kwargs)
         if self.is_world_process_zero():
             folder = self.args.output_dir
@@ -151,14 +137,8 @@ class BaseTrainer(Trainer):
         **kwargs: Any,
     ) -> Any:
         """
-        As in `Trainer`, but uploads the same files as `llada-trm push`: the model, its code and its card, neither
-        pickles (`training_args.bin`) nor logs.
-
-        Returns:
-            `CommitInfo`, or a `Future` of it unless `blocking`; None in all processes but the first.
-
-        Raises:
-            ValueError: as `create_model_card` and `publish`.
+        As in `Trainer`, but uploads what `llada-trm push` does: the model, its code and its card, no pickles and logs.
+        Returns a `CommitInfo`, or a `Future` of it unless `blocking`; None in all processes but the first.
         """
         _refuse_for_card(kwargs)
         private = bool(self.args.hub_private_repo if private is None else private)
@@ -183,11 +163,10 @@ class BaseTrainer(Trainer):
                 super()._save(output_dir, state_dict)
             finally:
                 del self.model.save_pretrained
-        if not self.args.should_save:
-            return
-        folder = output_dir or self.args.output_dir
-        with open(os.path.join(folder, TRAINING_SETTINGS_FILE), "w", encoding="utf-8") as file:
-            json.dump(training_settings(self.model, self.args, self.data_description), file, indent=2)
+        if self.args.should_save:
+            path = os.path.join(output_dir or self.args.output_dir, TRAINING_SETTINGS_FILE)
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(training_settings(self.model, self.args, self.data_description), file, indent=2)
 
 
 def _check_backbone_can_be_left_out(model: Any) -> None:

@@ -1,5 +1,6 @@
-"""The trainer of [`DimensionCompressor`]."""
+"""The trainer of [`DimensionCompressor`], on the last-layer hidden states of a frozen language model."""
 
+import inspect
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -12,26 +13,22 @@ from transformers import EvalPrediction, PreTrainedModel
 
 from ..data import TextCollator
 from ..models import DimensionCompressor, PCAFit
+from ..models.backbone_wrapper import encode
 from .arguments import CompressorTrainingArguments
 from .base_trainer import BaseTrainer
-from .language_model import compare_next_tokens, freeze, head_width, last_layer_states
-from .reconstruction_metrics import reconstruction_metrics
+from .reconstruction_metrics import compare_next_tokens, head_width, reconstruction_metrics
 
 
 class CompressorTrainer(BaseTrainer):
     """
     Trains a [`DimensionCompressor`] on a frozen language model's last-layer hidden states of text. Every real token
-    counts the same, however a batch is divided into micro-batches and processes. Checkpoints hold the compressor and
-    name the language model.
+    counts the same, however a batch is divided. Checkpoints hold the compressor and name the language model.
 
     On held-out text it reports `reconstruction_metrics`, and how the LM head reads the reconstruction:
     `eval_top_token_agreement`, the share of tokens with the same most likely successor, and `eval_kl_divergence`.
-    `eval_loss` is the mean squared error. (The held-out states stay in memory for this: tokens x hidden size x 4
-    bytes, a few times over.)
+    `eval_loss` is the mean squared error. (The states stay in memory: tokens x hidden size x 4 bytes, and again.)
 
     Args:
-        model: the compressor.
-        args: [`CompressorTrainingArguments`].
         language_model: any causal language model; frozen here. Its hidden size is the compressor's.
         train_dataset, eval_dataset: samples with `input_ids`, of `tokenize_texts` or `tokenize_reasoning`.
         kwargs: as in `Trainer`.
@@ -53,10 +50,8 @@ class CompressorTrainer(BaseTrainer):
     ):
         width = head_width(language_model.get_output_embeddings())
         if width != model.config.hidden_size:
-            raise ValueError(
-                f"The hidden states of the language model are {width} wide, the compressor takes "
-                f"hidden_size={model.config.hidden_size}."
-            )
+            size = model.config.hidden_size
+            raise ValueError(f"The language model's states are {width} wide, the compressor takes hidden_size={size}.")
         if train_dataset is not None and not hasattr(train_dataset, "__len__"):
             # Each process reads its own share: lengths differ, so one cannot cut batches for the others.
             args.accelerator_config.dispatch_batches = False
@@ -70,7 +65,9 @@ class CompressorTrainer(BaseTrainer):
             compute_metrics=self._held_out_metrics,
             **kwargs,
         )
-        self.language_model = freeze(language_model, self.args.device)
+        self.language_model = language_model.requires_grad_(False).eval()
+        if getattr(language_model, "hf_device_map", None) is None:  # else it is placed already
+            language_model.to(self.args.device)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of all micro-batches
 
     def fit_pca(self, num_batches: int | None = None) -> PCAFit:
@@ -80,8 +77,7 @@ class CompressorTrainer(BaseTrainer):
     def hidden_states(self, num_batches: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Hidden states and mask of this process's share of the training data, each sample once."""
         loader = DataLoader(self.train_dataset, batch_size=self.args.train_batch_size, collate_fn=self.data_collator)
-        rank, number = self.args.process_index, self.args.world_size
-        for batch in islice(loader, rank, num_batches, number):
+        for batch in islice(loader, self.args.process_index, num_batches, self.args.world_size):
             batch = self._prepare_inputs(batch)
             yield last_layer_states(self.language_model, **batch), batch["attention_mask"]
 
@@ -114,8 +110,7 @@ class CompressorTrainer(BaseTrainer):
         mask = inputs["attention_mask"]
         states = last_layer_states(self.language_model, inputs["input_ids"], mask)
         reconstructed = self.model(states, attention_mask=mask).reconstructed.float()
-        real = mask.bool()
-        head = self.language_model.get_output_embeddings()
+        real, head = mask.bool(), self.language_model.get_output_embeddings()
         same, divergence = compare_next_tokens(head, states[real], reconstructed[real])
         per_token = [torch.zeros_like(mask, dtype=torch.float32).masked_scatter(real, v) for v in (same, divergence)]
         return None, (reconstructed, *per_token), (states.float(), mask)
@@ -129,9 +124,16 @@ class CompressorTrainer(BaseTrainer):
 
         reconstructed, same, divergence = (rows(batches) for batches in zip(*outputs.predictions))
         metrics = reconstruction_metrics(reconstructed, rows(states for states, _ in outputs.label_ids))
-        return {
-            "loss": metrics["mse"],
-            **metrics,
-            "top_token_agreement": same.mean().item(),
-            "kl_divergence": divergence.mean().item(),
-        }
+        metrics |= {"top_token_agreement": same.mean().item(), "kl_divergence": divergence.mean().item()}
+        return {"loss": metrics["mse"], **metrics}
+
+
+@torch.no_grad()
+def last_layer_states(
+    language_model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> torch.Tensor:
+    """The hidden states `[B, L, D]` that the LM head reads; the head is not run, other layers' states are not kept."""
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if "use_cache" in inspect.signature(language_model.forward).parameters:
+        inputs["use_cache"] = False
+    return encode(language_model, inputs).last_hidden_state.to(input_ids.device)

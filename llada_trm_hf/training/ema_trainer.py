@@ -1,4 +1,4 @@
-"""A trainer that keeps an exponential moving average (EMA) of the weights."""
+"""An exponential moving average (EMA) of the weights."""
 
 import os
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ EMA_FILE = "ema_state.safetensors"
 
 class EMATrainer(BaseTrainer):
     """
-    A [`BaseTrainer`] that, with `args.use_ema`, keeps an average of the weights that train. Evaluation, the choice of
-    the best model and saved models use the average; training goes on from the weights themselves, and checkpoints hold
-    both. After training the model holds the average.
+    With `args.use_ema`, keeps an average of the weights that train. Evaluation, the choice of the best model and saved
+    models use the average; training goes on from the weights themselves, and checkpoints hold both. After training
+    the model holds the average.
 
     Attributes:
-        ema: torch's `AveragedModel` of the parameters that required gradients when the trainer was made, in float32 or
-            better, or None. A frozen backbone is not copied.
+        ema: torch's `AveragedModel`, in float32 or better, of the parameters that required gradients when the trainer
+            was made; None without `use_ema`.
 
     Raises:
         ValueError: for sharded training: the average is one of whole weights.
@@ -45,10 +45,10 @@ class EMATrainer(BaseTrainer):
                 nn.ParameterList(weights),
                 avg_fn=lambda average, weight, _: average.lerp(weight.to(average.dtype), 1 - args.ema_decay),
             )
-            self.update_ema()  # AveragedModel takes over the first weights as they are
+            self.update_ema()  # the first time, AveragedModel copies the weights
 
     def update_ema(self) -> None:
-        """Takes the weights as they are into the average; to be called after every optimizer step."""
+        """To be called after every optimizer step."""
         if self.ema is not None:
             self.ema.update_parameters(nn.ParameterList(self._trainable.values()))
 
@@ -57,22 +57,20 @@ class EMATrainer(BaseTrainer):
         return {} if self.ema is None else dict(zip(self._trainable, (a.detach() for a in self.ema.parameters())))
 
     @torch.no_grad()
-    def copy_ema_to_model(self) -> None:
-        """Replaces the weights by their average."""
-        for name, average in self.averages().items():
-            self._trainable[name].copy_(average)
+    def set_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Copies these weights, such as `averages()`, into the model."""
+        for name, weight in weights.items():
+            self._trainable[name].copy_(weight)
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:
-        """Inside, the model has the averages; afterwards its own weights again."""
+        """Inside, the model has the averages."""
         weights = {name: self._trainable[name].detach().clone() for name in self.averages()}
-        self.copy_ema_to_model()
+        self.set_weights(self.averages())
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, weight in weights.items():
-                    self._trainable[name].copy_(weight)
+            self.set_weights(weights)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         with self._averaged_weights():
@@ -83,7 +81,7 @@ class EMATrainer(BaseTrainer):
             super()._save(output_dir, state_dict)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Also the weights and their average; the Trainer calls this on every process for every checkpoint."""
+        """Also the weights and their average: the Trainer calls this on every process for every checkpoint."""
         super()._save_rng_state(output_dir)
         if self.ema is not None and self.args.should_save:
             state = {f"weights.{name}": weight.detach() for name, weight in self._trainable.items()}
@@ -94,15 +92,16 @@ class EMATrainer(BaseTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = os.path.join(resume_from_checkpoint, EMA_FILE)
-        if os.path.isfile(path) != (self.ema is not None):
-            made = "with" if os.path.isfile(path) else "without"
+        has_average = os.path.isfile(path)
+        if has_average != (self.ema is not None):
+            made = "with" if has_average else "without"
             raise ValueError(f"The checkpoint {resume_from_checkpoint} was made {made} use_ema: resume it likewise.")
-        if self.ema is None:
+        if not has_average:
             return
-        state = load_file(path)
-        if {name for name in state if name.startswith("average.")} != {f"average.{name}" for name in self._trainable}:
+        state, averages = load_file(path), self.averages()
+        if state.keys() != {f"{kind}.{name}" for name in averages for kind in ("weights", "average")}:
             raise ValueError("The checkpoint was made with other weights trainable: resume with the same ones.")
-        for name, average in self.averages().items():
+        for name, average in averages.items():
             self._trainable[name].copy_(state[f"weights.{name}"])
             average.copy_(state[f"average.{name}"])
 
@@ -122,4 +121,4 @@ class _UpdateEMA(TrainerCallback):
             self.trainer.update_ema()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.copy_ema_to_model()
+        self.trainer.set_weights(self.trainer.averages())

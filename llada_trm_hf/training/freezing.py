@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 @dataclass
 class TrainableReport:
-    """How many parameters of a model train; `modules` names the modules that hold them."""
+    """How many parameters of a model train, and the names of the modules that hold them."""
 
     trainable: int
     total: int
@@ -25,12 +25,7 @@ class TrainableReport:
 
 
 def last_layers(model: PreTrainedModel, number: int) -> list[str]:
-    """
-    Patterns for [`set_trainable`] of the last `number` transformer layers of `model`, or of a hybrid's backbone.
-
-    Raises:
-        ValueError: if it has fewer.
-    """
+    """Patterns for [`set_trainable`] of the last `number` transformer layers of `model`, or of a hybrid's backbone."""
     prefix = "backbone" if hasattr(model, "backbone") else ""
     transformer: PreTrainedModel = model.get_submodule(prefix)
     depth = transformer.config.get_text_config().num_hidden_layers
@@ -46,13 +41,9 @@ def set_trainable(model: nn.Module, patterns: Sequence[str], train_layer_norms: 
     Freezes `model` except the modules whose names match, and prints how much trains.
 
     Args:
-        model: any module; changed in place.
         patterns: names of modules or parameters, with `*`, `?` and `[...]` as in file names. A module includes all
             it contains: `["refiner"]`, `["backbone.model.layers.3*", "refiner"]`, `["*"]`.
         train_layer_norms: also train every normalisation layer.
-
-    Returns:
-        [`TrainableReport`].
 
     Raises:
         ValueError: for a pattern that matches nothing; lists the names that exist.
@@ -75,11 +66,7 @@ def set_trainable(model: nn.Module, patterns: Sequence[str], train_layer_norms: 
     report = TrainableReport(
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total=sum(p.numel() for p in model.parameters()),
-        modules=[
-            name
-            for name, module in model.named_modules()
-            if any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-        ],
+        modules=[n for n, m in model.named_modules() if any(p.requires_grad for p in m.parameters(recurse=False))],
     )
     print(report)
     return report

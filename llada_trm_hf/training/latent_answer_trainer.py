@@ -1,4 +1,4 @@
-"""The trainer of answers after latent thoughts."""
+"""The trainer of [`LatentThinkingForCausalLM`]: answers after latent thoughts."""
 
 from typing import Any
 
@@ -19,14 +19,8 @@ class LatentAnswerTrainer(BaseTrainer):
     those before it, and `reasoning_steps`.
 
     Args:
-        model: the model.
-        args: [`LatentAnswerTrainingArguments`].
         train_dataset, eval_dataset: of `tokenize_latent_answers`.
-        processing_class: the tokenizer, saved with every checkpoint.
         kwargs: as in `Trainer`.
-
-    Raises:
-        ValueError: if checkpoints would leave out a backbone that nobody could find again, or one that trains.
     """
 
     args: LatentAnswerTrainingArguments
@@ -42,7 +36,6 @@ class LatentAnswerTrainer(BaseTrainer):
         labels = inputs["labels"][:, 1:]
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         correct = (outputs["logits"][:, :-1].argmax(-1) == labels) | (labels == -100)
-        prefix = "" if model.training else "eval_"
-        self.record(f"{prefix}answer_accuracy", correct.all(-1).float().mean())
-        self.record(f"{prefix}reasoning_steps", outputs["reasoning_steps"].float().mean())
+        self.record("answer_accuracy", correct.all(-1).float().mean())
+        self.record("reasoning_steps", outputs["reasoning_steps"].float().mean())
         return (loss, outputs) if return_outputs else loss

@@ -1,5 +1,6 @@
-"""The trainer of masked-diffusion models, with or without refiner."""
+"""The trainer of masked-diffusion models, with or without refiner, and the calibration of refiners."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,25 +12,24 @@ from .arguments import MaskedDiffusionTrainingArguments
 from .ema_trainer import EMATrainer
 from .muon import muon_with_adamw
 
+NOT_REFINED = -100.0  # in place of an accuracy; the Trainer also pads with -100 where a batch has fewer chunks
+
 
 class MaskedDiffusionTrainer(EMATrainer):
     """
-    The HF `Trainer` with the forward process of masked diffusion: training draws new masks every epoch, evaluation
-    always uses the same ones. Masks depend only on the seed, the epoch and a sample's number: a resumed run, another
-    batch size or more processes see the same ones.
+    The HF `Trainer` with the forward process of masked diffusion: new masks every epoch in training, always the same
+    ones in evaluation. Masks depend only on the seed, the epoch and a sample's number: a resumed run, another batch
+    size or more processes see the same ones.
 
     Besides the loss it logs every component of it, the share of chunks refined, the refinement steps, the confidences
-    and the refiner's own statistics (slot norms, gates, ...), to `report_to` and to `training_metrics.csv` and
-    `validation_metrics.csv`. Evaluation also reports `eval_expected_calibration_error`: of the refiner's confidence in
-    a chunk against the share of the chunk's masked tokens it gets right, over all refined chunks of the evaluation
-    set, in 10 bins.
+    and the refiner's own statistics (slot norms, gates, ...). Evaluation also reports
+    `eval_expected_calibration_error`, in 10 bins over all refined chunks: of the refiner's confidence in a chunk
+    against the share of the chunk's masked tokens it gets right.
 
     Args:
         model: a masked-diffusion model or hybrid.
-        args: [`MaskedDiffusionTrainingArguments`].
         train_dataset, eval_dataset: of `tokenize_reasoning`.
-        processing_class: the tokenizer, saved with every checkpoint.
-        callbacks, kwargs: as in `Trainer`.
+        kwargs: as in `Trainer`.
 
     Raises:
         ValueError: without a padding token, for Muon with FSDP or DeepSpeed, and as in [`EMATrainer`].
@@ -47,14 +47,24 @@ class MaskedDiffusionTrainer(EMATrainer):
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ):
-        self._collators = {fixed: self._collator(model, args, processing_class, fixed) for fixed in (False, True)}
+        tokenizer = model.config.get_text_config() if processing_class is None else processing_class
+        if tokenizer.pad_token_id is None:
+            raise ValueError("There is no padding token: set tokenizer.pad_token, for LLaDA the end of the sequence.")
+        collator = MaskedDiffusionCollator(
+            mask_token_id=model.config.mask_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            mask_epsilon=args.mask_epsilon,
+            learn_padding=args.learn_padding,
+            random_length_probability=args.random_length_probability,
+            seed=args.seed,
+        )
         super().__init__(
             model=model,
             args=args,
-            data_collator=self._collators[False],
+            data_collator=collator,
             processing_class=processing_class,
             compute_metrics=chunk_calibration,
-            callbacks=[_NewMasksEveryEpoch(self._collators[False]), *(callbacks or [])],
+            callbacks=[_NewMasksEveryEpoch(collator), *(callbacks or [])],
             **kwargs,
         )
         if args.use_muon and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
@@ -69,28 +79,29 @@ class MaskedDiffusionTrainer(EMATrainer):
         return super().create_optimizer(model)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        self.data_collator = self._collators[True]
+        collator = self.data_collator
+        self.data_collator = replace(collator, fixed=True, random_length_probability=0.0)
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
-            self.data_collator = self._collators[False]
+            self.data_collator = collator
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The model's own loss; its components go to the next log."""
         if not model.training:
-            # Evaluation needs only the loss: no logits are returned.
+            # Evaluation needs no logits.
             inputs = {**inputs, "logits_to_keep": torch.zeros(0, dtype=torch.long, device=inputs["labels"].device)}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        self._record_components("" if model.training else "eval_", outputs)
+        self._record_outputs(outputs)
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """The loss; with a refiner, the confidence and the accuracy of chunks `[B, N]`, the latter or NOT_REFINED."""
+        """The loss; with a refiner, also the confidence and the accuracy (or NOT_REFINED) of each chunk, `[B, N]`."""
         with self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
         if prediction_loss_only or outputs.get("chunk_accuracy") is None:
@@ -98,65 +109,29 @@ class MaskedDiffusionTrainer(EMATrainer):
         refined = outputs["refinement_steps"] > 0
         return loss, outputs["refiner_confidence"], outputs["chunk_accuracy"].where(refined, NOT_REFINED)
 
-    def _record_components(self, prefix: str, outputs: Any) -> None:
+    def _record_outputs(self, outputs: Any) -> None:
         for name, value in (outputs.get("loss_components") or {}).items():
-            self.record(f"{prefix}{name}_loss", value)
+            self.record(f"{name}_loss", value)
         if outputs.get("refinement_steps") is not None:
             refined = outputs["refinement_steps"] > 0
             num_refined = refined.sum().clamp(min=1)
             undecided = outputs["chunk_confidence"] < 1
-            self.record(f"{prefix}refined_share", refined.sum() / undecided.sum().clamp(min=1))
-            self.record(f"{prefix}refinement_steps", (outputs["refinement_steps"] * refined).sum() / num_refined)
+            self.record("refined_share", refined.sum() / undecided.sum().clamp(min=1))
+            self.record("refinement_steps", (outputs["refinement_steps"] * refined).sum() / num_refined)
             for name in ("chunk_confidence", "refiner_confidence"):
-                self.record(prefix + name, (outputs[name] * refined).sum() / num_refined)
+                self.record(name, (outputs[name] * refined).sum() / num_refined)
         for name, value in (outputs.get("refiner_statistics") or {}).items():
-            self.record(prefix + name, value.nanmean())  # NaN where a chunk or a step was not run
-
-    @staticmethod
-    def _collator(
-        model: PreTrainedModel,
-        args: MaskedDiffusionTrainingArguments,
-        tokenizer: PreTrainedTokenizerBase | None,
-        fixed: bool,
-    ) -> MaskedDiffusionCollator:
-        pad = tokenizer.pad_token_id if tokenizer is not None else model.config.get_text_config().pad_token_id
-        if pad is None:
-            raise ValueError("There is no padding token: set tokenizer.pad_token, for LLaDA the end of the sequence.")
-        return MaskedDiffusionCollator(
-            mask_token_id=model.config.mask_token_id,
-            pad_token_id=pad,
-            mask_epsilon=args.mask_epsilon,
-            learn_padding=args.learn_padding,
-            random_length_probability=0.0 if fixed else args.random_length_probability,
-            seed=args.seed,
-            fixed=fixed,
-        )
+            self.record(name, value.nanmean())  # NaN where a chunk or a step was not run
 
 
-class _NewMasksEveryEpoch(TrainerCallback):
-    def __init__(self, collator: MaskedDiffusionCollator):
-        self.collator = collator
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.collator.set_epoch(int((state.epoch or 0) + 1e-6))
-
-
-NUM_BINS = 10
-NOT_REFINED = -100.0  # in place of an accuracy; the Trainer also pads with -100 where a batch has fewer chunks
-
-
-def expected_calibration_error(confidence: torch.Tensor, accuracy: torch.Tensor, num_bins: int = NUM_BINS) -> float:
+def expected_calibration_error(confidence: torch.Tensor, accuracy: torch.Tensor, num_bins: int = 10) -> float:
     """
     The expected calibration error (Guo et al., arXiv 1706.04599, equation 3): the distance between mean confidence and
     mean accuracy in each of `num_bins` bins of equal width, weighted by the share of predictions in the bin.
 
     Args:
-        confidence: `[M]` in [0, 1], of each prediction.
-        accuracy: `[M]` in [0, 1], of each prediction.
+        confidence, accuracy: `[M]` in [0, 1], of each prediction; at least one.
         num_bins: the bins are `[0, 1/n), [1/n, 2/n), ..., [(n - 1)/n, 1]`.
-
-    Raises:
-        ValueError: without a prediction.
     """
     if not len(confidence):
         raise ValueError("A calibration error needs at least one prediction.")
@@ -167,14 +142,17 @@ def expected_calibration_error(confidence: torch.Tensor, accuracy: torch.Tensor,
 
 
 def chunk_calibration(outputs: EvalPrediction) -> dict[str, float]:
-    """
-    The calibration error of the chunks that were refined; nothing if none was.
-
-    Args:
-        outputs: the refiner's confidence as predictions `[R, N]`, the accuracy or NOT_REFINED as labels `[R, N]`.
-    """
+    """The calibration error of the refined chunks, if any, from what `prediction_step` returns, `[R, N]`."""
     confidence, accuracy = torch.from_numpy(outputs.predictions), torch.from_numpy(outputs.label_ids)
     refined = accuracy != NOT_REFINED
     if not refined.any():
         return {}
     return {"expected_calibration_error": expected_calibration_error(confidence[refined], accuracy[refined])}
+
+
+class _NewMasksEveryEpoch(TrainerCallback):
+    def __init__(self, collator: MaskedDiffusionCollator):
+        self.collator = collator
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.collator.set_epoch(int((state.epoch or 0) + 1e-6))

@@ -12,11 +12,8 @@ from .arguments import MaskedDiffusionTrainingArguments
 
 class MuonWithAdamW(Optimizer):
     """
-    Two optimizers over different parameters that the Trainer, accelerate and learning-rate schedulers drive as one: it
-    holds the parameter groups and the state of both.
-
-    Args:
-        adamw, muon: the optimizers. Groups come in this order, so the first group's `lr` is AdamW's.
+    Two optimizers over different parameters, which the Trainer, accelerate and schedulers drive as one: it holds the
+    parameter groups of both, AdamW's first, and the state of both.
     """
 
     def __init__(self, adamw: Optimizer, muon: Optimizer):
@@ -62,17 +59,12 @@ def muon_with_adamw(
     adamw_settings: dict[str, Any],
 ) -> MuonWithAdamW:
     """
-    An optimizer for the parameters of `model` that train.
+    An optimizer for the parameters of `model` that train. Muon's updates are scaled to the size of AdamW's (arXiv
+    2502.16982, equation 4), so that the same learning rate and weight decay work for both.
 
     Args:
-        model: a masked-diffusion model or hybrid.
-        args: learning rates and weight decay. Muon's updates are scaled to the size of AdamW's (arXiv 2502.16982,
-            equation 4), so that the same values work for both.
         decayed: names of the parameters with weight decay.
-        adamw, adamw_settings: the optimizer of all other parameters.
-
-    Raises:
-        ValueError: if no matrix that Muon is meant for trains.
+        adamw, adamw_settings: the optimizer of the parameters that are not `hidden_matrices`.
     """
     matrices = hidden_matrices(model)
     if not matrices:

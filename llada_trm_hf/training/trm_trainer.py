@@ -18,10 +18,7 @@ from ..hidden_pairs import HiddenPairsCollator
 from ..models import DimensionCompressor, SequenceTRM, SequenceTRMOutput
 from .arguments import TRMTrainingArguments
 from .ema_trainer import EMATrainer
-from .language_model import head_width, top_tokens
-from .reconstruction_metrics import reconstruction_metrics
-
-BATCH_FIELDS = ("context", "mask", "target", "y", "z")
+from .reconstruction_metrics import head_width, reconstruction_metrics, top_tokens
 
 
 class TRMTrainer(EMATrainer):
@@ -29,32 +26,26 @@ class TRMTrainer(EMATrainer):
     Trains a [`SequenceTRM`] on pairs of a context and the language model's state after thinking.
 
     Each batch comes `n_supervision_steps` times in a row. Every supervision step is a step of the trainer, with an
-    optimizer step on its loss (TRM, arXiv 2510.04871, figure 3): `max_steps`, the schedule, clipping, accumulation,
-    logs and checkpoints all count supervision steps. The state (y, z) passes, detached, from one step to the next. All
-    samples of a batch take all its steps, even where the halting head would stop: so every step's halting probability
-    is learned, and processes stay in step. `use_ema` is on by default; see [`EMATrainer`].
-
-    Checkpoints hold the state of a batch in the middle of its steps, the threshold of the halting loss and the cosine
-    similarities that raise it: a resumed run takes the same steps as an uninterrupted one.
+    optimizer step on its loss (TRM, arXiv 2510.04871, figure 3): `max_steps`, the schedule, logs and checkpoints all
+    count supervision steps. The state (y, z) passes, detached, from one step to the next. All samples of a batch take
+    all its steps, even where the halting head would stop: so every step's halting probability is learned, and
+    processes stay in step. Checkpoints hold what a run needs to resume in the middle of a batch.
 
     Held-out metrics are those of `reason`, which halts sample by sample: `reconstruction_metrics` (`eval_loss` is the
-    mean squared error), `eval_halting_accuracy` (how often the halting head judges the final prediction rightly),
-    `eval_solved_share` (how often that prediction was close enough), `eval_mean_steps`, and with an LM head
-    `eval_top_token_agreement`.
+    mean squared error), `eval_solved_share` (how often the final prediction was close enough), `eval_halting_accuracy`
+    (how often the halting head knew), `eval_mean_steps`, and with an LM head `eval_top_token_agreement`.
 
     Args:
         model: the SequenceTRM; `args` change its config.
-        args: [`TRMTrainingArguments`].
         train_dataset, eval_dataset: pairs, such as [`HiddenPairsDataset`].
         data_collator: [`HiddenPairsCollator`], or another with batches of `context` [B, L, D'], `mask` [B, L],
             `target` [B, D'] and `ids`.
-        lm_head: linear, from the language model's hidden states to logits.
+        lm_head: from the language model's hidden states to logits.
         compressor: the one that compressed the pairs, if any; `lm_head` needs it.
-        callbacks, kwargs: as in `Trainer`.
+        kwargs: as in `Trainer`.
 
     Raises:
         ValueError: for an LM head of another width, or sharded training (the model is small: processes hold it whole).
-        FloatingPointError: in training, when a loss becomes NaN or infinite; names the samples and the module.
     """
 
     args: TRMTrainingArguments
@@ -65,7 +56,7 @@ class TRMTrainer(EMATrainer):
         args: TRMTrainingArguments,
         *,
         data_collator: Any = None,
-        lm_head: nn.Module | None = None,
+        lm_head: nn.Linear | None = None,
         compressor: DimensionCompressor | None = None,
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
@@ -88,9 +79,8 @@ class TRMTrainer(EMATrainer):
         self.lm_head = None if lm_head is None else lm_head.requires_grad_(False)
         # A copy: the pairs may use the other one, on the CPU and in data loader workers.
         self.compressor = None if compressor is None else copy.deepcopy(compressor).to(self.args.device)
-        # (y, z) after the last step, of each micro-batch of a process.
+        # (y, z) after the last step, of each micro-batch; sum and number of the cosine similarities of this epoch.
         self._carry: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
-        # Sum and number of the cosine similarities of this epoch.
         self._cosines = torch.zeros(2, dtype=torch.float64, device=self.args.device)
 
     @property
@@ -120,12 +110,8 @@ class TRMTrainer(EMATrainer):
         )
         return self.accelerator.prepare(loader)
 
-    # --- Supervision steps ---
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
-        """As in [`BaseTrainer`], with the state (y, z) that the previous supervision step left among the inputs."""
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """As in [`BaseTrainer`], from the state (y, z) that the previous supervision step left."""
         if len(self._carry) == self.args.gradient_accumulation_steps:
             y, z = self._carry.popleft()
             if self.state.global_step % self.num_steps_per_batch != 0:  # the first step of a batch starts anew
@@ -136,7 +122,7 @@ class TRMTrainer(EMATrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of a supervision step; without per-step updates the mean over all of them."""
-        batch = {name: inputs[name] for name in BATCH_FIELDS if name in inputs}
+        batch = {name: inputs[name] for name in ("context", "mask", "target", "y", "z") if name in inputs}
         losses: list[torch.Tensor] = []
         for _ in range(1 if self.args.per_step_updates else self.model.config.n_supervision_steps):
             outputs = model(**batch)
@@ -173,8 +159,6 @@ class TRMTrainer(EMATrainer):
             config.cosine_threshold = max(config.cosine_threshold, 0.95 * total / number)
         self._cosines.zero_()
 
-    # --- Evaluation ---
-
     @torch.no_grad()
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -183,14 +167,12 @@ class TRMTrainer(EMATrainer):
         inputs = self._prepare_inputs(inputs)
         with self.accelerator.autocast():
             thought = self.model.reason(inputs["context"], inputs["mask"])
-        tokens = [
-            self._top_tokens(states) for states in (thought.prediction, inputs["target"]) if self.lm_head is not None
-        ]
+        tokens = []
+        if self.lm_head is not None:
+            for states in (thought.prediction, inputs["target"]):
+                states = states if self.compressor is None else self.compressor.decompress(states)
+                tokens.append(top_tokens(self.lm_head, states))
         return None, (thought.prediction, thought.halt_probability, thought.num_steps, *tokens), inputs["target"]
-
-    def _top_tokens(self, states: torch.Tensor) -> torch.Tensor:
-        assert self.lm_head is not None
-        return top_tokens(self.lm_head, states if self.compressor is None else self.compressor.decompress(states))
 
     def _held_out_metrics(self, outputs: EvalPrediction) -> dict[str, float]:
         prediction, probability, num_steps, *tokens = map(torch.from_numpy, outputs.predictions)
@@ -207,18 +189,16 @@ class TRMTrainer(EMATrainer):
             metrics["top_token_agreement"] = (tokens[0] == tokens[1]).float().mean().item()
         return metrics
 
-    # --- Checkpoints ---
-
     def _save_rng_state(self, output_dir: str) -> None:
-        """Also the state of the supervision steps; the Trainer calls this on every process for every checkpoint."""
+        """Also the state of the supervision steps: the Trainer calls this on every process for every checkpoint."""
         super()._save_rng_state(output_dir)
         state = {
             "layout": self._layout(),
             "cosines": self._cosines,
             "cosine_threshold": torch.tensor(self.model.config.cosine_threshold, dtype=torch.float64),
         }
-        for index, (y, z) in enumerate(self._carry):
-            state |= {f"y.{index}": y, f"z.{index}": z}
+        for i, (y, z) in enumerate(self._carry):
+            state |= {f"y.{i}": y, f"z.{i}": z}
         save_file({name: value.contiguous() for name, value in state.items()}, self._state_file(output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -231,13 +211,12 @@ class TRMTrainer(EMATrainer):
         if made != found:
             raise ValueError(
                 f"{resume_from_checkpoint} was made with {made[0]} processes, gradient_accumulation_steps={made[1]} "
-                f"and {made[2]} optimizer steps per batch, this run has {found[0]}, {found[1]} and {found[2]}: go on "
-                f"as before."
+                f"and {made[2]} optimizer steps per batch, now {found[0]}, {found[1]} and {found[2]}: go on as before."
             )
         self._cosines = state["cosines"]
         self.model.config.cosine_threshold = state["cosine_threshold"].item()
         number = sum(name.startswith("y.") for name in state)
-        self._carry = deque((state[f"y.{index}"], state[f"z.{index}"]) for index in range(number))
+        self._carry = deque((state[f"y.{i}"], state[f"z.{i}"]) for i in range(number))
 
     def _layout(self) -> torch.Tensor:
         """What must stay the same for a run to resume in the middle of a batch."""
@@ -261,24 +240,21 @@ class _SupervisionSteps(TrainerCallback):
             self.trainer._end_epoch()
 
 
-def _check_width(lm_head: nn.Module, model: SequenceTRM, compressor: DimensionCompressor | None) -> None:
+def _check_width(lm_head: nn.Linear, model: SequenceTRM, compressor: DimensionCompressor | None) -> None:
     size = model.config.hidden_size
     if compressor is not None and compressor.config.compressed_size != size:
-        raise ValueError(
-            f"The compressor has compressed_size={compressor.config.compressed_size}, the model hidden_size={size}."
-        )
+        compressed = compressor.config.compressed_size
+        raise ValueError(f"The compressor has compressed_size={compressed}, the model hidden_size={size}.")
     width = size if compressor is None else compressor.config.hidden_size
-    if head_width(lm_head) != width:
-        raise ValueError(
-            f"The LM head reads states {head_width(lm_head)} wide, the pairs hold {width}: they come from another "
-            f"model."
-        )
+    found = head_width(lm_head)
+    if found != width:
+        raise ValueError(f"The LM head reads states {found} wide, the pairs hold {width}: they are of another model.")
 
 
 class RecentBatches(Dataset):
     """
-    A dataset that caches the last `num_batches` batches of another, so a repeated batch is read once. (Each data
-    loader worker has its own cache.)
+    A dataset that caches the last `num_batches` batches of another, in each data loader worker, so that a repeated
+    batch is read once.
     """
 
     def __init__(self, dataset: Any, num_batches: int):
@@ -287,9 +263,6 @@ class RecentBatches(Dataset):
 
     def __len__(self) -> int:
         return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.dataset[index]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         key = tuple(indices)
@@ -302,18 +275,14 @@ class RecentBatches(Dataset):
 
 class SupervisionSampler(Sampler[list[int]]):
     """
-    Batches of indices, repeated for each supervision step, so that a step of the trainer is a supervision step.
-
-    The batches of all processes in one optimizer step form a group of `num_parts` micro-batches (processes times
-    accumulation steps), which comes `num_repeats` times in a row. accelerate shards batch by batch, so every process
-    gets the same micro-batches in every repetition. The last group of an epoch may be smaller; up to `num_parts - 1`
-    samples from the beginning of the epoch are added until it divides into equal parts.
+    Batches of indices, repeated for each supervision step. The batches of all processes in one optimizer step form a
+    group of `num_parts` micro-batches (processes times accumulation steps), which comes `num_repeats` times in a row.
+    accelerate shards batch by batch, so every process gets the same micro-batches in every repetition. To a smaller
+    last group, up to `num_parts - 1` samples from the beginning of the epoch are added, until it divides.
 
     Args:
         sampler: of indices; accelerate replaces this attribute by a seeded one.
         batch_size: of a micro-batch.
-        num_parts: micro-batches in a group.
-        num_repeats: supervision steps.
         drop_last: leave out a smaller last group.
     """
 

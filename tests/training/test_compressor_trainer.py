@@ -17,8 +17,8 @@ from llada_trm_hf.cli.main import main
 from llada_trm_hf.data import TextCollator, byte_tokenizer, load_text_dataset, tokenize_texts
 from llada_trm_hf.recipes.recipe import load_recipe
 from llada_trm_hf.training import CompressorTrainer, CompressorTrainingArguments
-from llada_trm_hf.training.language_model import compare_next_tokens, last_layer_states
-from llada_trm_hf.training.reconstruction_metrics import reconstruction_metrics
+from llada_trm_hf.training.compressor_trainer import last_layer_states
+from llada_trm_hf.training.reconstruction_metrics import compare_next_tokens, reconstruction_metrics
 
 TOKENIZER = byte_tokenizer()
 WIDTH, SIZE = 16, 4
