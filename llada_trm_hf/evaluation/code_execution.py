@@ -1,9 +1,9 @@
 """
 Programs a model wrote, run in a limited process.
 
-A program has limited time, memory and file size, a folder of its own that is deleted afterwards, and an audit hook that
-refuses sockets, further processes, and changes to files outside that folder. Where an ordinary user may make namespaces
-(Linux, `unshare`), it also has no network interface, and takes every process it started with it when it ends.
+A program has limited time, memory and file size, a folder of its own that is deleted afterwards, and an audit hook
+that refuses sockets, further processes, and changes to files outside that folder. Where an ordinary user may make
+namespaces (Linux, `unshare`), it has no network interface either, and ends together with all processes it started.
 
 This stops accidents and careless code, not malicious code, which can read the user's files and runs in the process of
 the hook that watches it. Run code that you do not trust in a container or virtual machine.
