@@ -1,7 +1,7 @@
 """Finding the answer in what a model writes."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 
 from ..data.reasoning_sources import last_boxed
 from .answer_values import NOT_UNITS, NUMBER, as_written, match_whole, number_of, plain, value_of, without_delimiters
@@ -50,14 +50,7 @@ def extract_answer(text: str) -> str | None:
     a quantity in bold type in the last line; the last number. Only what follows a closed thought (`</think>`) counts.
     """
     text = text.rpartition("</think>")[2]
-    finders: tuple[Callable[[str], str | None], ...] = (
-        _boxed,
-        _tagged,
-        _after_hashes,
-        _stated,
-        _bold_in_last_line,
-        _last_number,
-    )
+    finders = (_boxed, _tagged, _after_hashes, _stated, _bold_in_last_line, _last_number)
     return next((answer for find in finders if (answer := find(text))), None)
 
 
@@ -106,8 +99,7 @@ def _bold_in_last_line(text: str) -> str | None:
 
 def _last_number(text: str) -> str | None:
     text = re.sub(r"(?m)^[ \t]*[0-9]+[.)][ \t]+(?=\S)", "", plain(text))  # without the numbers of lists
-    numbers = reversed(list(NUMBER.finditer(text)))
-    return next((as_written(match) for match in numbers if number_of(match) is not None), None)
+    return next(_numbers(reversed(list(NUMBER.finditer(text)))), None)
 
 
 def _whole(content: str) -> str | None:
@@ -126,12 +118,12 @@ def _in_clause(clause: str) -> str | None:
         return _whole(tidy)
     if leading := _leading_quantity(tidy):
         return leading
-    if formula and not _first_number(plain(clause[: formula.start()])):
+    if formula and not any(_numbers(NUMBER.finditer(plain(clause[: formula.start()])))):
         return _whole(next(filter(None, formula.groups())))
     if "=" in tidy and tidy.rpartition("=")[2].strip():
         return _in_clause(tidy.rpartition("=")[2])
     starts_formula = re.match(r"[(\[{\\]|-?[$]?[0-9]", tidy)
-    return (None if starts_formula else _first_number(tidy)) or _whole(tidy)
+    return _whole(tidy) if starts_formula else next(_numbers(NUMBER.finditer(tidy)), None) or _whole(tidy)
 
 
 def _leading_quantity(clause: str) -> str | None:
@@ -148,6 +140,5 @@ def _tidy(clause: str) -> str:
     return without_delimiters(clause[filler.end() :] if filler else clause)
 
 
-def _first_number(text: str) -> str | None:
-    matches = NUMBER.finditer(text)
-    return next((as_written(match) for match in matches if number_of(match) is not None), None)
+def _numbers(matches: Iterable[re.Match[str]]) -> Iterator[str]:
+    return (as_written(match) for match in matches if number_of(match) is not None)
