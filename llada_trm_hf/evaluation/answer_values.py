@@ -81,10 +81,11 @@ _LONGEST_NUMBER = 300  # characters; what is longer, a model stuck on a digit wr
 
 
 class Value(NamedTuple):
-    """A number, and whether it was written as a percentage (50 for `50%`)."""
+    """A number, whether it was written as a percentage (50 for `50%`), and how it was written, but for currency."""
 
     number: Fraction
     is_percentage: bool
+    text: str
 
 
 def plain(text: str) -> str:
@@ -100,7 +101,7 @@ def plain(text: str) -> str:
     )
 
 
-def number_of(match: re.Match[str]) -> Fraction | None:
+def number_value(match: re.Match[str]) -> Value | None:
     """The number that `NUMBER` matched; None for a division by zero, and for more digits than anyone means."""
     if len(match[0]) > _LONGEST_NUMBER:
         return None
@@ -109,41 +110,27 @@ def number_of(match: re.Match[str]) -> Fraction | None:
         return Fraction(text.replace(",", "").replace(" ", ""))
 
     if match["decimal"]:
-        value = exact(match["decimal"]) * Fraction(10) ** int(match["e"] or match["ten"] or 0)
+        number = exact(match["decimal"]) * Fraction(10) ** int(match["e"] or match["ten"] or 0)
     else:
         over, _, under = (match["over"] or match["part"]).partition("/")
         if not exact(under):
             return None
-        value = exact(over) / exact(under) + exact(match["whole"] or "0")
-    multiplier = match["multiplier"] or match["k"]
-    value *= _MULTIPLIERS[multiplier.lower()] if multiplier else 1
-    return -value if _is_negative(match) else value
-
-
-def as_written(match: re.Match[str]) -> str:
-    """The number that `NUMBER` matched, without its currency."""
-    return ("-" if _is_negative(match) else "") + match["amount"]
-
-
-def _is_negative(match: re.Match[str]) -> bool:
-    return (match["sign"] == "-") != bool(match["inner"])
+        number = exact(over) / exact(under) + exact(match["whole"] or "0")
+    if multiplier := match["multiplier"] or match["k"]:
+        number *= _MULTIPLIERS[multiplier.lower()]
+    is_negative = (match["sign"] == "-") != bool(match["inner"])
+    sign = "-" if is_negative else ""
+    return Value(-number if is_negative else number, bool(match["percent"]), sign + match["amount"])
 
 
 def value_of(text: str) -> Value | None:
     """The number a whole answer says, as in `$1,234.50`, `1 1/2`, `50%`, `x = 7` or `18 dollars per day`, or None."""
-    match = match_whole(text)
-    number = match and number_of(match)
-    return Value(number, bool(match["percent"])) if match and number is not None else None
-
-
-def match_whole(text: str) -> re.Match[str] | None:
-    """The number in an answer that says nothing but a number."""
     text = without_delimiters(plain(text))
     name, equals, right = text.rpartition("=")
     if equals and (re.fullmatch(r"\s*[^\W\d]\w*\s*", name) or not re.search(r"[^\W\d_]", name)):
         text = right.strip()  # x = 7; 3 + 4 = 7
     match = _WHOLE_NUMBER.match(text)
-    return match if match and _UNIT.fullmatch(text, match.end()) else None
+    return number_value(match) if match and _UNIT.fullmatch(text, match.end()) else None
 
 
 def without_delimiters(text: str) -> str:
@@ -220,9 +207,8 @@ def _same_mathematics(a: str | Value, b: str | Value) -> bool:
     if not all(parsed) or any(_bits(expressions[0]) > _MOST_BITS for expressions in parsed):
         return False
     # Not symmetric by itself: of an equation and a number, it follows the first.
-    return all(
-        verify(*pair, allow_set_relation_comp=True, timeout_seconds=seconds) for pair in (parsed, reversed(parsed))
-    )
+    orders = (parsed, parsed[::-1])
+    return all(verify(*order, allow_set_relation_comp=True, timeout_seconds=seconds) for order in orders)
 
 
 def _formula(answer: str | Value) -> str | None:

@@ -31,9 +31,8 @@ class PairedDifference:
     @property
     def interval(self) -> tuple[float, float]:
         """
-        The 95% interval for paired proportions of Newcombe (1998, Statistics in Medicine 17, 2635, method 10).
-
-        Ours, since scipy has none for pairs and statsmodels only those for independent samples.
+        The 95% interval for paired proportions of Newcombe (1998, Statistics in Medicine 17, 2635, method 10), which
+        scipy and statsmodels do not have.
         """
         first, second = self.both + self.only_first, self.both + self.only_second
         p, q, n = second / self.total, first / self.total, self.total
@@ -58,6 +57,10 @@ class PairedDifference:
         discordant = self.only_first + self.only_second
         return float(binomtest(self.only_first, discordant).pvalue) if discordant else 1.0
 
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{100 * self.value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
 
 @dataclass(frozen=True)
 class ComparedResult:
@@ -71,10 +74,7 @@ class ComparedResult:
 @dataclass(frozen=True)
 class Comparison:
     """
-    Attributes:
-        results: the evaluations, the first of which the others are compared with.
-        num_common: problems they share.
-        num_each: problems of each.
+    Evaluations, the first of which the others are compared with: the number of problems they share, and that of each.
     """
 
     results: list[ComparedResult]
@@ -85,15 +85,10 @@ class Comparison:
         """For people: a line for each result."""
         lines = [["", "accuracy (95%)", "difference (95%)", "only first : only this", "p", "passes", "tokens/s"]]
         for result in self.results:
-            summary, difference = result.summary, result.difference
+            summary, paired = result.summary, result.difference
             compared = ["", "", ""]
-            if difference is not None:
-                low, high = difference.interval
-                compared = [
-                    f"{100 * difference.value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
-                    f"{difference.only_first} : {difference.only_second}",
-                    f"{difference.p_value:.2g}",
-                ]
+            if paired is not None:
+                compared = [str(paired), f"{paired.only_first} : {paired.only_second}", f"{paired.p_value:.2g}"]
             numbers = [f"{summary.forward_passes:.1f}", f"{summary.tokens_per_second:.1f}"]
             lines.append([result.name, str(summary.accuracy), *compared, *numbers])
         widths = [max(map(len, column)) for column in zip(*lines)]
@@ -136,11 +131,8 @@ class Comparison:
 
 def compare_results(paths: list[str], common_only: bool = False) -> Comparison:
     """
-    Compares evaluations with the first of them, problem by problem.
-
-    Args:
-        paths: folders of evaluations, or their `problems.jsonl`.
-        common_only: where the problems differ, compare on those that all have.
+    Compares evaluations (their folders, or `problems.jsonl` in these) with the first of them, problem by problem; with
+    `common_only`, where the problems differ, on those that all have.
 
     Raises:
         FileNotFoundError, ValueError: for fewer than two, a path without results, or different problems.

@@ -29,10 +29,9 @@ class EvaluationSettings:
         prompt_format: how a problem becomes a prompt; `{prompt}` stands for it.
         generation: settings that override the model's own.
         batch_size: problems that go through the model together.
-        seed: of sampling; the samples of a batch depend on the seed and the batch only.
+        seed: of sampling, which depends on the seed and the batch only.
         dtype, device: of the model; with several processes and `cuda`, each takes its own.
-        allow_code_execution: run programs the model writes, which datasets of code need.
-        limits: of the process each runs in.
+        allow_code_execution, limits: run programs the model writes, which datasets of code need; limits of each.
 
     Raises:
         ValueError: for settings that cannot work.
@@ -67,14 +66,8 @@ class Evaluation:
 
     def __init__(self, settings: EvaluationSettings, device: Any):
         self.settings = settings
-        self.problems, response = load_reasoning_dataset(
-            settings.dataset_name,
-            settings.split,
-            settings.data_files,
-            settings.columns,
-            settings.num_terms,
-            settings.data_seed,
-        )
+        names = ("dataset_name", "split", "data_files", "columns", "num_terms", "data_seed")
+        self.problems, response = load_reasoning_dataset(*(getattr(settings, name) for name in names))
         source = settings.data_files or settings.dataset_name
         check_prompts(self.problems, source)
         self.kind = scoring_kind(self.problems.column_names, response)

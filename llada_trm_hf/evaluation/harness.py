@@ -19,7 +19,7 @@ class MaskedDiffusionLM(HFLM):
     """
     Hybrids and masked-diffusion backbones.
 
-    `generate_until` generates as many tokens as the task's `max_gen_toks` says. `loglikelihood` is a lower bound, see
+    `generate_until` generates as many tokens as the task's `max_gen_toks`. `loglikelihood` is a lower bound, see
     `likelihood_bounds`; `loglikelihood_rolling` that of the windows of a text, each given the token before it.
 
     Args:

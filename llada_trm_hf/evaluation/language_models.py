@@ -21,10 +21,8 @@ CAUSAL_SETTINGS = ("max_new_tokens", "max_length", "temperature", "top_k", "top_
 @dataclass(frozen=True)
 class Response:
     """
-    A model's answer.
-
     Attributes:
-        text: up to its first end-of-sequence token.
+        text: the answer, up to its first end-of-sequence token.
         num_tokens: of the text, with that token.
         forward_passes: number of function evaluations (NFE) for this prompt; for a causal model one for each token.
         refinement_steps: chunk updates of a refiner per prompt, averaged over the batch; None without refiner.
@@ -61,14 +59,9 @@ def decode(tokens: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 class Responder(ABC):
-    """
-    A model, its tokenizer and the settings it generates with.
+    """A model, its tokenizer and the settings it generates with."""
 
-    Attributes:
-        generation_config: its `max_new_tokens` are None if `max_length` limits prompt and answer together.
-    """
-
-    generation_config: GenerationConfig
+    generation_config: GenerationConfig  # max_new_tokens is None if max_length limits prompt and answer together
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         self.model, self.tokenizer = model, tokenizer
@@ -120,9 +113,8 @@ class DiffusionResponder(Responder):
         if refiner is not None:
             count = refiner.register_forward_hook(lambda *call: updates.append(call[-1].num_steps.sum()))
         with count:
-            output = self.model.generate(
-                **batch, generation_config=self.generation_config, return_dict_in_generate=True
-            )
+            config = self.generation_config
+            output = self.model.generate(**batch, generation_config=config, return_dict_in_generate=True)
         answers = output.sequences[:, batch["input_ids"].shape[1] :]
         mean_updates = None if refiner is None else float(sum(updates)) / len(answers)
         end = [self.tokenizer.eos_token_id]

@@ -67,9 +67,9 @@ def score_output(
 
 def extract_code(output: str, prompt: str = "", entry_point: str = "") -> str:
     """
-    The program in an output: the last fenced block that defines `entry_point`, else the last one, else all of it up to
-    where it stops being Python. If the prompt is the head of the function `entry_point`, the output may be its body,
-    and what stands before the function in the prompt belongs to the program in any case.
+    The program in an output, up to where it stops being Python: the last fenced block that defines `entry_point`, else
+    the last one, else all of it. Where the prompt holds the head of the function `entry_point`, the output may be its
+    body, and what stands before the function in the prompt belongs to the program in any case.
     """
     output = output.rpartition("</think>")[2]
     definition = re.compile(rf"^[ \t]*def[ \t]+{re.escape(entry_point)}\b", re.MULTILINE) if entry_point else None
