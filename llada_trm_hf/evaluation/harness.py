@@ -17,7 +17,7 @@ from .likelihood import is_greedy_response, likelihood_bounds
 @register_model("llada_trm")
 class MaskedDiffusionLM(HFLM):
     """
-    Hybrids and masked-diffusion backbones.
+    Hybrids and masked-diffusion backbones (ValueError for other models).
 
     `generate_until` generates as many tokens as the task's `max_gen_toks`. `loglikelihood` is a lower bound, see
     `likelihood_bounds`; `loglikelihood_rolling` that of the windows of a text, each given the token before it.
@@ -27,9 +27,6 @@ class MaskedDiffusionLM(HFLM):
         num_samples, seed: of the masks the bound of a response is estimated from.
         kwargs: settings of [`MaskedDiffusionGenerationConfig`], such as `num_diffusion_steps=64,block_length=32`, and
             those of `HFLM`.
-
-    Raises:
-        ValueError: for another kind of model.
     """
 
     def __init__(self, pretrained: Any, num_samples: int = 128, seed: int = 0, **kwargs: Any):

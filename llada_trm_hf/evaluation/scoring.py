@@ -133,16 +133,9 @@ def exact_match_accuracy(
     model: PreTrainedModel, samples: Dataset, batch_size: int = 250, **generation_settings: Any
 ) -> Accuracy:
     """
-    How many responses `model` generates token for token, reasoning included, as long as those of the samples.
-
-    Args:
-        samples: of `tokenize_reasoning`, all with prompts of one length and responses of one length, so that neither
-            padding nor the end of a response has to be guessed.
-        batch_size: problems at a time.
-        generation_settings: of `generate`.
-
-    Raises:
-        ValueError: for samples of different lengths.
+    How many responses `model` generates token for token, reasoning included, with `generation_settings` of `generate`.
+    The samples, of `tokenize_reasoning`, must have prompts of one length and responses of one length (else a
+    ValueError is raised), so that neither padding nor the end of a response has to be guessed.
     """
     lengths = {(sample["prompt_length"], len(sample["input_ids"])) for sample in samples}
     if len(lengths) != 1:
