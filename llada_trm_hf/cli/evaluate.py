@@ -83,5 +83,7 @@ def run_lm_eval(arguments: list[str]) -> None:
     """The command of lm-evaluation-harness, with the models of this package registered."""
     from lm_eval.__main__ import cli_evaluate
 
+    from ..evaluation import harness  # noqa: F401  (registers the models)
+
     sys.argv = ["llada-trm lm-eval", *arguments]
     cli_evaluate()

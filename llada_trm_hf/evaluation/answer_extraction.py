@@ -1,10 +1,10 @@
 """Finding the answer in what a model writes."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 
 from ..data.reasoning_sources import last_boxed
-from .answer_values import NOT_UNITS, NUMBER, as_written, match_whole, number_of, plain, value_of, without_delimiters
+from .answer_values import NOT_UNITS, NUMBER, number_value, plain, value_of, without_delimiters
 
 _SENTENCE = re.compile(r"(?:[^.!?\n]|[.!?](?=\S))+")
 _END = re.compile(r"[\s.*]*\Z")
@@ -50,14 +50,7 @@ def extract_answer(text: str) -> str | None:
     a quantity in bold type in the last line; the last number. Only what follows a closed thought (`</think>`) counts.
     """
     text = text.rpartition("</think>")[2]
-    finders: tuple[Callable[[str], str | None], ...] = (
-        _boxed,
-        _tagged,
-        _after_hashes,
-        _stated,
-        _bold_in_last_line,
-        _last_number,
-    )
+    finders = (_boxed, _tagged, _after_hashes, _stated, _bold_in_last_line, _last_number)
     return next((answer for find in finders if (answer := find(text))), None)
 
 
@@ -99,47 +92,43 @@ def _stated(text: str) -> str | None:
 
 
 def _bold_in_last_line(text: str) -> str | None:
-    lines = text.strip().splitlines()
-    found = [content for content in re.findall(r"\*\*(.+?)\*\*", lines[-1]) if value_of(content)] if lines else []
-    return _whole(found[-1]) if found else None
+    bold = re.findall(r"\*\*(.+?)\*\*", text.strip().rpartition("\n")[2])
+    return next((value.text for value in map(value_of, reversed(bold)) if value), None)
 
 
 def _last_number(text: str) -> str | None:
     text = re.sub(r"(?m)^[ \t]*[0-9]+[.)][ \t]+(?=\S)", "", plain(text))  # without the numbers of lists
-    numbers = reversed(list(NUMBER.finditer(text)))
-    return next((as_written(match) for match in numbers if number_of(match) is not None), None)
+    return next(_numbers(reversed(list(NUMBER.finditer(text)))), None)
 
 
 def _whole(content: str) -> str | None:
     """All of `content`: the number it says without its unit, or itself."""
     content = without_delimiters(plain(content))
-    if (match := match_whole(content)) and number_of(match) is not None:
-        return as_written(match)
-    return content or None
+    value = value_of(content)
+    return value.text if value else content or None
 
 
 def _in_clause(clause: str) -> str | None:
     """The quantity that a clause leads up to, or the whole of it."""
     formula = _FORMULA.search(clause)
     tidy = _tidy(clause)
-    if value_of(tidy):
-        return _whole(tidy)
+    if value := value_of(tidy):
+        return value.text
     if leading := _leading_quantity(tidy):
         return leading
-    if formula and not _first_number(plain(clause[: formula.start()])):
+    if formula and not any(_numbers(NUMBER.finditer(plain(clause[: formula.start()])))):
         return _whole(next(filter(None, formula.groups())))
     if "=" in tidy and tidy.rpartition("=")[2].strip():
         return _in_clause(tidy.rpartition("=")[2])
     starts_formula = re.match(r"[(\[{\\]|-?[$]?[0-9]", tidy)
-    return (None if starts_formula else _first_number(tidy)) or _whole(tidy)
+    return _whole(tidy) if starts_formula else next(_numbers(NUMBER.finditer(tidy)), None) or _whole(tidy)
 
 
 def _leading_quantity(clause: str) -> str | None:
     """The number `clause` begins with, unless it is part of something larger."""
     match = NUMBER.match(clause)
-    if match is None or number_of(match) is None or _CONTINUES.match(clause, match.end()):
-        return None
-    return as_written(match)
+    value = match and number_value(match)
+    return value.text if match and value and not _CONTINUES.match(clause, match.end()) else None
 
 
 def _tidy(clause: str) -> str:
@@ -148,6 +137,5 @@ def _tidy(clause: str) -> str:
     return without_delimiters(clause[filler.end() :] if filler else clause)
 
 
-def _first_number(text: str) -> str | None:
-    matches = NUMBER.finditer(text)
-    return next((as_written(match) for match in matches if number_of(match) is not None), None)
+def _numbers(matches: Iterable[re.Match[str]]) -> Iterator[str]:
+    return (value.text for value in map(number_value, matches) if value)

@@ -1,7 +1,6 @@
 """
-Comparing answers: as numbers in whatever notation, as mathematics by math-verify, or as text without decoration.
-
-The grammar of numbers is what math-verify has not: numbers in prose, units, currencies, mixed numbers, multipliers.
+Comparing answers: as numbers, as mathematics by math-verify, or as text. The grammar of numbers is for what
+math-verify does not read: numbers in prose, units, currencies, mixed numbers, multipliers.
 """
 
 import logging
@@ -15,25 +14,24 @@ from typing import Any, NamedTuple
 # --- Notation that means nothing ---
 
 _CHARACTERS = str.maketrans({**dict.fromkeys("\u2212\u2013\u2012\u2010\u2011\ufe63\uff0d", "-"), "\u2044": "/"})
+_VULGAR = "\u00bc-\u00be\u2150-\u215f\u2189"
+_VULGAR_FRACTION = re.compile(f"((?<=[0-9{_VULGAR}]) ?)?([{_VULGAR}])")  # ½, and what parts it from the 2 of 2½
 _THIN_SPACES = "\u00a0\u2007\u2009\u202f"
 # Rewritten one after the other: how LaTeX, Markdown and typesetting write what plain text says too.
-_REWRITES = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (rf"(?<=[0-9])(?:\{{,\}}|,?\\[,!]|[{_THIN_SPACES}])(?=[0-9]{{3}}(?![0-9]))", ","),  # 1{,}000  1\,000  1 000
-        (rf"[{_THIN_SPACES}]|(?<!\\)\\[,;:! ]|(?<!\\)~", " "),
-        (r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \1"),
-        (r"\\(?:left|right|displaystyle|quad)(?![a-zA-Z])", ""),
-        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-        (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree", "°"),
-        (r"\\times(?![a-zA-Z])", "\u00d7"),
-        (r"\\approx(?![a-zA-Z])", "≈"),
-        (r"(?<!\\)\\(?:(?=[$%#&_])|[()\[\]])", ""),
-        (r"(?<![0-9)])(?<!\b[a-zA-Z])\*\*|\*\*(?!\(?(?:[0-9]|[a-zA-Z]\b))", ""),  # Markdown's, not that of x**2
-        (r"__|`|<<[^<>]*>>", ""),  # <<48/2=24>>: GSM8K's calculator
-        (r"\b(?:negative|minus)\s+(?=[$€£¥₹]?[0-9])", "-"),
-    )
-]
+_REWRITES = (
+    (rf"(?<=[0-9])(?:\{{,\}}|,?\\[,!]|[{_THIN_SPACES}])(?=[0-9]{{3}}(?![0-9]))", ","),  # 1{,}000  1\,000  1 000
+    (rf"[{_THIN_SPACES}]|(?<!\\)\\[,;:! ]|(?<!\\)~", " "),
+    (r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \1"),
+    (r"\\(?:left|right|displaystyle|quad)(?![a-zA-Z])", ""),
+    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+    (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree", "°"),
+    (r"\\times(?![a-zA-Z])", "\u00d7"),
+    (r"\\approx(?![a-zA-Z])", "≈"),
+    (r"(?<!\\)\\(?:(?=[$%#&_])|[()\[\]])", ""),
+    (r"(?<![0-9)])(?<!\b[a-zA-Z])\*\*|\*\*(?!\(?(?:[0-9]|[a-zA-Z]\b))", ""),  # Markdown's, not that of x**2
+    (r"__|`|<<[^<>]*>>", ""),  # <<48/2=24>>: GSM8K's calculator
+    (r"\b(?:negative|minus)\s+(?=[$€£¥₹]?[0-9])", "-"),
+)
 
 # --- Notation of numbers ---
 
@@ -48,7 +46,7 @@ _SHORT_UNIT = (
 )
 # A fraction that is no factor, exponent or index of something else.
 _LATEX_FRACTION = re.compile(
-    rf"(?<![\^_])\\frac\s*(?:\{{\s*(-?{_DECIMAL})\s*\}}|([0-9]))\s*(?:\{{\s*(-?{_DECIMAL})\s*\}}|([0-9]))"
+    rf"(?<![\^_])((?<=[0-9²³]))?\\frac\s*(?:\{{\s*(-?{_DECIMAL})\s*\}}|([0-9]))\s*(?:\{{\s*(-?{_DECIMAL})\s*\}}|([0-9]))"
     rf"(?!\s*\\[a-zA-Z]|[({{\[^]|(?!{_SHORT_UNIT}(?!\w))(?:[a-zA-Z]|\s+[b-zB-Z](?![a-zA-Z])))"
 )
 _BODY = rf"""
@@ -83,35 +81,27 @@ _LONGEST_NUMBER = 300  # characters; what is longer, a model stuck on a digit wr
 
 
 class Value(NamedTuple):
-    """A number, and whether it was written as a percentage (50 for `50%`)."""
+    """A number, whether it was written as a percentage (50 for `50%`), and how it was written, but for currency."""
 
     number: Fraction
     is_percentage: bool
+    text: str
 
 
 def plain(text: str) -> str:
     """`text` without LaTeX, Markdown and typography that changes nothing; fractions as `a/b`."""
     if not text.isascii():
-        text = "".join(map(_spell_out, text.translate(_CHARACTERS)))
-        text = re.sub(r"(?<=[0-9]) ?\u2064", " ", text).replace("\u2064", "")
+        text = _VULGAR_FRACTION.sub(
+            lambda match: ("" if match[1] is None else " ") + unicodedata.normalize("NFKC", match[2]), text
+        ).translate(_CHARACTERS)
     for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
-
-    def fraction(match: re.Match[str]) -> str:
-        after_number = match.start() and text[match.start() - 1].isdigit()
-        return f"{' ' if after_number else ''}{match[1] or match[2]}/{match[3] or match[4]}"
-
-    return _LATEX_FRACTION.sub(fraction, text)
+        text = re.sub(pattern, replacement, text)
+    return _LATEX_FRACTION.sub(
+        lambda match: ("" if match[1] is None else " ") + f"{match[2] or match[3]}/{match[4] or match[5]}", text
+    )
 
 
-def _spell_out(character: str) -> str:
-    """`½` as an invisible plus, which `plain` makes a space after a number, and `1/2`."""
-    if unicodedata.decomposition(character).startswith("<fraction>"):
-        return "\u2064" + unicodedata.normalize("NFKC", character).replace("\u2044", "/")
-    return character
-
-
-def number_of(match: re.Match[str]) -> Fraction | None:
+def number_value(match: re.Match[str]) -> Value | None:
     """The number that `NUMBER` matched; None for a division by zero, and for more digits than anyone means."""
     if len(match[0]) > _LONGEST_NUMBER:
         return None
@@ -120,44 +110,27 @@ def number_of(match: re.Match[str]) -> Fraction | None:
         return Fraction(text.replace(",", "").replace(" ", ""))
 
     if match["decimal"]:
-        value = exact(match["decimal"]) * Fraction(10) ** int(match["e"] or match["ten"] or 0)
+        number = exact(match["decimal"]) * Fraction(10) ** int(match["e"] or match["ten"] or 0)
     else:
         over, _, under = (match["over"] or match["part"]).partition("/")
         if not exact(under):
             return None
-        value = exact(over) / exact(under) + exact(match["whole"] or "0")
-    multiplier = match["multiplier"] or match["k"]
-    value *= _MULTIPLIERS[multiplier.lower()] if multiplier else 1
-    return -value if _is_negative(match) else value
-
-
-def as_written(match: re.Match[str]) -> str:
-    """The number that `NUMBER` matched, without its currency."""
-    return ("-" if _is_negative(match) else "") + match["amount"]
-
-
-def _is_negative(match: re.Match[str]) -> bool:
-    return (match["sign"] == "-") != bool(match["inner"])
+        number = exact(over) / exact(under) + exact(match["whole"] or "0")
+    if multiplier := match["multiplier"] or match["k"]:
+        number *= _MULTIPLIERS[multiplier.lower()]
+    is_negative = (match["sign"] == "-") != bool(match["inner"])
+    sign = "-" if is_negative else ""
+    return Value(-number if is_negative else number, bool(match["percent"]), sign + match["amount"])
 
 
 def value_of(text: str) -> Value | None:
-    """
-    The number a whole answer says, such as `18`, `$1,234.50`, `-3/4`, `1 1/2`, `2.5 million`, `50%`, `x = 7` or `18
-    dollars per day`; None if it says anything else.
-    """
-    match = match_whole(text)
-    number = match and number_of(match)
-    return Value(number, bool(match["percent"])) if match and number is not None else None
-
-
-def match_whole(text: str) -> re.Match[str] | None:
-    """The number in an answer that says nothing but a number."""
+    """The number a whole answer says, as in `$1,234.50`, `1 1/2`, `50%`, `x = 7` or `18 dollars per day`, or None."""
     text = without_delimiters(plain(text))
     name, equals, right = text.rpartition("=")
     if equals and (re.fullmatch(r"\s*[^\W\d]\w*\s*", name) or not re.search(r"[^\W\d_]", name)):
         text = right.strip()  # x = 7; 3 + 4 = 7
     match = _WHOLE_NUMBER.match(text)
-    return match if match and _UNIT.fullmatch(text, match.end()) else None
+    return number_value(match) if match and _UNIT.fullmatch(text, match.end()) else None
 
 
 def without_delimiters(text: str) -> str:
@@ -172,12 +145,10 @@ def answers_match(a: str | None, b: str | None) -> bool:
     """
     Whether two answers say the same.
 
-    Numbers are compared exactly as numbers, whatever their notation and unit: `1,200` is `$1200.00`, `\\frac{1}{2}` is
-    `0.5`, and `0.33` is not `1/3`. A percentage agrees with a bare number that writes it either way: `50%` with `50`
-    and with `0.5`. Other mathematics (LaTeX, `2*sqrt(3)`, sets, intervals, equations) is compared by math-verify, in
-    both directions, and formulas too large to be worked out as text. Texts agree if they are the same but for case,
-    white space, LaTeX commands that only decorate, and the full stop. None or an empty text, no answer, agrees with
-    nothing.
+    Numbers are compared exactly, whatever their notation and unit: `1,200` is `$1200.00`, `\\frac{1}{2}` is `0.5`, and
+    `0.33` is not `1/3`; `50%` is `50` and `0.5`. Other mathematics (LaTeX, `2*sqrt(3)`, sets, intervals, equations) is
+    compared by math-verify, in both directions, and formulas too large for it as text. Texts agree but for case, white
+    space, LaTeX commands that only decorate, and the full stop. None or an empty text, no answer, agrees with nothing.
 
     Raises:
         ImportError: if formulas have to be compared and math-verify is not installed.
@@ -204,15 +175,10 @@ _LONGEST_FORMULA = 200  # characters
 _DEEPEST_FORMULA = 5  # brackets: the parser takes twice as long for each
 _MOST_BITS = 5000  # of a number that comparing may have to write out: allows 2^{2020} and x^{100}, not 9^{9^9}
 _SECONDS = 5
-_SYMBOLS = {
-    "\u03c0": r"\pi ",
-    "·": r"\cdot ",
-    "\u00d7": r"\cdot ",
-    "∞": r"\infty ",
-    "°": r"^\circ ",
-    "²": "^2",
-    "³": "^3",
-}
+_DOT = r"\cdot "
+_SYMBOLS = str.maketrans(
+    {"\u03c0": r"\pi ", "·": _DOT, "\u00d7": _DOT, "∞": r"\infty ", "°": r"^\circ ", "²": "^2", "³": "^3"}
+)
 _FUNCTION = re.compile(r"(?<![\\a-zA-Z])(?=(?:pi|sin|cos|tan|log|ln|exp)(?![a-zA-Z]))")
 _IS_FORMULA = re.compile(r"[0-9^+*/=<>\\]")
 # Words and H2O, which math-verify reads as products; dates, as fractions; and what could take it too long.
@@ -231,8 +197,7 @@ def _same_mathematics(a: str | Value, b: str | Value) -> bool:
         from math_verify import LatexExtractionConfig, parse, verify
     except ImportError as error:
         raise ImportError("Comparing formulas needs math-verify: pip install 'llada-trm-hf[train]'.") from error
-    for module in ("parser", "grader"):  # they warn of every time limit
-        logging.getLogger(f"math_verify.{module}").setLevel(logging.ERROR)
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of every time limit
     # Time limits are signals, which need the main thread. Elsewhere only the limits on size hold.
     seconds = _SECONDS if threading.current_thread() is threading.main_thread() else None
     reading = [LatexExtractionConfig(boxed_match_priority=-1)]
@@ -242,9 +207,8 @@ def _same_mathematics(a: str | Value, b: str | Value) -> bool:
     if not all(parsed) or any(_bits(expressions[0]) > _MOST_BITS for expressions in parsed):
         return False
     # Not symmetric by itself: of an equation and a number, it follows the first.
-    return all(
-        verify(*pair, allow_set_relation_comp=True, timeout_seconds=seconds) for pair in (parsed, reversed(parsed))
-    )
+    orders = (parsed, parsed[::-1])
+    return all(verify(*order, allow_set_relation_comp=True, timeout_seconds=seconds) for order in orders)
 
 
 def _formula(answer: str | Value) -> str | None:
@@ -254,9 +218,7 @@ def _formula(answer: str | Value) -> str | None:
         return number if len(number) <= _LONGEST_FORMULA else None
     if len(answer) > _LONGEST_FORMULA or _depth(answer) > _DEEPEST_FORMULA:
         return None
-    text = re.sub(r"\s+", " ", without_delimiters(plain(answer))).replace("$", "")
-    for symbol, latex in _SYMBOLS.items():
-        text = text.replace(symbol, latex)
+    text = re.sub(r"\s+", " ", without_delimiters(plain(answer))).replace("$", "").translate(_SYMBOLS)
     text = re.sub(r"√(?=\s*\()", "sqrt", text).replace("√", r"\sqrt ").replace("**", "^")
     text = _FUNCTION.sub(r"\\", text)
     words = re.sub(r"\\(?:begin|end)\s*\{[a-z]+\}", "", text)

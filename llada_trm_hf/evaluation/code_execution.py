@@ -1,10 +1,9 @@
 """
 Programs a model wrote, run in a limited process.
 
-What holds a program back: a time limit on the wall clock and on the processor, a limit on memory and on file size, a
-folder of its own that is deleted afterwards, and an audit hook that refuses sockets, further processes, and changes to
-files outside that folder. Where the system lets an ordinary user make namespaces (Linux, `unshare`), the process also
-has no network interface and takes every process it started with it when it ends.
+A program has limited time, memory and file size, a folder of its own that is deleted afterwards, and an audit hook
+that refuses sockets, further processes, and changes to files outside that folder. Where an ordinary user may make
+namespaces (Linux, `unshare`), it has no network interface either, and ends together with all processes it started.
 
 This stops accidents and careless code, not malicious code, which can read the user's files and runs in the process of
 the hook that watches it. Run code that you do not trust in a container or virtual machine.
@@ -12,7 +11,6 @@ the hook that watches it. Run code that you do not trust in a container or virtu
 
 import os
 import secrets
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +18,7 @@ import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 _NAMESPACES = ("unshare", "--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-child", "--")
 _LONGEST_REASON = 300
@@ -30,23 +29,16 @@ import os, resource, sys
 
 verdict, memory, seconds = sys.stdin.read().split()
 sys.stdin = open(os.devnull)
-folder, error_file = os.path.realpath("work"), os.path.realpath("error")
-verdict_file = os.path.realpath("verdict")
-for limit, value in (
-    (resource.RLIMIT_AS, int(memory)),
-    (resource.RLIMIT_CPU, int(seconds)),
-    (resource.RLIMIT_FSIZE, 2**24),
-    (resource.RLIMIT_CORE, 0),
-):
-    resource.setrlimit(limit, (value, value))
+folder, error_file, verdict_file = map(os.path.realpath, ("work", "error", "verdict"))
+for name, value in {"AS": int(memory), "CPU": int(seconds), "FSIZE": 2**24, "CORE": 0}.items():
+    resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
 with open("program.py", encoding="utf-8") as file:
     source = file.read()
 os.chdir(folder)
 sys.setrecursionlimit(10_000)
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_TRUNC
 PROCESSES = ("subprocess.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.kill", "pty.")
-FILES = ("remove", "rename", "rmdir", "mkdir", "link", "symlink", "truncate", "chmod", "chown")
-FILES = tuple("os." + name for name in FILES)
+FILES = {f"os.{name}" for name in "remove rename rmdir mkdir link symlink truncate chmod chown".split()}
 watching = True
 
 def outside(path):
@@ -81,14 +73,7 @@ os._exit(0)
 
 @dataclass(frozen=True)
 class ExecutionLimits:
-    """
-    Attributes:
-        seconds: wall-clock time of a program, the start of its interpreter included.
-        memory_mb: address space of its process, in MB.
-
-    Raises:
-        ValueError: for a limit that is not positive.
-    """
+    """Of a program: `seconds` on the wall clock, the start of Python included, and `memory_mb` of address space."""
 
     seconds: float = 10.0
     memory_mb: int = 1024
@@ -114,21 +99,18 @@ def run_program(program: str, limits: ExecutionLimits | None = None) -> Executio
         OSError: if no process can be started. Whatever the program does is a result.
     """
     limits = limits or ExecutionLimits()
-    folder = tempfile.mkdtemp(prefix="llada-trm-program-")
-    try:
-        os.mkdir(os.path.join(folder, "work"))
-        with open(os.path.join(folder, "program.py"), "w", encoding="utf-8", errors="replace") as file:
-            file.write(program)
+    with tempfile.TemporaryDirectory(prefix="llada-trm-program-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        (folder / "work").mkdir()
+        (folder / "program.py").write_text(program, encoding="utf-8", errors="replace")
         verdict = secrets.token_hex(16)
-        in_time = _run(folder, f"{verdict} {limits.memory_mb * 2**20} {int(limits.seconds) + 1}", limits.seconds)
-        if _read(folder, "verdict") == verdict:
+        in_time = _run(name, f"{verdict} {limits.memory_mb * 2**20} {int(limits.seconds) + 1}", limits.seconds)
+        if _read(folder / "verdict") == verdict:
             return ExecutionResult(True)
         if not in_time:
             return ExecutionResult(False, f"time limit of {limits.seconds:g} s")
-        reason = _read(folder, "error") or "the process ended before the program did"
+        reason = _read(folder / "error") or "the process ended before the program did"
         return ExecutionResult(False, " ".join(reason.split())[:_LONGEST_REASON])
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @cache
@@ -163,9 +145,5 @@ def _run(folder: str, instructions: str, seconds: float) -> bool:
         process.wait()
 
 
-def _read(folder: str, name: str) -> str:
-    try:
-        with open(os.path.join(folder, name), encoding="utf-8") as file:
-            return file.read()
-    except FileNotFoundError:
-        return ""
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""

@@ -6,8 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from .accuracy import Accuracy, wilson_interval
 from .result_folder import PROBLEMS_FILE, EvaluationSummary, ProblemResult, ResultFolder
+from .scoring import wilson_interval
 
 
 @dataclass(frozen=True)
@@ -31,29 +31,23 @@ class PairedDifference:
     @property
     def interval(self) -> tuple[float, float]:
         """
-        The 95% interval for paired proportions of Newcombe (1998, Statistics in Medicine 17, 2635, method 10).
-
-        Ours, since scipy has none for pairs and statsmodels only those for independent samples.
+        The 95% interval for paired proportions of Newcombe (1998, Statistics in Medicine 17, 2635, method 10), which
+        scipy and statsmodels do not have.
         """
         first, second = self.both + self.only_first, self.both + self.only_second
         p, q, n = second / self.total, first / self.total, self.total
         (low_p, high_p), (low_q, high_q) = wilson_interval(second, n), wilson_interval(first, n)
-        correlation = self._correlation(first, second)
+        # The phi coefficient, with Newcombe's correction for continuity where it is positive.
+        product: float = self.both * self.neither - self.only_first * self.only_second
+        if product > 0:
+            product = max(product - n / 2, 0)
+        margins = first * (n - first) * second * (n - second)
+        correlation = product / math.sqrt(margins) if margins else 0.0
 
         def width(a: float, b: float) -> float:
             return math.sqrt(max(a * a - 2 * correlation * a * b + b * b, 0.0))
 
         return self.value - width(p - low_p, high_q - q), self.value + width(high_p - p, q - low_q)
-
-    def _correlation(self, first: int, second: int) -> float:
-        """The phi coefficient, with Newcombe's correction for continuity where it is positive."""
-        margins = first * (self.total - first) * second * (self.total - second)
-        if not margins:
-            return 0.0
-        product: float = self.both * self.neither - self.only_first * self.only_second
-        if product > 0:
-            product = max(product - self.total / 2, 0)
-        return product / math.sqrt(margins)
 
     @property
     def p_value(self) -> float:
@@ -63,6 +57,10 @@ class PairedDifference:
         discordant = self.only_first + self.only_second
         return float(binomtest(self.only_first, discordant).pvalue) if discordant else 1.0
 
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{100 * self.value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
 
 @dataclass(frozen=True)
 class ComparedResult:
@@ -70,60 +68,43 @@ class ComparedResult:
 
     name: str
     summary: EvaluationSummary
-    difference: PairedDifference | None = None
-
-    @property
-    def accuracy(self) -> Accuracy:
-        return self.summary.accuracy
+    difference: PairedDifference | None
 
 
 @dataclass(frozen=True)
 class Comparison:
     """
-    Attributes:
-        results: the evaluations, the first of which the others are compared with.
-        num_common: problems they share.
-        num_each: problems of each.
+    Evaluations, the first of which the others are compared with: the number of problems they share, and that of each.
     """
 
     results: list[ComparedResult]
     num_common: int
     num_each: list[int]
 
-    @property
-    def is_partial(self) -> bool:
-        return any(number != self.num_common for number in self.num_each)
-
     def table(self) -> str:
         """For people: a line for each result."""
-        header = ["", "accuracy (95%)", "difference (95%)", "only first : only this", "p", "passes", "tokens/s"]
-        lines = [header]
+        lines = [["", "accuracy (95%)", "difference (95%)", "only first : only this", "p", "passes", "tokens/s"]]
         for result in self.results:
-            summary, difference = result.summary, result.difference
+            summary, paired = result.summary, result.difference
             compared = ["", "", ""]
-            if difference is not None:
-                low, high = difference.interval
-                compared = [
-                    f"{100 * difference.value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
-                    f"{difference.only_first} : {difference.only_second}",
-                    f"{difference.p_value:.2g}",
-                ]
+            if paired is not None:
+                compared = [str(paired), f"{paired.only_first} : {paired.only_second}", f"{paired.p_value:.2g}"]
             numbers = [f"{summary.forward_passes:.1f}", f"{summary.tokens_per_second:.1f}"]
-            lines.append([result.name, str(result.accuracy), *compared, *numbers])
+            lines.append([result.name, str(summary.accuracy), *compared, *numbers])
         widths = [max(map(len, column)) for column in zip(*lines)]
         rows = ["  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]) for cells in lines]
-        each = ", ".join(map(str, self.num_each))
-        note = f"{self.num_common} problems" + (f" common to all, of {each}" if self.is_partial else "")
+        note = f"{self.num_common} problems"
+        if set(self.num_each) != {self.num_common}:
+            note += f" common to all, of {', '.join(map(str, self.num_each))}"
         return "\n".join([*rows, f"\n{note}; p: McNemar's exact test against {self.results[0].name}"])
 
     def to_dict(self) -> dict[str, Any]:
         rows = []
         for result in self.results:
             row: dict[str, Any] = {"name": result.name, **result.summary.to_dict()}
-            if result.difference is not None:
-                row["difference"] = result.difference.value
-                row["difference_interval_95"] = list(result.difference.interval)
-                row |= {"p_value": result.difference.p_value, **vars(result.difference)}
+            if (paired := result.difference) is not None:
+                row |= {"difference": paired.value, "difference_interval_95": list(paired.interval)}
+                row |= {"p_value": paired.p_value, **vars(paired)}
             rows.append(row)
         return {"problems": self.num_common, "problems_of_each": self.num_each, "results": rows}
 
@@ -134,9 +115,11 @@ class Comparison:
         figure = Figure(figsize=(9, 1.5 + 0.5 * len(self.results)), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         for row, result in enumerate(self.results):
-            _draw(left, row, result.accuracy.value, result.accuracy.interval)
-            if result.difference is not None:
-                _draw(right, row, result.difference.value, result.difference.interval)
+            for axes, share in ((left, result.summary.accuracy), (right, result.difference)):
+                if share is not None:
+                    low, value, high = (100 * number for number in (share.interval[0], share.value, share.interval[1]))
+                    errors = [[value - low], [high - value]]
+                    axes.errorbar(value, row, xerr=errors, fmt="o", capsize=4, color="C0")
         left.set_yticks(range(len(self.results)), [result.name for result in self.results])
         left.set_ylim(len(self.results) - 0.5, -0.5)
         left.set_xlabel("accuracy (%)")
@@ -146,20 +129,10 @@ class Comparison:
         figure.savefig(path, dpi=150)
 
 
-def _draw(axes: Any, row: int, value: float, interval: tuple[float, float]) -> None:
-    low, high = interval
-    axes.errorbar(
-        100 * value, row, xerr=[[100 * (value - low)], [100 * (high - value)]], fmt="o", capsize=4, color="C0"
-    )
-
-
 def compare_results(paths: list[str], common_only: bool = False) -> Comparison:
     """
-    Compares evaluations with the first of them, problem by problem.
-
-    Args:
-        paths: folders of evaluations, or their `problems.jsonl`.
-        common_only: where the problems differ, compare on those that all have.
+    Compares evaluations (their folders, or `problems.jsonl` in these) with the first of them, problem by problem; with
+    `common_only`, where the problems differ, on those that all have.
 
     Raises:
         FileNotFoundError, ValueError: for fewer than two, a path without results, or different problems.
@@ -171,29 +144,25 @@ def compare_results(paths: list[str], common_only: bool = False) -> Comparison:
     common = set(results[0]).intersection(*results[1:])
     if not common:
         raise ValueError("The results have no problem in common.")
-    different = [name for name, result in zip(names, results) if len(result) > len(common)]
-    if different and not common_only:
-        counts = ", ".join(f"{name} {len(result)}" for name, result in zip(names, results))
+    num_each = [len(result) for result in results]
+    if set(num_each) != {len(common)} and not common_only:
+        counts = ", ".join(f"{name} {number}" for name, number in zip(names, num_each))
         raise ValueError(
             f"The results are not of the same problems: {counts}, {len(common)} in common. Compare those with "
             f"--common_only."
         )
     keys = sorted(common)
-    rows = [[result[key] for key in keys] for result in results]
-    compared = [
-        ComparedResult(name, EvaluationSummary.of(row), _difference(rows[0], row) if i else None)
-        for i, (name, row) in enumerate(zip(names, rows))
-    ]
-    return Comparison(compared, len(common), [len(result) for result in results])
-
-
-def _difference(first: list[ProblemResult], second: list[ProblemResult]) -> PairedDifference:
-    counts = Counter((a.correct, b.correct) for a, b in zip(first, second))
-    return PairedDifference(counts[True, True], counts[True, False], counts[False, True], counts[False, False])
+    first, *others = [[result[key] for key in keys] for result in results]
+    compared = [ComparedResult(names[0], EvaluationSummary.of(first), None)]
+    for name, other in zip(names[1:], others):
+        pairs = Counter((a.correct, b.correct) for a, b in zip(first, other))
+        difference = PairedDifference(pairs[True, True], pairs[True, False], pairs[False, True], pairs[False, False])
+        compared.append(ComparedResult(name, EvaluationSummary.of(other), difference))
+    return Comparison(compared, len(common), num_each)
 
 
 def _read(path: str) -> dict[tuple[str, str, int], ProblemResult]:
-    """The results by problem: prompt, answer, and how many of the same stood before."""
+    """The results by prompt, answer, and how many of the same stood before."""
     folder = os.path.dirname(path) if os.path.basename(path) == PROBLEMS_FILE else path
     if not os.path.isfile(os.path.join(folder, PROBLEMS_FILE)):
         raise FileNotFoundError(f"There is no {PROBLEMS_FILE} in {folder or '.'}: llada-trm evaluate writes one.")

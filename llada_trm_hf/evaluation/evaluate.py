@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -15,16 +14,14 @@ from ..data import load_reasoning_dataset
 from ..data.rows import check_prompts, fingerprint
 from ..hub.files import output_dir_lock
 from .code_execution import ExecutionLimits
-from .language_models import Responder, load_model, make_responder
+from .language_models import load_model, make_responder
 from .result_folder import EvaluationSummary, ProblemResult, ResultFolder
-from .scoring import ScoringKind, expected_answer, score_output, scoring_kind
+from .scoring import expected_answer, score_output, scoring_kind
 
 
 @dataclass
 class EvaluationSettings:
     """
-    Model, problems and settings of an evaluation.
-
     Attributes:
         model: name or folder of a hybrid, a masked-diffusion backbone or a causal language model.
         output_dir: where results go; an interrupted evaluation there is resumed.
@@ -32,10 +29,9 @@ class EvaluationSettings:
         prompt_format: how a problem becomes a prompt; `{prompt}` stands for it.
         generation: settings that override the model's own.
         batch_size: problems that go through the model together.
-        seed: of sampling; the samples of a batch depend on the seed and the batch only.
+        seed: of sampling, which depends on the seed and the batch only.
         dtype, device: of the model; with several processes and `cuda`, each takes its own.
-        allow_code_execution: run programs the model writes, which datasets of code need.
-        limits: of the process each runs in.
+        allow_code_execution, limits: run programs the model writes, which datasets of code need; limits of each.
 
     Raises:
         ValueError: for settings that cannot work.
@@ -70,17 +66,27 @@ class Evaluation:
 
     def __init__(self, settings: EvaluationSettings, device: Any):
         self.settings = settings
-        self.problems, self.kind, self.expected = _load_problems(settings)
+        names = ("dataset_name", "split", "data_files", "columns", "num_terms", "data_seed")
+        self.problems, response = load_reasoning_dataset(*(getattr(settings, name) for name in names))
+        source = settings.data_files or settings.dataset_name
+        check_prompts(self.problems, source)
+        self.kind = scoring_kind(self.problems.column_names, response)
+        if self.kind == "code" and not settings.allow_code_execution:
+            raise ValueError(
+                f"The answers to {source} are programs, which have to run: say so with --allow_code_execution, "
+                f"preferably in a container."
+            )
+        self.expected = [expected_answer(self.kind, problem, response) for problem in self.problems]
         model, tokenizer = load_model(settings.model, settings.dtype, device)
-        self.responder: Responder = make_responder(model, tokenizer, settings.generation)
+        self.responder = make_responder(model, tokenizer, settings.generation)
         texts = (settings.prompt_format.replace("{prompt}", problem) for problem in self.problems["prompt"])
         self.prompts = [self.responder.prompt(text) for text in texts]
         self.responder.check_length(max(map(len, self.prompts)))
 
     def batches(self) -> list[list[int]]:
         """
-        The problems' indices, by length and the longest first, so that running out of memory happens at once. A batch
-        depends neither on the number of processes nor on what is done already.
+        The problems' indices, the longest prompts first, so that running out of memory happens at once. Batches depend
+        neither on the number of processes nor on what is done already.
         """
         order = sorted(range(len(self.prompts)), key=lambda index: (-len(self.prompts[index]), index))
         size = self.settings.batch_size
@@ -133,12 +139,9 @@ class Evaluation:
 
 def run_evaluation(settings: EvaluationSettings) -> EvaluationSummary | None:
     """
-    Evaluates the problems that `settings.output_dir` has no results of. Processes (`torchrun`, `accelerate launch`)
-    share the batches; their number changes neither rows nor outputs. `problems.jsonl` grows by whole batches and is
-    sorted in the end.
-
-    Returns:
-        The summary; None in all processes but the first.
+    Evaluates the problems that `settings.output_dir` has no results of, and returns the summary; None in all processes
+    but the first. Processes (`torchrun`, `accelerate launch`) share the batches; their number changes neither rows nor
+    outputs. `problems.jsonl` grows by whole batches and is sorted in the end.
 
     Raises:
         ValueError, OSError: for settings that cannot work, or that differ from those of the evaluation in the folder.
@@ -154,49 +157,23 @@ def run_evaluation(settings: EvaluationSettings) -> EvaluationSummary | None:
             folder.start(recorded)
         processes.wait_for_everyone()
         done = {result.index for result in folder.results()}
-        batches = list(enumerate(evaluation.batches()))
-        missing = [(number, batch) for number, batch in batches if not done.issuperset(batch)]
-        with tqdm(
-            total=len(evaluation.prompts), initial=len(done), desc="Evaluating", disable=not processes.is_main_process
-        ) as progress:
+        missing = [(number, batch) for number, batch in enumerate(evaluation.batches()) if not done.issuperset(batch)]
+        total, is_main = len(evaluation.prompts), processes.is_main_process
+        with tqdm(total=total, initial=len(done), desc="Evaluating", disable=not is_main) as progress:
             for start in range(0, len(missing), processes.num_processes):
                 turn = start + processes.process_index
                 results = [r for number, batch in missing[turn : turn + 1] for r in evaluation.answer(number, batch)]
                 gathered = [result for result in gather_object(results) if result.index not in done]
-                if processes.is_main_process:
+                if is_main:
                     folder.append(gathered)
                 progress.update(len(gathered))
-        summary = folder.finish(recorded) if processes.is_main_process else None
+        summary = folder.finish(recorded) if is_main else None
         processes.wait_for_everyone()
     return summary
-
-
-def _load_problems(settings: EvaluationSettings) -> tuple[Dataset, ScoringKind, list[str]]:
-    """The problems, how they are scored, and the right answers."""
-    problems, response = load_reasoning_dataset(
-        settings.dataset_name,
-        settings.split,
-        settings.data_files,
-        settings.columns,
-        settings.num_terms,
-        settings.data_seed,
-    )
-    assert isinstance(problems, Dataset)
-    source = settings.data_files or settings.dataset_name
-    check_prompts(problems, source)
-    kind = scoring_kind(problems.column_names, response)
-    if kind == "code" and not settings.allow_code_execution:
-        raise ValueError(
-            f"The answers to {source} are programs, which have to run: say so with --allow_code_execution, preferably "
-            f"in a container."
-        )
-    return problems, kind, [expected_answer(kind, problem, response) for problem in problems]
 
 
 def _checksum(model: PreTrainedModel) -> int:
     """Changes when a weight does, whatever the order of summation: the weights' bits summed as integers."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return sum(
-        int(parameter.detach().view(integers[parameter.element_size()]).sum(dtype=torch.int64))
-        for parameter in model.parameters()
-    )
+    bits = (parameter.detach().view(integers[parameter.element_size()]) for parameter in model.parameters())
+    return sum(int(weight.sum(dtype=torch.int64)) for weight in bits)

@@ -1,8 +1,6 @@
 """
 Models of this package for lm-evaluation-harness: `llada_trm` and `latent_thinking`. Importing this registers them.
-
-Everything around the model (tokens, chat templates, batches, several processes) is the harness's own `HFLM`, which
-finds the classes through `AutoModelForCausalLM`.
+Everything around the model (tokens, chat templates, batches, several processes) is the harness's own `HFLM`.
 """
 
 from typing import Any
@@ -19,20 +17,16 @@ from .likelihood import is_greedy_response, likelihood_bounds
 @register_model("llada_trm")
 class MaskedDiffusionLM(HFLM):
     """
-    Hybrids and masked-diffusion backbones.
+    Hybrids and masked-diffusion backbones (ValueError for other models).
 
-    `generate_until` generates as many tokens as the task's `max_gen_toks` says. `loglikelihood` is a lower bound, see
+    `generate_until` generates as many tokens as the task's `max_gen_toks`. `loglikelihood` is a lower bound, see
     `likelihood_bounds`; `loglikelihood_rolling` that of the windows of a text, each given the token before it.
 
     Args:
         pretrained: folder or repository.
-        num_samples: masks the bound of a response is estimated from.
-        seed: of these masks.
+        num_samples, seed: of the masks the bound of a response is estimated from.
         kwargs: settings of [`MaskedDiffusionGenerationConfig`], such as `num_diffusion_steps=64,block_length=32`, and
             those of `HFLM`.
-
-    Raises:
-        ValueError: for another kind of model.
     """
 
     def __init__(self, pretrained: Any, num_samples: int = 128, seed: int = 0, **kwargs: Any):
@@ -68,12 +62,11 @@ class MaskedDiffusionLM(HFLM):
     ) -> list[tuple[float, bool]]:
         batch_size = override_bs or (self.batch_size if isinstance(self.batch_size, int) else 1)
         answers: list[tuple[float, bool]] = []
-        for start in tqdm(
-            range(0, len(requests), batch_size), desc="Likelihood bounds", disable=disable_tqdm or self.rank > 0
-        ):
-            some = requests[start : start + batch_size]
-            responses = [continuation[-self.max_length + 1 :] for _, _, continuation in some]
-            prompts = [context[-(self.max_length - len(r)) :] for (_, context, _), r in zip(some, responses)]
+        starts = range(0, len(requests), batch_size)
+        for start in tqdm(starts, desc="Likelihood bounds", disable=disable_tqdm or self.rank > 0):
+            batch = requests[start : start + batch_size]
+            responses = [continuation[-self.max_length + 1 :] for _, _, continuation in batch]
+            prompts = [context[-(self.max_length - len(r)) :] for (_, context, _), r in zip(batch, responses)]
             bounds = likelihood_bounds(self.model, prompts, responses, self.num_samples, self.seed, batch_size)
             answers += zip(bounds, is_greedy_response(self.model, prompts, responses, batch_size))
         for (text, _, _), answer in zip(requests, answers):
@@ -85,11 +78,9 @@ class MaskedDiffusionLM(HFLM):
 @register_model("latent_thinking")
 class LatentThinkingLM(HFLM):
     """
-    Causal language models that think in latent space: a thought stands between every context and what is generated or
-    scored after it. Log-likelihoods are exact. `loglikelihood_rolling` has no context, and so no thought.
-
-    Raises:
-        ValueError: for another kind of model.
+    Causal language models that think in latent space (ValueError for others): a thought stands between every context
+    and what is generated or scored after it. Log-likelihoods are exact. `loglikelihood_rolling` has no context, and so
+    no thought.
     """
 
     def __init__(self, pretrained: Any, **kwargs: Any):

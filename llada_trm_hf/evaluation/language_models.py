@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import latent_thinking_prompt, prompt_tokens
-from ..generation import MaskedDiffusionGenerationConfig, MaskedDiffusionGenerationMixin
+from ..generation import MaskedDiffusionGenerationMixin
 from ..generation.masked_diffusion_mixin import DEFAULT_MAX_NEW_TOKENS
 from ..models import LatentThinkingForCausalLM, LLaDATRMForMaskedDiffusion
 from ..models.backbone_wrapper import load_backbone
@@ -21,10 +21,8 @@ CAUSAL_SETTINGS = ("max_new_tokens", "max_length", "temperature", "top_k", "top_
 @dataclass(frozen=True)
 class Response:
     """
-    A model's answer.
-
     Attributes:
-        text: up to its first end-of-sequence token.
+        text: the answer, up to its first end-of-sequence token.
         num_tokens: of the text, with that token.
         forward_passes: number of function evaluations (NFE) for this prompt; for a causal model one for each token.
         refinement_steps: chunk updates of a refiner per prompt, averaged over the batch; None without refiner.
@@ -38,10 +36,8 @@ class Response:
 
 def load_model(name: str, dtype: str = "auto", device: Any = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
-    A hybrid, a masked-diffusion backbone or a causal language model, with its tokenizer, ready to generate.
-
-    Raises:
-        ValueError, OSError: for anything else.
+    A hybrid, a masked-diffusion backbone or a causal language model, with its tokenizer, ready to generate; ValueError
+    or OSError for anything else.
     """
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     if tokenizer.pad_token_id is None:
@@ -50,7 +46,7 @@ def load_model(name: str, dtype: str = "auto", device: Any = "cpu") -> tuple[Pre
 
 
 def load_weights(name: str, dtype: str = "auto") -> PreTrainedModel:
-    """A hybrid, a masked-diffusion backbone or a causal language model, without tokenizer; raises as `load_model`."""
+    """The model of `load_model`, on the CPU and without its tokenizer."""
     model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
     is_hybrid = model_type == LLaDATRMForMaskedDiffusion.config_class.model_type
     loader = LLaDATRMForMaskedDiffusion.from_pretrained if is_hybrid else load_backbone
@@ -63,16 +59,9 @@ def decode(tokens: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 class Responder(ABC):
-    """
-    A model, its tokenizer and the settings it generates with.
+    """A model, its tokenizer and the settings it generates with."""
 
-    Attributes:
-        generation_config: the model's own with `settings` over it.
-        max_new_tokens: of an answer; None if `max_length` limits prompt and answer together.
-    """
-
-    generation_config: GenerationConfig
-    max_new_tokens: int | None
+    generation_config: GenerationConfig  # max_new_tokens is None if max_length limits prompt and answer together
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         self.model, self.tokenizer = model, tokenizer
@@ -92,18 +81,16 @@ class Responder(ABC):
     def check_length(self, longest_prompt: int) -> None:
         """Raises ValueError if a prompt of so many tokens does not fit the model's context."""
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        length = longest_prompt + (self.max_new_tokens or 0)
-        if limit is not None and length > limit:
+        new_tokens = self.generation_config.max_new_tokens
+        if limit is not None and longest_prompt + (new_tokens or 0) > limit:
             raise ValueError(
-                f"The longest prompt has {longest_prompt} tokens; with max_new_tokens={self.max_new_tokens} that is "
-                f"more than the model's context of {limit}. Generate fewer tokens, or choose other problems."
+                f"The longest prompt has {longest_prompt} tokens; with max_new_tokens={new_tokens} that is more than "
+                f"the model's context of {limit}. Generate fewer tokens, or choose other problems."
             )
 
 
 class DiffusionResponder(Responder):
-    """A masked-diffusion model. `settings` are those of [`MaskedDiffusionGenerationConfig`]."""
-
-    generation_config: MaskedDiffusionGenerationConfig
+    """A masked-diffusion model. `settings`, of [`MaskedDiffusionGenerationConfig`], override the model's own."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]):
         super().__init__(model, tokenizer)
@@ -117,18 +104,17 @@ class DiffusionResponder(Responder):
         config.update(**settings)
         if config.max_new_tokens is None and config.max_length is None:
             config.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
-        self.generation_config, self.max_new_tokens = config, config.max_new_tokens
+        self.generation_config = config
 
     def _generate(self, batch: Any) -> list[Response]:
         refiner = getattr(self.model, "refiner", None)
         updates: list[torch.Tensor] = []  # on the device: one synchronisation for all
-        with ExitStack() as stack:
-            if refiner is not None:
-                hook = refiner.register_forward_hook(lambda *call: updates.append(call[-1].num_steps.sum()))
-                stack.callback(hook.remove)
-            output = self.model.generate(
-                **batch, generation_config=self.generation_config, return_dict_in_generate=True
-            )
+        count = nullcontext()
+        if refiner is not None:
+            count = refiner.register_forward_hook(lambda *call: updates.append(call[-1].num_steps.sum()))
+        with count:
+            config = self.generation_config
+            output = self.model.generate(**batch, generation_config=config, return_dict_in_generate=True)
         answers = output.sequences[:, batch["input_ids"].shape[1] :]
         mean_updates = None if refiner is None else float(sum(updates)) / len(answers)
         end = [self.tokenizer.eos_token_id]
@@ -141,41 +127,41 @@ class DiffusionResponder(Responder):
 class CausalResponder(Responder):
     """
     A causal language model, greedy unless `settings` has a temperature. Of its own `generation_config` only the end
-    tokens count: results of different models are of the same settings. With `enable_thinking=False` in `settings` its
-    chat template asks for an answer without a thought.
+    tokens count, so that models are compared under the same settings. A latent thought stands before the answer of a
+    [`LatentThinkingForCausalLM`], unless `settings` has `enable_thinking=False`, which chat templates obey as well.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]):
         super().__init__(model, tokenizer)
-        settings = dict(settings)
+        name, settings = type(model).__name__, dict(settings)
         self.enable_thinking: bool | None = settings.pop("enable_thinking", None)
-        useless = [name for name in settings if name not in CAUSAL_SETTINGS]
-        if useless:
-            raise ValueError(
-                f"{type(model).__name__} is a causal language model: {', '.join(useless)} means nothing to it."
-            )
+        if useless := settings.keys() - CAUSAL_SETTINGS:
+            raise ValueError(f"{name} is a causal language model: {', '.join(sorted(useless))} means nothing to it.")
         if not model.can_generate():
-            raise ValueError(f"{type(model).__name__} cannot generate text.")
+            raise ValueError(f"{name} cannot generate text.")
+        max_length = settings.pop("max_length", None)
+        new_tokens = settings.pop("max_new_tokens", None if max_length else DEFAULT_MAX_NEW_TOKENS)
+        is_greedy = not settings.get("temperature")
+        if is_greedy and settings.keys() - {"temperature"}:
+            raise ValueError("top_k and top_p need a temperature above 0: without one, nothing is sampled.")
         eos = model.generation_config.eos_token_id
         self.end_tokens = sorted({*([eos] if isinstance(eos, int) else eos or ()), tokenizer.eos_token_id} - {None})
-        settings = {"max_new_tokens": DEFAULT_MAX_NEW_TOKENS} | settings if "max_length" not in settings else settings
-        sampling = {name: settings[name] for name in ("temperature", "top_k", "top_p") if name in settings}
-        is_greedy = not sampling.get("temperature")
-        if is_greedy and len(sampling) > ("temperature" in sampling):
-            raise ValueError("top_k and top_p need a temperature above 0: without one, nothing is sampled.")
-        self.max_new_tokens = settings.get("max_new_tokens")
         self.generation_config = GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            max_length=settings.get("max_length"),
+            max_new_tokens=new_tokens,
+            max_length=max_length,
             do_sample=not is_greedy,
             eos_token_id=self.end_tokens or None,
             pad_token_id=tokenizer.pad_token_id,
-            **({} if is_greedy else {"top_k": 0, **sampling}),
+            **({} if is_greedy else {"top_k": 0, **settings}),
         )
         # `generate` fills what is not set from the model's own config, such as a repetition penalty.
         model.generation_config = GenerationConfig()
 
     def prompt(self, problem: str) -> list[int]:
+        if isinstance(self.model, LatentThinkingForCausalLM) and self.enable_thinking is not False:
+            tokens = latent_thinking_prompt(problem, self.tokenizer, self.model.config)
+            assert isinstance(tokens, list)
+            return tokens
         return prompt_tokens(problem, self.tokenizer, self.enable_thinking)
 
     def _generate(self, batch: Any) -> list[Response]:
@@ -186,27 +172,11 @@ class CausalResponder(Responder):
         return [Response(text, len(tokens), len(tokens)) for text, tokens in zip(texts, answers)]
 
 
-class LatentThinkingResponder(CausalResponder):
-    """A causal language model that thinks in latent space before it answers, unless told not to think."""
-
-    def prompt(self, problem: str) -> list[int]:
-        if self.enable_thinking is False:
-            return super().prompt(problem)
-        tokens = latent_thinking_prompt(problem, self.tokenizer, self.model.config)
-        assert isinstance(tokens, list)
-        return tokens
-
-
 def make_responder(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]
 ) -> DiffusionResponder | CausalResponder:
-    """
-    Raises:
-        ValueError: for settings that the model has no use for.
-    """
-    if isinstance(model, MaskedDiffusionGenerationMixin):
-        return DiffusionResponder(model, tokenizer, settings)
-    responder = LatentThinkingResponder if isinstance(model, LatentThinkingForCausalLM) else CausalResponder
+    """The responder for `model`; ValueError for settings it has no use for."""
+    responder = DiffusionResponder if isinstance(model, MaskedDiffusionGenerationMixin) else CausalResponder
     return responder(model, tokenizer, settings)
 
 

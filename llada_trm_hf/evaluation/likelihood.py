@@ -16,12 +16,11 @@ import torch
 from transformers import PreTrainedModel
 
 
-class _Row(NamedTuple):
-    """Canvases of one request: its number, tokens with masks, what was masked `[m, T]`, and weights `[m]`."""
+class _Canvases(NamedTuple):
+    """Of one request: its number, tokens `[m, T]`, which of them to mask, and the weight of each mask `[m]`."""
 
     request: int
     tokens: torch.Tensor
-    canvases: torch.Tensor
     masked: torch.Tensor
     weights: torch.Tensor
 
@@ -40,14 +39,11 @@ def likelihood_bounds(
 
     Where a response has no more than `num_samples` different masks (up to 7 tokens with the default) all of them are
     taken, and the bound is exact. Otherwise it is estimated without bias from `num_samples` of them, which depend on
-    the seed and the response's length only: answers of equal length are compared under the same masks.
+    `seed` and the response's length only: answers of equal length are compared under the same masks.
 
     Args:
         model: a masked-diffusion model or hybrid.
-        prompts: token ids, at least one each.
-        responses: token ids; an empty one has a bound of 0.
-        num_samples: masks of a response.
-        seed: of the masks.
+        prompts, responses: token ids; a prompt has one at least, and an empty response a bound of 0.
         batch_size: sequences that go through the model together.
 
     Raises:
@@ -58,15 +54,16 @@ def likelihood_bounds(
     if not all(prompts):
         raise ValueError("A prompt is empty: start it with the beginning or end of a sequence.")
     totals = torch.zeros(len(prompts), dtype=torch.float64, device=model.device)
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]) - len(responses[i]))
-    waiting: list[_Row] = []
-    for row in _rows(model, prompts, responses, order, num_samples, seed, batch_size):
-        if waiting and sum(len(other.canvases) for other in waiting) + len(row.canvases) > batch_size:
-            _add(model, waiting, totals)
-            waiting = []
-        waiting.append(row)
-    if waiting:
-        _add(model, waiting, totals)
+    requests = (request for request in range(len(prompts)) if responses[request])
+    batch: list[_Canvases] = []
+    for request in sorted(requests, key=lambda i: -len(prompts[i]) - len(responses[i])):
+        for canvases in _canvases(request, prompts[request], responses[request], num_samples, seed, batch_size):
+            if sum(len(other.weights) for other in batch) + len(canvases.weights) > batch_size:
+                _add_batch(model, batch, totals)
+                batch = []
+            batch.append(canvases)
+    if batch:
+        _add_batch(model, batch, totals)
     return totals.tolist()
 
 
@@ -99,10 +96,10 @@ def is_greedy_response(
         numbers.sort(key=lambda i: len(prompts[i]))
         for start in range(0, len(numbers), batch_size):
             batch = numbers[start : start + batch_size]
-            input_ids, attention_mask = _pad_left([torch.tensor([prompts[i]]) for i in batch], 0)
+            input_ids = [torch.tensor([prompts[i]]) for i in batch]
             generated = model.generate(
-                input_ids.to(model.device),
-                attention_mask=attention_mask.to(model.device),
+                _pad_left(input_ids, 0).to(model.device),
+                attention_mask=_pad_left([torch.ones_like(prompt) for prompt in input_ids], 0).to(model.device),
                 max_new_tokens=length,
                 num_diffusion_steps=length,
                 block_length=length,
@@ -113,48 +110,33 @@ def is_greedy_response(
     return found
 
 
-def _rows(
-    model: PreTrainedModel,
-    prompts: list[list[int]],
-    responses: list[list[int]],
-    order: list[int],
-    num_samples: int,
-    seed: int,
-    batch_size: int,
-) -> Iterator[_Row]:
-    """The canvases of all requests, `batch_size` of one request at most at a time."""
-    for request in order:
-        prompt, response = prompts[request], responses[request]
-        if not response:
-            continue
-        masks, weights = response_masks(len(response), num_samples, seed)
-        tokens = torch.tensor([*prompt, *response])
-        masked = torch.nn.functional.pad(masks, (len(prompt), 0))
-        canvases = torch.where(masked, model.config.mask_token_id, tokens)
-        for pieces in zip(canvases.split(batch_size), masked.split(batch_size), weights.split(batch_size)):
-            yield _Row(request, tokens, *pieces)
+def _canvases(
+    request: int, prompt: list[int], response: list[int], num_samples: int, seed: int, batch_size: int
+) -> Iterator[_Canvases]:
+    """Those of a request, `batch_size` at most at a time."""
+    masks, weights = response_masks(len(response), num_samples, seed)
+    masked = torch.nn.functional.pad(masks, (len(prompt), 0))
+    tokens = torch.tensor([*prompt, *response]).expand(masked.shape)
+    for pieces in zip(tokens.split(batch_size), masked.split(batch_size), weights.split(batch_size)):
+        yield _Canvases(request, *pieces)
 
 
-def _add(model: PreTrainedModel, rows: list[_Row], totals: torch.Tensor) -> None:
-    """Adds the weighted log-probabilities of a batch to the `totals` of the requests it belongs to."""
-    device = model.device
-    input_ids, attention_mask = _pad_left([row.canvases for row in rows], model.config.mask_token_id)
-    masked, _ = _pad_left([row.masked for row in rows], 0)
-    tokens, _ = _pad_left([row.tokens.expand_as(row.canvases) for row in rows], 0)
-    masked = masked.to(device)
-    logits = model(
-        input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), logits_to_keep=masked
-    ).logits  # [M, V]
-    losses = torch.nn.functional.cross_entropy(logits.float(), tokens.to(device)[masked], reduction="none")
-    weights = torch.cat([row.weights for row in rows]).to(device)
-    requests = torch.tensor([row.request for row in rows for _ in row.weights], device=device)
-    canvas = masked.nonzero()[:, 0]  # [M]
-    totals.index_add_(0, requests[canvas], -losses.double() * weights[canvas])
+def _add_batch(model: PreTrainedModel, batch: list[_Canvases], totals: torch.Tensor) -> None:
+    """Adds the weighted log-probabilities to the `totals` of the requests they belong to."""
+    device, mask_id = model.device, model.config.mask_token_id
+    tokens = _pad_left([canvases.tokens for canvases in batch], mask_id).to(device)  # [m, T]
+    masked = _pad_left([canvases.masked for canvases in batch], False).to(device)
+    attention_mask = _pad_left([torch.ones_like(canvases.tokens) for canvases in batch], 0).to(device)
+    input_ids = tokens.masked_fill(masked, mask_id)
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=masked).logits  # [M, V]
+    losses = torch.nn.functional.cross_entropy(logits.float(), tokens[masked], reduction="none")
+    weights = torch.cat([canvases.weights for canvases in batch]).to(device)
+    requests = torch.tensor([canvases.request for canvases in batch for _ in canvases.weights], device=device)
+    row = masked.nonzero()[:, 0]  # [M]
+    totals.index_add_(0, requests[row], -losses.double() * weights[row])
 
 
-def _pad_left(pieces: list[torch.Tensor], value: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pieces `[m, T]` of different `T` under each other, and a mask that is 0 for the padding."""
+def _pad_left(pieces: list[torch.Tensor], value: int) -> torch.Tensor:
+    """Pieces `[m, T]` of different `T` under each other."""
     longest = max(piece.shape[1] for piece in pieces)
-    padded = [torch.nn.functional.pad(piece, (longest - piece.shape[1], 0), value=value) for piece in pieces]
-    real = [torch.nn.functional.pad(torch.ones_like(piece), (longest - piece.shape[1], 0)) for piece in pieces]
-    return torch.cat(padded), torch.cat(real).long()
+    return torch.cat([torch.nn.functional.pad(piece, (longest - piece.shape[1], 0), value=value) for piece in pieces])

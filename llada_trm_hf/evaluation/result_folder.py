@@ -2,13 +2,13 @@
 
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..hub.files import write_atomically
 from ..hub.training_record import read_json
-from .accuracy import Accuracy
+from .scoring import Accuracy
 
 SETTINGS_FILE, PROBLEMS_FILE, SUMMARY_FILE = "settings.json", "problems.jsonl", "summary.json"
 
@@ -20,16 +20,14 @@ class ProblemResult:
 
     Attributes:
         index: the problem's number in the split.
-        prompt: the problem.
-        answer: the right one.
+        prompt, answer: the problem and its right answer.
         output: what the model wrote.
         extracted: the answer in it, for code the program; None if there is none.
-        correct: whether it is right.
-        reason: for code, why it is not.
+        correct, reason: whether it is right, and for code why it is not.
         forward_passes: number of function evaluations (NFE) of the model.
         tokens: of the output, with its end-of-sequence token.
-        seconds: of generation: those of its batch, divided among the problems in it.
-        refinement_steps: of a hybrid, chunk updates: those of its batch, divided likewise.
+        seconds, refinement_steps: of generation, and chunk updates of a hybrid: those of its batch, divided among the
+            problems in it.
     """
 
     index: int
@@ -43,14 +41,6 @@ class ProblemResult:
     tokens: int
     seconds: float
     refinement_steps: float | None
-
-    @classmethod
-    def from_line(cls, line: str) -> "ProblemResult":
-        """Raises ValueError for another kind of line."""
-        try:
-            return cls(**json.loads(line))
-        except TypeError as error:
-            raise ValueError(str(error)) from error
 
     @property
     def line(self) -> str:
@@ -69,19 +59,15 @@ class EvaluationSummary:
 
     @classmethod
     def of(cls, results: list[ProblemResult]) -> "EvaluationSummary":
-        def mean(values: Iterable[float]) -> float:
-            return sum(values) / len(results)
-
-        correct = sum(result.correct for result in results)
-        passes, tokens = (mean(getattr(result, name) for result in results) for name in ("forward_passes", "tokens"))
-        seconds = mean(result.seconds for result in results)
+        total = len(results)
+        tokens, seconds = sum(result.tokens for result in results), sum(result.seconds for result in results)
         updates = [result.refinement_steps for result in results if result.refinement_steps is not None]
         return cls(
-            Accuracy(correct, len(results)),
-            forward_passes=passes,
-            tokens=tokens,
+            Accuracy(sum(result.correct for result in results), total),
+            forward_passes=sum(result.forward_passes for result in results) / total,
+            tokens=tokens / total,
             tokens_per_second=tokens / seconds if seconds else 0.0,
-            refinement_steps=mean(updates) if updates else None,
+            refinement_steps=sum(updates) / total if updates else None,
         )
 
     def __str__(self) -> str:
@@ -93,10 +79,9 @@ class EvaluationSummary:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        low, high = self.accuracy.interval
         numbers = {name: value for name, value in vars(self).items() if name != "accuracy"}
         counts = {"correct": self.accuracy.correct, "total": self.accuracy.total}
-        return {"accuracy": self.accuracy.value, "interval_95": [low, high], **counts, **numbers}
+        return {"accuracy": self.accuracy.value, "interval_95": list(self.accuracy.interval), **counts, **numbers}
 
 
 class ResultFolder:
@@ -107,16 +92,12 @@ class ResultFolder:
         self.problems_file = os.path.join(path, PROBLEMS_FILE)
 
     def check(self, settings: dict[str, Any]) -> None:
-        """
-        Raises:
-            ValueError: if the folder holds an evaluation with other settings, naming the first that differs.
-        """
-        path = os.path.join(self.path, SETTINGS_FILE)
-        if not os.path.exists(path):
+        """Raises ValueError if the folder holds an evaluation with other settings, naming the first that differs."""
+        recorded = read_json(os.path.join(self.path, SETTINGS_FILE))
+        if not recorded:
             if os.path.exists(self.problems_file):
                 raise ValueError(f"{self.path} holds {PROBLEMS_FILE} but no {SETTINGS_FILE}: choose another folder.")
             return
-        recorded = read_json(path)
         for name in {**recorded, **settings}:
             old, new = recorded.get(name), settings.get(name)
             if old != new:
@@ -127,26 +108,21 @@ class ResultFolder:
 
     def start(self, settings: dict[str, Any]) -> None:
         """Records the settings, and removes what an interrupted run left of a line."""
-        self._write(SETTINGS_FILE, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        self._write_json(SETTINGS_FILE, settings)
         if os.path.exists(self.problems_file):
-            self._write(PROBLEMS_FILE, "".join(result.line for result in self.results()))
+            self._write_results(self.results())
 
     def results(self) -> list[ProblemResult]:
-        """
-        The recorded results, without a last line that was cut short.
-
-        Raises:
-            ValueError: for any other line that is damaged.
-        """
+        """The recorded results, without a last line that was cut short; ValueError for any other damaged line."""
         if not os.path.exists(self.problems_file):
             return []
-        with open(self.problems_file, encoding="utf-8") as file:
-            lines = file.read().split("\n")[:-1]  # what follows the last line break was not finished
+        # What follows the last line break was not finished.
+        lines = Path(self.problems_file).read_text(encoding="utf-8").split("\n")[:-1]
         results = []
         for number, line in enumerate(lines, start=1):
             try:
-                results.append(ProblemResult.from_line(line))
-            except ValueError as error:
+                results.append(ProblemResult(**json.loads(line)))
+            except (ValueError, TypeError) as error:
                 raise ValueError(f"{self.problems_file}, line {number}, is damaged: {error}") from error
         return results
 
@@ -159,15 +135,17 @@ class ResultFolder:
     def finish(self, settings: dict[str, Any]) -> EvaluationSummary:
         """Sorts the lines and writes the summary."""
         results = sorted(self.results(), key=lambda result: result.index)
-        self._write(PROBLEMS_FILE, "".join(result.line for result in results))
+        self._write_results(results)
         summary = EvaluationSummary.of(results)
-        text = json.dumps({**summary.to_dict(), "settings": settings}, indent=2, ensure_ascii=False)
-        self._write(SUMMARY_FILE, text + "\n")
+        self._write_json(SUMMARY_FILE, {**summary.to_dict(), "settings": settings})
         return summary
 
-    def _write(self, name: str, text: str) -> None:
-        def write(temporary: str) -> None:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(text)
+    def _write_results(self, results: list[ProblemResult]) -> None:
+        self._write(PROBLEMS_FILE, "".join(result.line for result in results))
 
-        write_atomically(os.path.join(self.path, name), write)
+    def _write_json(self, name: str, content: dict[str, Any]) -> None:
+        self._write(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        path = os.path.join(self.path, name)
+        write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))

@@ -15,7 +15,10 @@ from tiny_training import new_backbone
 from llada_trm_hf import LLaDATRMForMaskedDiffusion, RecursiveRefinementHeadConfig
 from llada_trm_hf.cli.main import main
 from llada_trm_hf.data import byte_tokenizer, load_reasoning_dataset, tokenize_reasoning
-from llada_trm_hf.evaluation import exact_match_accuracy
+from llada_trm_hf.evaluation import (
+    exact_match_accuracy,
+    harness,  # noqa: F401  (registers the adapters)
+)
 from llada_trm_hf.evaluation.comparison import PairedDifference
 from llada_trm_hf.evaluation.evaluate import Evaluation
 from llada_trm_hf.training import MaskedDiffusionTrainer, MaskedDiffusionTrainingArguments

@@ -16,6 +16,7 @@ from tiny_training import new_backbone
 
 from llada_trm_hf import LLaDAForMaskedDiffusion
 from llada_trm_hf.data import byte_tokenizer, latent_thinking_prompt
+from llada_trm_hf.evaluation import harness as adapters  # noqa: F401  (registers them)
 from llada_trm_hf.evaluation.likelihood import is_greedy_response, likelihood_bounds, response_masks
 from llada_trm_hf.models.latent_thinking.thought_tokens import thought_token_ids
 
