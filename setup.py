@@ -45,7 +45,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["llada_trm_hf", "llada_trm_hf.*"]),
-    package_data={"llada_trm_hf": ["recipes/*.yaml", "inspection/*.html", "hub/*.md"]},
+    package_data={"llada_trm_hf": ["py.typed", "recipes/*.yaml", "inspection/*.html", "hub/*.md"]},
     install_requires=["torch>=2.8", "transformers>=5.17", "safetensors>=0.5", "huggingface_hub>=1.0"],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["llada-trm = llada_trm_hf.cli.main:main"]},

@@ -368,14 +368,14 @@ def test_metrics_refuse(prediction, target, mask, message):
 
 @pytest.mark.parametrize("size", [0, 13])
 def test_impossible_sizes(size):
-    with pytest.raises(ValueError, match=f"compressed_size must be between 1 and hidden_size=12, got {size}"):
+    with pytest.raises(ValueError, match=rf"compressed_size.*hidden_size=12.* {size}\b"):
         DimensionCompressorConfig(hidden_size=WIDTH, compressed_size=size)
 
 
 def test_wrong_shapes(states):
-    with pytest.raises(ValueError, match="11 wide, the compressor takes hidden_size=12"):
+    with pytest.raises(ValueError, match=r"\b11\b.*hidden_size=12"):
         make_compressor()(states[..., :11])
-    with pytest.raises(ValueError, match=r"mask has shape \(6, 8\), expected \(6, 9\)"):
+    with pytest.raises(ValueError, match=r"mask.*\(6, 8\).*\(6, 9\)"):
         make_compressor()(states, torch.ones(6, 8))
 
 

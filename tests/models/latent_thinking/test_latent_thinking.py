@@ -392,7 +392,7 @@ def test_a_conversation_goes_on_from_the_cache(model):
         found = model.generate(torch.tensor([row]), past_key_values=cache, max_new_tokens=4)
         expected = plain_greedy(model, row, 4)
         assert found[0, len(row) :].tolist() == expected
-    with pytest.raises(ValueError, match="past_key_values: pass the whole input_ids"):
+    with pytest.raises(ValueError, match=r"past_key_values.*input_ids"):
         model(torch.tensor([THOUGHT]), past_key_values=first.past_key_values)
     with pytest.raises(ValueError, match="prefill_chunk_size"):
         model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=2, prefill_chunk_size=4)
@@ -549,10 +549,10 @@ def test_checkpoint_without_backbone(on_disk_backbone, tmp_path, auto_class):
     loaded.config.max_reasoning_steps, loaded.config.halt_threshold = 2, 1.0
     assert (loaded(input_ids, attention_mask=mask).reasoning_steps == 2).all()
     model.config.backbone_name_or_path = None
-    with pytest.raises(ValueError, match="save_backbone=False needs to know"):
+    with pytest.raises(ValueError, match=r"save_backbone=False.*backbone_name_or_path"):
         model.save_pretrained(tmp_path / "lost", save_backbone=False)
     make_lm(hidden_size=64).save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="thinker of a backbone with hidden_size=32"):
+    with pytest.raises(ValueError, match=r"thinker.*hidden_size=32"):
         auto_class.from_pretrained(tmp_path / "thinker", backbone_name_or_path=str(tmp_path / "other"))
 
 

@@ -605,13 +605,13 @@ def test_impossible_configurations(fields, message):
 
 def test_wrong_calls(context, target):
     model = make_trm()
-    with pytest.raises(ValueError, match=r"must have shape \[B, L, hidden_size=8\], got \(3, 7, 7\)"):
+    with pytest.raises(ValueError, match=r"hidden_size=8.*\(3, 7, 7\)"):
         model(context[..., :7])
-    with pytest.raises(ValueError, match=r"mask must have shape \(3, 7\), got \(3, 8\)"):
+    with pytest.raises(ValueError, match=r"mask.*\(3, 7\).*\(3, 8\)"):
         model(context, torch.ones(3, 8))
-    with pytest.raises(ValueError, match=r"y must have shape \(3, 8, 8\), got \(3, 7, 8\)"):
+    with pytest.raises(ValueError, match=r"\by\b.*\(3, 8, 8\).*\(3, 7, 8\)"):
         model(context, y=context)
-    with pytest.raises(ValueError, match=r"target must have shape \(3, 8\), got \(1, 8\)"):
+    with pytest.raises(ValueError, match=r"target.*\(3, 8\).*\(1, 8\)"):
         model(context, target=target[:1])
     for arguments, message in (
         ({"max_steps": 0}, "max_steps must be at least 1, got 0"),

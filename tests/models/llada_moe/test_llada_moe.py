@@ -105,7 +105,7 @@ def test_mask_token_of_a_small_vocabulary_is_the_callers(batch, tmp_path):
     model.save_pretrained(tmp_path)
     assert LLaDAMoEForMaskedDiffusion.from_pretrained(tmp_path, mask_token_id=MASK).config.mask_token_id == MASK
     assert AutoModelForMaskedLM.from_pretrained(tmp_path, mask_token_id=MASK).config.mask_token_id == MASK
-    with pytest.raises(ValueError, match="mask_token_id=50 is outside the vocabulary"):
+    with pytest.raises(ValueError, match=r"mask_token_id=50\b"):
         AutoConfig.from_pretrained(tmp_path, mask_token_id=50)
 
 
@@ -171,9 +171,9 @@ def test_official_files_say_llada(goldens, tmp_path):
 
 
 def test_classes_of_the_other_family_are_refused(moe, make_backbone):
-    with pytest.raises(ValueError, match=r"use LLaDAMoEModel, LLaDAMoEForMaskedDiffusion or an Auto class"):
+    with pytest.raises(ValueError, match=r"LLaDAMoEModel.*LLaDAMoEForMaskedDiffusion"):
         LLaDAForMaskedDiffusion(moe.config)
-    with pytest.raises(ValueError, match=r"use LLaDAModel, LLaDAForMaskedDiffusion or an Auto class"):
+    with pytest.raises(ValueError, match=r"LLaDAModel.*LLaDAForMaskedDiffusion"):
         LLaDAMoEModel(make_backbone().config)
     with pytest.raises(ValueError, match="LLaDAMoEConfig"):
         LLaDAConfig(num_experts=8)

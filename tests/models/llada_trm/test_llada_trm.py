@@ -398,7 +398,7 @@ def test_labels_need_tokens(tiny_hybrid, batch):
     for model in (tiny_hybrid, tiny_hybrid.backbone):
         with pytest.raises(ValueError, match="labels need input_ids"):
             model(inputs_embeds=embeddings, labels=batch[1])
-        with pytest.raises(ValueError, match=r"labels have shape \(3, 21\), input_ids \(3, 22\)"):
+        with pytest.raises(ValueError, match=r"labels.*\(3, 21\).*input_ids.*\(3, 22\)"):
             model(batch[0], labels=batch[1][:, 1:])
 
 
@@ -610,7 +610,7 @@ def test_head_only_checkpoint_on_another_backbone(tiny_hybrid, make_backbone, on
 
 
 def test_head_only_checkpoint_needs_a_name(tiny_hybrid, tmp_path):
-    with pytest.raises(ValueError, match=r"save_backbone=False needs to know where the backbone comes from"):
+    with pytest.raises(ValueError, match=r"save_backbone=False.*backbone_name_or_path"):
         tiny_hybrid.save_pretrained(tmp_path, save_backbone=False)
 
 
@@ -621,7 +621,7 @@ def test_missing_tensors(tiny_hybrid, on_disk_backbone, tmp_path, save_backbone)
     tensors = load_file(folder / "model.safetensors")
     del tensors["refiner.projector.weight"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 of the tensors.*projector\.weight"):
+    with pytest.raises(ValueError, match=r"lacks 1\b.*projector\.weight"):
         AutoModelForMaskedLM.from_pretrained(folder)
 
 
@@ -662,7 +662,7 @@ def bert():
 
 def test_any_masked_language_model_as_backbone(bert, make_hybrid, batch, tmp_path):
     input_ids, labels = batch
-    with pytest.raises(ValueError, match="names no mask token: pass mask_token_id"):
+    with pytest.raises(ValueError, match=r"\bbert\b.*mask_token_id"):
         make_hybrid(bert)
     bert.save_pretrained(tmp_path / "bert")
     model = make_hybrid(bert, mask_token_id=MASK, backbone_name_or_path=str(tmp_path / "bert"))
@@ -792,7 +792,7 @@ def test_mistakes_have_one_clear_error(make_backbone, arguments, message):
 
 def test_head_of_another_width(make_backbone):
     head = RecursiveRefinementHead(RecursiveRefinementHeadConfig(hidden_size=64, chunk_size=4, head_hidden_size=16))
-    with pytest.raises(ValueError, match="hidden_size=64, the backbone 32"):
+    with pytest.raises(ValueError, match=r"hidden_size=64.*\b32\b"):
         LLaDATRMForMaskedDiffusion.from_backbone(make_backbone(), refiner=head)
 
 
@@ -805,7 +805,7 @@ def test_unknown_refiner(make_backbone, tmp_path):
     with pytest.raises(ValueError, match="nonsense"):
         LLaDATRMConfig(backbone_config=LLaDAConfig(), refiner_config={"model_type": "nonsense"})
     make_backbone().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"'llada', which is no refiner. Known refiners: recursive_refinement_head"):
+    with pytest.raises(ValueError, match=r"'llada'.*recursive_refinement_head"):
         LLaDATRMForMaskedDiffusion.from_backbone(make_backbone(), refiner=str(tmp_path))
 
 

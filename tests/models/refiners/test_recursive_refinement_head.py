@@ -252,13 +252,13 @@ def test_any_mix_of_dtypes(states, head_dtype, states_dtype, autocast):
 
 
 def test_wrong_hidden_size(states):
-    with pytest.raises(ValueError, match="5 wide, the refiner has hidden_size=6: build it with hidden_size=5"):
+    with pytest.raises(ValueError, match=r"\b5\b.*hidden_size=6.*hidden_size=5"):
         make_head()(states[..., :5])
 
 
 @pytest.mark.parametrize("shape", [(3, 3), (1, 4), (3, LENGTH)])
 def test_wrong_active_chunks(states, shape):
-    with pytest.raises(ValueError, match=r"active_chunks has shape .*expected \(3, 4\) for 11 tokens in chunks of 3"):
+    with pytest.raises(ValueError, match=r"active_chunks.*\(3, 4\).*\b11\b.*\b3\b"):
         make_head()(states, torch.ones(shape, dtype=torch.bool))
 
 
@@ -266,9 +266,9 @@ def test_wrong_active_chunks(states, shape):
     "name", ["hidden_size", "chunk_size", "head_hidden_size", "head_layers", "max_recursive_steps"]
 )
 def test_sizes_of_zero(name):
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=rf"{name}.*\b1\b.*\b0\b"):
         RecursiveRefinementHeadConfig(**{name: 0})
-    with pytest.raises(ValueError, match="convergence_threshold must be between 0 and 2"):
+    with pytest.raises(ValueError, match=r"convergence_threshold.*\b0\b.*\b2\b"):
         RecursiveRefinementHeadConfig(convergence_threshold=-0.1)
 
 
@@ -302,7 +302,7 @@ def test_missing_tensor(checkpoint, auto_class):
     tensors = load_file(file)
     del tensors["projector.weight"], tensors["layers.1.up_proj.weight"]
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 2 of the tensors.*layers\.1\.up_proj\.weight, projector\.weight"):
+    with pytest.raises(ValueError, match=r"lacks 2\b.*layers\.1\.up_proj\.weight.*projector\.weight"):
         auto_class.from_pretrained(folder)
 
 

@@ -388,11 +388,11 @@ def test_bad_config(change, message):
 
 def test_wrong_shapes(states):
     refiner = make_refiner()
-    with pytest.raises(ValueError, match="15 wide, the refiner has hidden_size=16: build it with hidden_size=15"):
+    with pytest.raises(ValueError, match=r"\b15\b.*hidden_size=16.*hidden_size=15"):
         refiner(states[..., :15])
-    with pytest.raises(ValueError, match=r"active_chunks has shape .*expected \(3, 4\) for 11 tokens in chunks of 3"):
+    with pytest.raises(ValueError, match=r"active_chunks.*\(3, 4\).*\b11\b.*\b3\b"):
         refiner(states, torch.ones(3, 3, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"attention_mask has shape \(3, 10\), expected \(3, 11\)"):
+    with pytest.raises(ValueError, match=r"attention_mask.*\(3, 10\).*\(3, 11\)"):
         refiner(states, attention_mask=torch.ones(3, 10))
 
 
@@ -435,5 +435,5 @@ def test_missing_tensor(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["slots.gates"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 of the tensors.*slots\.gates"):
+    with pytest.raises(ValueError, match=r"lacks 1\b.*slots\.gates"):
         AutoModel.from_pretrained(tmp_path)
