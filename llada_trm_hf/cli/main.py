@@ -23,8 +23,8 @@ COMMANDS = {
         "evaluate:run_lm_eval",
         "lm-evaluation-harness, with --model llada_trm and --model latent_thinking",
     ),
-    "export-onnx": ("export_onnx:run", "the forward pass of a hybrid or a backbone as an ONNX graph"),
-    "push": ("push:run", "upload a checkpoint to the Hub, with a model card"),
+    "export-onnx": ("publish:export_onnx", "the forward pass of a hybrid or a backbone as an ONNX graph"),
+    "push": ("publish:push", "upload a checkpoint to the Hub, with a model card"),
     "datagen": ("datagen:run", "make hidden pairs: a language model's states before and after it thinks"),
 }
 # What a user can get wrong, if it was raised for the user.

@@ -1,26 +1,19 @@
 """Reading a recipe: everything a training run needs, as YAML, each value overridable on the command line."""
 
-import difflib
 import importlib
 import os
-from collections.abc import Iterable
 from importlib.resources import files
 from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
 
+from ..models.hub_model import nearest_name
 from .run_setup import TrainingMethod
 
 DEFAULT_KIND = "masked_diffusion"
 # The modules of this folder that define a METHOD.
 KINDS = (DEFAULT_KIND, "compressor", "trm", "latent_answer", "grpo")
-
-
-def nearest_name(name: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"` with the name in `known` that is most like `name`; empty if none is like it."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def training_method(kind: str) -> TrainingMethod:
