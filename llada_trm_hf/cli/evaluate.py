@@ -7,7 +7,7 @@ from ..data.reasoning import column_mapping
 from ..evaluation.code_execution import ExecutionLimits
 from ..evaluation.comparison import compare_results
 from ..evaluation.evaluate import EvaluationSettings, run_evaluation
-from ..hub.files import write_atomically
+from ..hub.files import write_text
 from .command import CommandParser, check_output_file, finish_distributed, options_for
 from .generation import add_generation_flags, generation_settings
 
@@ -71,12 +71,7 @@ def run_compare(arguments: list[str]) -> None:
     if options.plot:
         comparison.plot(options.plot)
     if options.output_file:
-
-        def write(temporary: str) -> None:
-            with open(temporary, "w", encoding="utf-8") as file:
-                json.dump(comparison.to_dict(), file, indent=2, ensure_ascii=False)
-
-        write_atomically(options.output_file, write)
+        write_text(options.output_file, json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False))
 
 
 def run_lm_eval(arguments: list[str]) -> None:

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from transformers import TextDiffusionStreamer
 
 from ..evaluation.language_models import decode
-from ..hub.files import write_atomically
+from ..hub.files import write_text
 from .command import CommandParser, check_output_file
 from .generation import add_generation_flags, check_generation, generate, generation_settings, load
 
@@ -91,10 +91,5 @@ def write_results(results: list[dict[str, Any]], path: str | None) -> None:
         for result in results:
             print(result["answer"] if len(results) == 1 else f"{result['prompt']}\n{result['answer']}\n")
         return
-
-    def write(temporary: str) -> None:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
-
-    write_atomically(path, write)
+    write_text(path, "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results))
     print(f"Wrote {len(results)} answers to {path}")

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
@@ -12,19 +11,16 @@ from ..data import latent_thinking_prompt
 from ..data.rows import check_prompts
 from ..evaluation.code_execution import ExecutionLimits
 from ..evaluation.scoring import scoring_kind
-from ..hub.files import output_dir_lock
 from ..models import LatentThinkingConfig, LatentThinkingForCausalLM
 from ..rl import LatentGRPOTrainer, LatentGRPOTrainingArguments, correctness_reward
 from ..training import set_trainable
 from .run_setup import (
     DataArguments,
     TrainingMethod,
-    check_folders,
     check_length,
-    checkpoint_to_resume,
-    describe_data,
     load_problems,
     pretrained_tokenizer,
+    start_run,
     train_and_eval,
     train_and_save,
 )
@@ -49,9 +45,7 @@ def run_grpo(script_args: GRPOScriptArguments, training_args: LatentGRPOTraining
         raise ValueError("Say what is to learn: --checkpoint with a latent-thinking model, as latent_answer makes it.")
     if script_args.streaming:
         raise ValueError("GRPO goes through its problems in an order of its own: leave out streaming.")
-    check_folders(script_args.checkpoint)
-    resume_from = checkpoint_to_resume(training_args)
-    torch.manual_seed(training_args.seed)
+    resume_from = start_run(training_args, script_args.checkpoint)
     tokenizer = pretrained_tokenizer(script_args.tokenizer or script_args.checkpoint)
     model = _load_model(script_args)
     check_length(script_args.max_length, model)
@@ -62,17 +56,15 @@ def run_grpo(script_args: GRPOScriptArguments, training_args: LatentGRPOTraining
     set_trainable(model, ["thinker"])
     # No gradient reaches it: when a thought ends is no part of the answer's probability.
     model.thinker.trm.halt_head.requires_grad_(False)
-    with output_dir_lock(training_args.output_dir):
-        trainer = LatentGRPOTrainer(
-            model,
-            correctness_reward(kind, ExecutionLimits(script_args.code_seconds, script_args.code_memory)),
-            training_args,
-            train_dataset=train,
-            eval_dataset=None if held_out is None else held_out[0],
-            processing_class=tokenizer,
-        )
-        trainer.data_description = describe_data(script_args)
-        train_and_save(trainer, resume_from)
+    trainer = LatentGRPOTrainer(
+        model,
+        correctness_reward(kind, ExecutionLimits(script_args.code_seconds, script_args.code_memory)),
+        training_args,
+        train_dataset=train,
+        eval_dataset=None if held_out is None else held_out[0],
+        processing_class=tokenizer,
+    )
+    train_and_save(trainer, resume_from, script_args)
     return trainer
 
 

@@ -3,13 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from ..data import tokenize_latent_answers
-from ..hub.files import output_dir_lock
 from ..models import (
     DimensionCompressor,
     DimensionCompressorConfig,
@@ -21,12 +19,10 @@ from ..training import LatentAnswerTrainer, LatentAnswerTrainingArguments, set_t
 from .run_setup import (
     DataArguments,
     TrainingMethod,
-    check_folders,
     check_length,
-    checkpoint_to_resume,
-    describe_data,
     load_problems,
     pretrained_tokenizer,
+    start_run,
     train_and_eval,
     train_and_save,
 )
@@ -70,9 +66,7 @@ def run_latent_answer(
     unused = [name for name in ("compressor", "trm", *_TRM_SETTINGS) if getattr(script_args, name) is not None]
     if script_args.checkpoint and unused:
         raise ValueError(f"The model in --checkpoint has its own {', '.join(unused)}: leave them out.")
-    check_folders(script_args.checkpoint, script_args.compressor, script_args.trm)
-    resume_from = checkpoint_to_resume(training_args)
-    torch.manual_seed(training_args.seed)
+    resume_from = start_run(training_args, script_args.checkpoint, script_args.compressor, script_args.trm)
     tokenizer = pretrained_tokenizer(script_args.tokenizer or source)
     model = _load_model(script_args, tokenizer)
     check_length(script_args.max_length, model)
@@ -85,12 +79,10 @@ def run_latent_answer(
     set_trainable(model, ["thinker"] if script_args.freeze_backbone else ["*"])
     # No answer says when to stop thinking: halting stays as distillation left it.
     model.thinker.trm.halt_head.requires_grad_(False)
-    with output_dir_lock(training_args.output_dir):
-        trainer = LatentAnswerTrainer(
-            model, training_args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
-        )
-        trainer.data_description = describe_data(script_args)
-        train_and_save(trainer, resume_from)
+    trainer = LatentAnswerTrainer(
+        model, training_args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
+    )
+    train_and_save(trainer, resume_from, script_args)
     return trainer
 
 
@@ -109,23 +101,19 @@ def _load_model(
 
 
 def _thinker_parts(script_args: LatentAnswerScriptArguments, backbone: PreTrainedModel) -> tuple[Any, Any]:
-    """Compressor and SequenceTRM, trained ones or the configs of new ones."""
+    """Compressor and SequenceTRM, trained ones or the configs of new ones, which fit them."""
     changes = {name: getattr(script_args, name) for name in _TRM_SETTINGS if getattr(script_args, name) is not None}
-    compressor: Any = (
-        None if script_args.compressor is None else DimensionCompressor.from_pretrained(script_args.compressor)
-    )
-    trm: Any = None if script_args.trm is None else SequenceTRM.from_pretrained(script_args.trm, **changes)
     width = backbone.config.get_text_config().hidden_size
-    size = script_args.compressed_size or min(256, width)
-    if compressor is None:
-        size = size if trm is None else trm.config.hidden_size
-        compressor = DimensionCompressorConfig(hidden_size=width, compressed_size=size)
-    if trm is None:
-        size = compressor.compressed_size if script_args.compressor is None else compressor.config.compressed_size
-        trm = SequenceTRMConfig(
-            hidden_size=size, n_layers=script_args.n_layers, n_heads=script_args.n_heads, **changes
-        )
-    return compressor, trm
+    size, compressor, trm = script_args.compressed_size or min(256, width), None, None
+    if script_args.compressor is not None:
+        compressor = DimensionCompressor.from_pretrained(script_args.compressor)
+        size = compressor.config.compressed_size
+    if script_args.trm is not None:
+        trm = SequenceTRM.from_pretrained(script_args.trm, **changes)
+        size = trm.config.hidden_size
+    new_compressor = DimensionCompressorConfig(hidden_size=width, compressed_size=size)
+    network = {"n_layers": script_args.n_layers, "n_heads": script_args.n_heads, **changes}
+    return compressor or new_compressor, trm or SequenceTRMConfig(hidden_size=size, **network)
 
 
 METHOD = TrainingMethod(LatentAnswerScriptArguments, LatentAnswerTrainingArguments, run_latent_answer)
