@@ -23,23 +23,6 @@ from ..training import MaskedDiffusionTrainer, MaskedDiffusionTrainingArguments,
 from .run_setup import vocabulary_settings
 
 
-class _LossProgressCallback(ProgressCallback):
-    """A progress bar that shows the loss, instead of lines of logs."""
-
-    def __init__(self, name: str):
-        super().__init__()
-        self.name = name
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description(self.name)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if self.training_bar is not None and logs is not None and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
-
-
 @dataclass
 class DemoSize:
     """How much the demo trains."""
@@ -65,15 +48,8 @@ print(json.dumps(model.generate(torch.tensor(json.loads(sys.argv[2]))).tolist())
 
 def run_demo(output_dir: str, seed: int = 0, smoke_test: bool = False) -> None:
     """
-    Trains a backbone, then a head on it, compares them with a control, and saves checkpoint, trace and results.
-
-    Args:
-        output_dir: a new folder, or one that holds an earlier demo.
-        seed: of weights, data and masks.
-        smoke_test: a few steps only.
-
-    Raises:
-        ValueError: if the folder holds something else.
+    Trains a backbone, then a head on it, compares them with a control, and saves checkpoint, trace and results in
+    `output_dir`: a new folder, or one with an earlier demo (else ValueError). `smoke_test` takes a few steps only.
     """
     found = os.listdir(output_dir) if os.path.isdir(output_dir) else []
     if found and "results.json" not in found:
@@ -97,10 +73,9 @@ class Demo:
         torch.manual_seed(self.seed)
         train, test = self.timed("make the data", self.make_data)
         backbone = LLaDAForMaskedDiffusion(self.backbone_config())
-        print(
-            f"\n1. A masked-diffusion model of {backbone.num_parameters():,} parameters learns to fill in, e.g., "
-            f"{self.tokenizer.decode(train[0]['input_ids'], skip_special_tokens=True)}"
-        )
+        example = self.tokenizer.decode(train[0]["input_ids"], skip_special_tokens=True)
+        size = backbone.num_parameters()
+        print(f"\n1. A masked-diffusion model of {size:,} parameters learns to fill in, e.g., {example}")
         self.timed("train the backbone", lambda: self.train(backbone, train, "backbone", self.size.backbone_steps))
 
         hybrid = self.make_hybrid(backbone)
@@ -182,7 +157,7 @@ class Demo:
         )
         trainer = MaskedDiffusionTrainer(model, arguments, train_dataset=samples, processing_class=self.tokenizer)
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(_LossProgressCallback(name))
+        trainer.add_callback(_LossProgressCallback)
         trainer.train()
         model.eval()
 
@@ -195,14 +170,12 @@ class Demo:
             "refined": (hybrid, {}),
         }
         return {
-            name: [
-                exact_match_accuracy(model, test, num_diffusion_steps=steps, **settings) for steps in STEPS_COMPARED
-            ]
+            name: [exact_match_accuracy(model, test, num_diffusion_steps=n, **settings) for n in STEPS_COMPARED]
             for name, (model, settings) in rows.items()
         }
 
     def save(self, hybrid: LLaDATRMForMaskedDiffusion, test: Any) -> bool:
-        """Saves checkpoint and trace; whether a process without this package generates the same from them."""
+        """Saves checkpoint and trace; whether a process without this package generates the same."""
         checkpoint = os.path.join(self.folder, "checkpoint")
         hybrid.generation_config.max_new_tokens = NUM_TERMS + 1
         hybrid.generation_config.num_diffusion_steps = 2
@@ -226,10 +199,9 @@ class Demo:
         """Prompts `[number, L]` of held-out problems that the head gets right and the bare backbone wrong, if any."""
         expected = torch.tensor([sample["input_ids"] for sample in test])
         prompts = expected[:, : NUM_TERMS + 1]
-        right = [
-            (hybrid.generate(prompts, enable_refinement=enabled) == expected).all(-1) for enabled in (False, True)
-        ]
-        return prompts[(right[1] & ~right[0]).int().argsort(descending=True, stable=True)[:number]]
+        bare = (hybrid.generate(prompts, enable_refinement=False) == expected).all(-1)
+        refined = (hybrid.generate(prompts) == expected).all(-1)
+        return prompts[(refined & ~bare).int().argsort(descending=True, stable=True)[:number]]
 
     def report(self, results: dict[str, list[Accuracy]], reloaded: bool) -> None:
         width = max(map(len, results))
@@ -238,10 +210,17 @@ class Demo:
         for name, accuracies in results.items():
             print(f"{name:<{width}}" + "".join(f"{accuracy!s:>26}" for accuracy in accuracies))
         print("\n" + "   ".join(f"{name}: {seconds:.0f} s" for name, seconds in self.seconds.items()))
-        print(f"\ncheckpoint {os.path.join(self.folder, 'checkpoint')}")
-        print(f"           (loaded without this package, it generates the same: {reloaded})")
-        print(f"trace      {os.path.join(self.folder, 'trace.html')}")
-        print("           (open it in a browser: three problems that the head fixes)")
+        checkpoint, trace = (os.path.join(self.folder, name) for name in ("checkpoint", "trace.html"))
+        print(f"\n{checkpoint}: loaded without this package, it generates the same: {reloaded}")
+        print(f"{trace}: three problems that the head fixes, for a browser")
         with open(os.path.join(self.folder, "results.json"), "w", encoding="utf-8") as file:
             table = {name: [asdict(accuracy) for accuracy in row] for name, row in results.items()}
             json.dump({"steps": STEPS_COMPARED, "accuracy": table, "seconds": self.seconds}, file, indent=2)
+
+
+class _LossProgressCallback(ProgressCallback):
+    """A progress bar that shows the loss, instead of lines of logs."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
