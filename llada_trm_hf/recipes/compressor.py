@@ -4,7 +4,6 @@ import copy
 import csv
 import io
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,14 +72,12 @@ def run_compressor(script_args: CompressorScriptArguments, training_args: Compre
     if script_args.compressed_sizes and held_out is None:
         raise ValueError("compressed_sizes are compared on held-out text: set eval_split or num_eval_samples.")
 
-    def new_trainer(compressor: DimensionCompressor, arguments: CompressorTrainingArguments) -> CompressorTrainer:
-        return CompressorTrainer(compressor, arguments, language_model, train, held_out)
-
-    if script_args.compressed_sizes:
-        with output_dir_lock(training_args.output_dir):
-            _sweep(script_args, training_args, compressors, new_trainer)
-    else:
-        _train(script_args, new_trainer(compressors[0], training_args), resume_from)
+    parts = {"language_model": language_model, "train_dataset": train, "eval_dataset": held_out}
+    with output_dir_lock(training_args.output_dir):
+        if script_args.compressed_sizes:
+            _sweep(script_args, training_args, compressors, parts)
+        else:
+            _train(script_args, CompressorTrainer(compressors[0], training_args, **parts), resume_from)
 
 
 def _check_settings(script_args: CompressorScriptArguments) -> None:
@@ -146,7 +143,7 @@ def _sweep(
     script_args: CompressorScriptArguments,
     training_args: CompressorTrainingArguments,
     compressors: list[DimensionCompressor],
-    new_trainer: Callable[[DimensionCompressor, CompressorTrainingArguments], CompressorTrainer],
+    parts: dict[str, Any],
 ) -> None:
     """One run for each compressor, continued if resuming is asked for and it has begun; then the table."""
     resuming = str(training_args.resume_from_checkpoint).lower() == "true"
@@ -161,7 +158,7 @@ def _sweep(
             compressor = DimensionCompressor.from_pretrained(arguments.output_dir)
         elif resuming and not (os.path.isdir(arguments.output_dir) and get_last_checkpoint(arguments.output_dir)):
             arguments.resume_from_checkpoint = None
-        trainer = new_trainer(compressor, arguments)
+        trainer = CompressorTrainer(compressor, arguments, **parts)
         if pca is None:
             pca = _principal_directions(script_args, trainer, max(script_args.compressed_sizes or []))
         if not finished:

@@ -1,10 +1,12 @@
 """Reinforcement learning of latent thoughts with GRPO."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 from datasets import Dataset
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig
 from transformers.hf_argparser import HfArg
 
 from ..data import latent_thinking_prompt
@@ -20,9 +22,9 @@ from .run_setup import (
     check_length,
     load_problems,
     pretrained_tokenizer,
+    run_trainer,
     start_run,
     train_and_eval,
-    train_and_save,
 )
 
 
@@ -49,10 +51,12 @@ def run_grpo(script_args: GRPOScriptArguments, training_args: LatentGRPOTraining
     tokenizer = pretrained_tokenizer(script_args.tokenizer or script_args.checkpoint)
     model = _load_model(script_args)
     check_length(script_args.max_length, model)
-    limit = script_args.max_length - training_args.max_completion_length
-    (train, kind), held_out = train_and_eval(
-        script_args, lambda split, path: _problems(script_args, tokenizer, model.config, limit, split, path)
-    )
+    config, longest = model.config, script_args.max_length - training_args.max_completion_length
+
+    def fits(row: dict[str, Any]) -> bool:
+        return len(latent_thinking_prompt(row["prompt"], tokenizer, config)) <= longest
+
+    (train, kind), held_out = train_and_eval(script_args, partial(_problems, script_args, fits))
     set_trainable(model, ["thinker"])
     # No gradient reaches it: when a thought ends is no part of the answer's probability.
     model.thinker.trm.halt_head.requires_grad_(False)
@@ -64,7 +68,7 @@ def run_grpo(script_args: GRPOScriptArguments, training_args: LatentGRPOTraining
         eval_dataset=None if held_out is None else held_out[0],
         processing_class=tokenizer,
     )
-    train_and_save(trainer, resume_from, script_args)
+    run_trainer(trainer, resume_from, script_args)
     return trainer
 
 
@@ -80,14 +84,9 @@ def _load_model(script_args: GRPOScriptArguments) -> LatentThinkingForCausalLM:
 
 
 def _problems(
-    script_args: GRPOScriptArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    config: LatentThinkingConfig,
-    limit: int,
-    split: str,
-    path: str | None,
+    script_args: GRPOScriptArguments, fits: Callable[[dict[str, Any]], bool], split: str, path: str | None
 ) -> tuple[Dataset, Literal["answer", "code"]]:
-    """The problems whose prompts have at most `limit` tokens, and what decides whether an answer is right."""
+    """The problems whose prompts leave room for an answer, and what decides whether it is right."""
     problems, response = load_problems(script_args, split, path)
     source = path or script_args.dataset_name
     check_prompts(problems, source)
@@ -97,17 +96,15 @@ def _problems(
             f"The answers to {source} are programs, which have to run: say so with --allow_code_execution true, "
             f"preferably in a container."
         )
-    fitting = problems.filter(lambda row: len(latent_thinking_prompt(row["prompt"], tokenizer, config)) <= limit)
+    fitting = problems.filter(fits)
     if not len(fitting):
         raise ValueError(
-            f"No prompt of {source} [{split}] leaves room for max_completion_length="
-            f"{script_args.max_length - limit} tokens of the max_length={script_args.max_length}: raise max_length."
+            f"No prompt of {source} [{split}] leaves room for max_completion_length tokens within "
+            f"max_length={script_args.max_length}: raise max_length."
         )
-    if len(fitting) < len(problems):
-        print(
-            f"Dropped {len(problems) - len(fitting)} of {len(problems)} problems: more than {script_args.max_length} "
-            f"tokens."
-        )
+    dropped = len(problems) - len(fitting)
+    if dropped:
+        print(f"Dropped {dropped} of {len(problems)} problems: more than {script_args.max_length} tokens.")
     return fitting, "code" if is_code else "answer"
 
 

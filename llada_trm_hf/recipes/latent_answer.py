@@ -22,9 +22,9 @@ from .run_setup import (
     check_length,
     load_problems,
     pretrained_tokenizer,
+    run_trainer,
     start_run,
     train_and_eval,
-    train_and_save,
 )
 
 # Settings of a SequenceTRM that may be changed in a trained one too.
@@ -82,7 +82,7 @@ def run_latent_answer(
     trainer = LatentAnswerTrainer(
         model, training_args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
     )
-    train_and_save(trainer, resume_from, script_args)
+    run_trainer(trainer, resume_from, script_args)
     return trainer
 
 

@@ -20,9 +20,9 @@ from .run_setup import (
     check_length,
     pretrained_tokenizer,
     reasoning_samples,
+    run_trainer,
     start_run,
     train_and_eval,
-    train_and_save,
     vocabulary_settings,
 )
 
@@ -102,7 +102,7 @@ def run_masked_diffusion(
     trainer = MaskedDiffusionTrainer(
         model, training_args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
     )
-    train_and_save(trainer, resume_from, script_args)
+    run_trainer(trainer, resume_from, script_args)
     return trainer
 
 

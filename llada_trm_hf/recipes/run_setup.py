@@ -158,14 +158,19 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
     return str(wanted)
 
 
+def run_trainer(trainer: BaseTrainer, resume_from: str | None, script_args: DataArguments | None = None) -> None:
+    """`train_and_save` while no other run may write to the output folder."""
+    with output_dir_lock(trainer.args.output_dir):
+        train_and_save(trainer, resume_from, script_args)
+
+
 def train_and_save(trainer: BaseTrainer, resume_from: str | None, script_args: DataArguments | None = None) -> None:
     """
-    Trains, from the checkpoint `resume_from` if there is one, and leaves the model in the output folder, which no
-    other run may write to meanwhile. `script_args` name the data in the model card.
+    Trains, from the checkpoint `resume_from` if there is one, and leaves the model in the output folder. The data in
+    its card are those of `script_args`.
     """
     if script_args is not None:
         trainer.data_description = describe_data(script_args)
-    with output_dir_lock(trainer.args.output_dir):
-        trainer.train(resume_from_checkpoint=resume_from)
-        trainer.save_model()
-        trainer.save_state()
+    trainer.train(resume_from_checkpoint=resume_from)
+    trainer.save_model()
+    trainer.save_state()

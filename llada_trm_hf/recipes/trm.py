@@ -11,7 +11,7 @@ from transformers.hf_argparser import HfArg
 from ..hidden_pairs import HiddenPairsDataset
 from ..models import DimensionCompressor, SequenceTRM, SequenceTRMConfig
 from ..training import TRMTrainer, TRMTrainingArguments
-from .run_setup import TrainingMethod, start_run, train_and_save
+from .run_setup import TrainingMethod, run_trainer, start_run
 
 _NETWORK_SETTINGS = ("n_layers", "n_heads", "block_style", "dropout")
 
@@ -61,7 +61,7 @@ def run_trm(script_args: TRMScriptArguments, training_args: TRMTrainingArguments
     trainer = TRMTrainer(
         model, training_args, train_dataset=train, eval_dataset=held_out, lm_head=lm_head, compressor=compressor
     )
-    train_and_save(trainer, resume_from)
+    run_trainer(trainer, resume_from)
 
 
 def _train_and_held_out(
