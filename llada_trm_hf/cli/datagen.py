@@ -41,11 +41,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--split", default="train", help="split or slice of each dataset, e.g. train[:1000]")
     parser.add_argument("--num_samples", type=int, help="at most so many problems of each dataset")
     parser.add_argument("--num_terms", type=int, default=8, help="difficulty of generated arithmetic")
-    parser.add_argument(
-        "--traces_file",
-        help="for --stage states: a file with prompt and completion_ids, completion or reasoning, or the folder of an "
-        "earlier --stage traces",
-    )
+    parser.add_argument("--traces_file", help="for --stage states: finished traces, or the folder of --stage traces")
     parser.add_argument("--columns", nargs="+", default=[], help="of a local file: prompt=question completion=output")
     parser.add_argument("--batch_size", type=int, default=8, help="problems that go through the model together")
     parser.add_argument("--max_new_tokens", type=int, default=1024, help="of a thought with its closing marker")

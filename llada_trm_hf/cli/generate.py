@@ -54,24 +54,17 @@ def run(arguments: list[str]) -> None:
 
 
 def read_prompts(path: str) -> list[str]:
-    """
-    Prompts from a `.json` list of texts (or objects with a `prompt`), a `.jsonl` with one of these a line, or a `.txt`
-    with a prompt a line.
-
-    Raises:
-        FileNotFoundError, ValueError: naming the file and what is wrong with it.
-    """
+    """From a `.json` list of texts (or objects with a `prompt`), a `.jsonl` with one a line, or lines of text."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no prompts file {path}.")
     with open(path, encoding="utf-8") as file:
         text = file.read()
+    entries: Any = [line for line in text.splitlines() if line.strip()]
     try:
         if path.endswith(".json"):
-            entries: Any = json.loads(text)
+            entries = json.loads(text)
         elif path.endswith(".jsonl"):
-            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            entries = [line for line in text.splitlines() if line.strip()]
+            entries = [json.loads(line) for line in entries]
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(entries, list):

@@ -26,14 +26,8 @@ COMMANDS = {
     "datagen": ("datagen:run", "make hidden pairs: a language model's states before and after it thinks"),
 }
 # What a user can get wrong, if it was raised for the user; the second is for a config's field of the wrong type.
-MISTAKES = (
-    ValueError,
-    StrictDataclassError,
-    FileNotFoundError,
-    NotADirectoryError,
-    PermissionError,
-    IsADirectoryError,
-)
+WRONG_PATHS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+MISTAKES = (ValueError, StrictDataclassError, *WRONG_PATHS)
 # What else has a message for the user, if it was raised for the user: a folder another run writes to, a NaN loss.
 FAILURES = (RuntimeError, FloatingPointError)
 # These check what users hand in; transformers_modules is a checkpoint's own code.
@@ -87,7 +81,7 @@ def _explain(error: Exception) -> tuple[str | None, int]:
         return message, 2
     if isinstance(error, OSError):
         # transformers raises a bare OSError for a model that cannot be found; the system's have a number.
-        return message, 2 if isinstance(error, MISTAKES) or error.errno is None else 1
+        return message, 2 if isinstance(error, WRONG_PATHS) or error.errno is None else 1
     if isinstance(error, (*MISTAKES, *FAILURES)) and _raised_for_the_user(error):
         return message, 2 if isinstance(error, MISTAKES) else 1
     return None, 1

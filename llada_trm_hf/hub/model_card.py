@@ -54,8 +54,7 @@ def model_card(
         base_model: the repository of the model it builds on; by default the one its config names.
 
     Raises:
-        FileNotFoundError: if `folder` holds no config.
-        ValueError: for a file that is not valid JSON, or no JSON object.
+        FileNotFoundError, ValueError: without a config, and for a JSON file that holds no object.
     """
     config = read_config(folder)
     kind, record, refiner = _kind(config), read_training_record(folder), config.get("refiner_config", config)

@@ -117,11 +117,7 @@ def files_to_publish(
     names, and what they import. A README.md is uploaded as it is; without one a card is made from the checkpoint.
 
     Args:
-        folder: of `save_pretrained` or a trainer.
-        repo_id: `owner/name`.
-        description: a paragraph for the card.
-        revision: the branch; by default the main one.
-        base_model: the repository of the model it builds on, instead of the one in its config.
+        folder, repo_id, description, revision, base_model: see `model_card`; the config names `base_model` too.
         new_card: make a card even if there is a README.md.
 
     Returns:
@@ -164,7 +160,8 @@ def publish(
     tried again: what arrived is not sent twice, and a commit that was made is not made again.
 
     Args:
-        files, repo_id, revision: see `files_to_publish`.
+        files: see `files_to_publish`.
+        repo_id, revision: `owner/name`, and the branch if not the main one.
         private: whether a new repository is private.
         token: by default the one of `hf auth login` or `HF_TOKEN`.
 

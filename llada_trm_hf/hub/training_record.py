@@ -61,12 +61,7 @@ def training_settings(
 
 
 def read_training_record(folder: str | os.PathLike) -> TrainingRecord:
-    """
-    From `training_settings.json` and `trainer_state.json`; pickles such as `training_args.bin` are not opened.
-
-    Raises:
-        ValueError: for a file that is not valid JSON, or no JSON object.
-    """
+    """From `training_settings.json` and `trainer_state.json`; pickles such as `training_args.bin` are not opened."""
     settings, state = read_json(Path(folder, TRAINING_SETTINGS_FILE)), read_json(Path(folder, "trainer_state.json"))
     data = settings.pop("data", None) or {}
     step = state.get("global_step")

@@ -76,10 +76,8 @@ def _load_model(script_args: GRPOScriptArguments) -> LatentThinkingForCausalLM:
     assert script_args.checkpoint is not None
     model_type = PreTrainedConfig.get_config_dict(script_args.checkpoint)[0].get("model_type")
     if model_type != LatentThinkingConfig.model_type:
-        raise ValueError(
-            f"{script_args.checkpoint} holds a {model_type} model: GRPO goes on from a latent-thinking model, as the "
-            f"recipe latent_answer makes one."
-        )
+        needed = "GRPO goes on from a latent-thinking model, as latent_answer makes it"
+        raise ValueError(f"{script_args.checkpoint} holds a {model_type} model: {needed}.")
     return LatentThinkingForCausalLM.from_pretrained(script_args.checkpoint, dtype=script_args.dtype)
 
 
@@ -92,10 +90,8 @@ def _problems(
     check_prompts(problems, source)
     is_code = scoring_kind(problems.column_names, response) == "code"
     if is_code and not script_args.allow_code_execution:
-        raise ValueError(
-            f"The answers to {source} are programs, which have to run: say so with --allow_code_execution true, "
-            f"preferably in a container."
-        )
+        hint = "allow it with --allow_code_execution true, preferably in a container"
+        raise ValueError(f"The answers to {source} are programs, which have to run: {hint}.")
     fitting = problems.filter(fits)
     if not len(fitting):
         raise ValueError(

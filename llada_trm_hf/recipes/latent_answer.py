@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from ..data import tokenize_latent_answers
@@ -59,10 +59,7 @@ def run_latent_answer(
     """
     source = script_args.checkpoint or script_args.backbone
     if source is None or (script_args.checkpoint and script_args.backbone):
-        raise ValueError(
-            "Say what is to learn: either --backbone with the name or folder of a causal language model, or "
-            "--checkpoint with a latent-thinking model to go on from."
-        )
+        raise ValueError("Say what learns: either --backbone CAUSAL_LM or --checkpoint LATENT_THINKING_MODEL.")
     unused = [name for name in ("compressor", "trm", *_TRM_SETTINGS) if getattr(script_args, name) is not None]
     if script_args.checkpoint and unused:
         raise ValueError(f"The model in --checkpoint has its own {', '.join(unused)}: leave them out.")
@@ -94,16 +91,15 @@ def _load_model(
         return LatentThinkingForCausalLM.from_pretrained(script_args.checkpoint, dtype=script_args.dtype)
     assert script_args.backbone is not None
     backbone = AutoModelForCausalLM.from_pretrained(script_args.backbone, dtype=script_args.dtype)
-    compressor, trm = _thinker_parts(script_args, backbone)
+    parts = _thinker_parts(script_args, backbone.config.get_text_config().hidden_size)
     return LatentThinkingForCausalLM.from_backbone(
-        backbone, compressor=compressor, trm=trm, tokenizer=tokenizer, num_latents=script_args.num_latents
+        backbone, tokenizer=tokenizer, num_latents=script_args.num_latents, **parts
     )
 
 
-def _thinker_parts(script_args: LatentAnswerScriptArguments, backbone: PreTrainedModel) -> tuple[Any, Any]:
+def _thinker_parts(script_args: LatentAnswerScriptArguments, width: int) -> dict[str, Any]:
     """Compressor and SequenceTRM, trained ones or the configs of new ones, which fit them."""
     changes = {name: getattr(script_args, name) for name in _TRM_SETTINGS if getattr(script_args, name) is not None}
-    width = backbone.config.get_text_config().hidden_size
     size, compressor, trm = script_args.compressed_size or min(256, width), None, None
     if script_args.compressor is not None:
         compressor = DimensionCompressor.from_pretrained(script_args.compressor)
@@ -113,7 +109,7 @@ def _thinker_parts(script_args: LatentAnswerScriptArguments, backbone: PreTraine
         size = trm.config.hidden_size
     new_compressor = DimensionCompressorConfig(hidden_size=width, compressed_size=size)
     network = {"n_layers": script_args.n_layers, "n_heads": script_args.n_heads, **changes}
-    return compressor or new_compressor, trm or SequenceTRMConfig(hidden_size=size, **network)
+    return {"compressor": compressor or new_compressor, "trm": trm or SequenceTRMConfig(hidden_size=size, **network)}
 
 
 METHOD = TrainingMethod(LatentAnswerScriptArguments, LatentAnswerTrainingArguments, run_latent_answer)

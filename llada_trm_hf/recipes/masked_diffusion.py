@@ -42,16 +42,12 @@ _HYBRID_SETTINGS = (
 class MaskedDiffusionScriptArguments(DataArguments):
     """What is trained on what. The rest of a recipe are [`MaskedDiffusionTrainingArguments`]."""
 
-    backbone: str | None = HfArg(
-        default=None, aliases=["--model"], help="Model to train, or a config .json for a new one."
-    )
+    backbone: str | None = HfArg(default=None, aliases=["--model"], help="Model, or a config .json for a new one.")
     checkpoint: str | None = HfArg(default=None, help="A hybrid to go on from, instead of a backbone.")
     refiner: str = HfArg(default="recursive_refinement_head", help="Kinds or folders, with commas; none: no refiner.")
     integration: str | None = HfArg(default=None, help="How several refiners work together: cascade or mix.")
     chunk_size: int | None = HfArg(default=None, help="Tokens refined together; 16.")
-    align_steps_to_chunks: bool = HfArg(
-        default=False, help="Start each reasoning step, and the answer, in a new chunk."
-    )
+    align_steps_to_chunks: bool = HfArg(default=False, help="Start reasoning steps and answer in a new chunk.")
     max_recursive_steps: int | None = HfArg(default=None, help="Most updates of a chunk; 8, of a slot refiner 4.")
     convergence_threshold: float | None = HfArg(default=None, help="When a chunk stops, 0 never; 0.01, of slots 1e-4.")
     head_hidden_size: int | None = HfArg(default=None, help="Width of a chunk's code in a recursive head; 512.")
@@ -80,8 +76,8 @@ def run_masked_diffusion(
     script_args: MaskedDiffusionScriptArguments, training_args: MaskedDiffusionTrainingArguments
 ) -> MaskedDiffusionTrainer:
     """
-    Trains as the settings say, from the last checkpoint in `training_args.output_dir` if
-    `training_args.resume_from_checkpoint` is set, and saves the final model and tokenizer in that folder.
+    Trains as the settings say, resuming if `training_args.resume_from_checkpoint` is set, and saves the final model
+    and tokenizer in `training_args.output_dir`.
 
     Raises:
         ValueError, OSError: for settings that cannot work, before anything is written.
@@ -129,10 +125,7 @@ def _load_model(script_args: MaskedDiffusionScriptArguments, tokenizer: PreTrain
     if script_args.checkpoint is not None:
         return LLaDATRMForMaskedDiffusion.from_pretrained(script_args.checkpoint, dtype=script_args.dtype)
     if script_args.backbone is None:
-        raise ValueError(
-            "Say what to train: --backbone with the name or folder of a masked-diffusion model, a config .json for a "
-            "new one, or --checkpoint with a hybrid to go on from."
-        )
+        raise ValueError("Say what to train: --backbone MODEL or CONFIG.json (a new one), or --checkpoint HYBRID.")
     is_new = script_args.backbone.endswith(".json")
     backbone: Any = _new_backbone(script_args.backbone, tokenizer) if is_new else script_args.backbone
     if script_args.refiner == "none":

@@ -24,13 +24,9 @@ T = TypeVar("T")
 class DataArguments:
     """Text to train on, and the tokenizer that reads it."""
 
-    tokenizer: str | None = HfArg(
-        default=None, help="Name or folder; by default the model's own, bytes for a new one."
-    )
+    tokenizer: str | None = HfArg(default=None, help="Name or folder; the model's own, or bytes for a new model.")
     dtype: str = HfArg(default="float32", help="Of the weights: float32, bfloat16, float16 or auto.")
-    dataset_name: str = HfArg(
-        default="arithmetic", help=f"{', '.join(SOURCES)}, or a .json, .jsonl, .csv or .parquet."
-    )
+    dataset_name: str = HfArg(default="arithmetic", help=f"{', '.join(SOURCES)}, or a .jsonl, .csv or .parquet file.")
     data_files: str | None = HfArg(default=None, help="A local file with the rows of dataset_name.")
     columns: list[str] | None = HfArg(default=None, help="Columns of a local file: prompt=question ...")
     split: str = HfArg(default="train", help="Split or slice to train on, e.g. train[:1000].")
@@ -120,11 +116,8 @@ def describe_data(script_args: DataArguments) -> dict[str, str]:
 
 def start_run(training_args: TrainingArguments, *inputs: str | None) -> str | None:
     """
-    Sets the seed and returns the checkpoint to resume from, if any.
-
-    Raises:
-        FileNotFoundError: for one of `inputs` that is neither a folder nor, as owner/name, a repository.
-        ValueError: as `checkpoint_to_resume`.
+    Sets the seed and returns the checkpoint to resume from, if any. Raises FileNotFoundError for one of `inputs` that
+    is neither a folder nor, as owner/name, a repository.
     """
     for name in inputs:
         if name is not None and not os.path.isdir(name) and (os.path.isabs(name) or name.count("/") != 1):
@@ -134,12 +127,7 @@ def start_run(training_args: TrainingArguments, *inputs: str | None) -> str | No
 
 
 def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
-    """
-    The checkpoint to resume from, if any.
-
-    Raises:
-        ValueError: if the output folder holds an earlier run that is not resumed, or there is nothing to resume.
-    """
+    """Raises ValueError if the output folder's earlier run is not resumed, or there is nothing to resume."""
     folder, wanted = training_args.output_dir, training_args.resume_from_checkpoint
     last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
     if wanted is None or str(wanted).lower() == "false":

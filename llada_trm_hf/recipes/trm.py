@@ -74,10 +74,8 @@ def _train_and_held_out(
         return pairs, None
     number = round(script_args.eval_fraction * len(pairs))
     if number < 2 or number == len(pairs):
-        raise ValueError(
-            f"eval_fraction={script_args.eval_fraction} of {len(pairs)} hidden pairs is {number}: evaluation needs "
-            f"two, training one."
-        )
+        fraction = f"eval_fraction={script_args.eval_fraction} of {len(pairs)} hidden pairs"
+        raise ValueError(f"{fraction} is {number}: evaluation needs two, training one.")
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
     return Subset(pairs, order[number:]), Subset(pairs, order[:number])
 
