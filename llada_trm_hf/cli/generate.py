@@ -43,10 +43,9 @@ def run(arguments: list[str]) -> None:
     for start in tqdm(range(0, len(texts), options.batch_size), desc="Generating", disable=len(texts) == 1):
         prompts = texts[start : start + options.batch_size]
         output, answers = generate(model, tokenizer, prompts, settings, streamer)
-        results += [
-            {"prompt": prompt, "answer": decode(tokens, tokenizer), "forward_passes": output.num_forward_passes}
-            for prompt, tokens in zip(prompts, answers)
-        ]
+        for prompt, tokens in zip(prompts, answers):
+            answer, passes = decode(tokens, tokenizer), output.num_forward_passes
+            results.append({"prompt": prompt, "answer": answer, "forward_passes": passes})
         if options.trace_file:
             trace = output.refinement_trace
             (trace.to_html if options.trace_file.endswith(".html") else trace.to_json)(options.trace_file, tokenizer)

@@ -38,11 +38,8 @@ CHECKING_PACKAGES = (
 
 def main(arguments: list[str] | None = None) -> int:
     """
-    Runs one command.
-
-    Returns:
-        0 on success; 2 for a user's mistake, with one line on stderr; 1 for a failure, with a traceback if it is a
-        bug (with LLADA_TRM_DEBUG=1 always); 130 when interrupted.
+    Runs one command. Returns 0 on success; 2 for a user's mistake, with one line on stderr; 1 for a failure, with a
+    traceback if it is a bug (with LLADA_TRM_DEBUG=1 always); 130 when interrupted.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -88,10 +85,7 @@ def _explain(error: Exception) -> tuple[str | None, int]:
 
 
 def _raised_for_the_user(error: Exception) -> bool:
-    """
-    Whether the error comes from a `raise` in this package or another that checks what users hand in. From torch or
-    the interpreter (`int("x")`, a wrong unpacking), it is a bug in our code.
-    """
+    """From a `raise` in a package that checks what users hand in; from torch or the interpreter it is our bug."""
     innermost: Any = error.__traceback__
     while innermost.tb_next is not None:
         innermost = innermost.tb_next

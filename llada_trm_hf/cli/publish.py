@@ -16,11 +16,7 @@ def push(arguments: list[str]) -> None:
     add = parser.add_argument
     add("--checkpoint", help="folder of a model, or an older compressor.pt or trm.pt, which is converted")
     add("--repo", help="owner/name; created if it does not exist")
-    add(
-        "--custom_generate",
-        metavar="REPO",
-        help="instead of a checkpoint, upload generation by masked diffusion, for other models, to owner/name",
-    )
+    add("--custom_generate", metavar="REPO", help="upload masked-diffusion generation, for other models, instead")
     add("--private", action="store_true", help="make a new repository private")
     add("--description", help="a paragraph for the model card")
     add("--revision", help="branch, created if it does not exist")

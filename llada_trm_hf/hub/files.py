@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from filelock import FileLock, Timeout
 
@@ -28,12 +29,7 @@ def write_atomically(path: str, write: Callable[[str], object]) -> None:
 
 def write_text(path: str, text: str) -> None:
     """Writes a text file atomically, its line ends as they are."""
-
-    def write(temporary: str) -> None:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-
-    write_atomically(path, write)
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8", newline=""))
 
 
 def _flush(path: str) -> None:

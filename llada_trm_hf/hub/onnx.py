@@ -52,9 +52,8 @@ def export_onnx(
         tolerance: the largest difference from PyTorch that is accepted.
 
     Raises:
-        ImportError: without the packages of the extra `onnx`.
+        ImportError, OSError: see `check_export`.
         ValueError: for another model, other weights than float32, or a wrong number of steps.
-        FileNotFoundError: if the folder of `path` does not exist.
         RuntimeError: if the model cannot be written as a graph, or its results differ; no file is left then.
     """
     check_export(path)
@@ -66,9 +65,8 @@ def export_onnx(
         _write_graph(forward.eval(), written)
         largest, refined = _compare(forward, written)
         if not largest <= tolerance:  # NaN is not
-            raise RuntimeError(
-                f"The graph's results differ from PyTorch's by {largest:.3g}, more than {tolerance:g}: it is not kept."
-            )
+            found = f"The graph's results differ from PyTorch's by {largest:.3g}"
+            raise RuntimeError(f"{found}, more than {tolerance:g}: it is not kept.")
         return OnnxExport(_move(written, path), largest, refined)
 
 

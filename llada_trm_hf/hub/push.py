@@ -68,8 +68,8 @@ def push_custom_generate(
     repo_id: str, private: bool = False, revision: str | None = None, token: str | None = None
 ) -> CommitInfo:
     """
-    Uploads masked-diffusion generation in one commit; then `model.generate(..., custom_generate=repo_id,
-    trust_remote_code=True)` runs it. Arguments and errors as for `publish`, and a ValueError for an impossible name.
+    Uploads masked-diffusion generation; then `model.generate(..., custom_generate=repo_id, trust_remote_code=True)`
+    runs it. Arguments and errors as for `publish`, and a ValueError for an impossible name.
     """
     return publish(custom_generate_files(repo_id), repo_id, private, revision, token, "Upload custom_generate")
 
@@ -237,7 +237,5 @@ def _check_loadable(folder: Path, config: dict[str, Any], code: set[str], names:
         raise ValueError(f"{folder}/config.json names no code (auto_map): save the model with this package.")
     backbone = config.get("backbone_name_or_path") or ""
     if not config.get("backbone_in_checkpoint", True) and (os.path.isabs(backbone) or os.path.isdir(backbone)):
-        raise ValueError(
-            f"{folder} holds no backbone and names a folder of this machine, {backbone}, which nobody else has: name "
-            f"its repository (--base_model owner/name), or save the model whole."
-        )
+        hint = "name its repository (--base_model owner/name), or save the model whole"
+        raise ValueError(f"{folder} holds no backbone and names a folder of this machine, {backbone}: {hint}.")

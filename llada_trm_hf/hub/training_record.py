@@ -45,7 +45,7 @@ def training_settings(
     if not settings["use_ema"]:
         settings["ema_decay"] = None
     parameters = list(model.parameters())
-    rows = args.per_device_train_batch_size * max(args.n_gpu, 1) * args.world_size * args.gradient_accumulation_steps
+    rows = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     return {
         "data": data,
         **{name: value for name, value in settings.items() if value},

@@ -51,9 +51,8 @@ class CompressorScriptArguments(DataArguments):
 
 def run_compressor(script_args: CompressorScriptArguments, training_args: CompressorTrainingArguments) -> None:
     """
-    Trains a compressor as the settings say and saves it in `training_args.output_dir`. With `compressed_sizes`, it
-    trains one for each size in its own folder and writes `sweep.csv`, which compares them with PCA.
-    Raises the same errors as `run_masked_diffusion`.
+    Trains a compressor as the settings say and saves it in `training_args.output_dir`; of `compressed_sizes` each in
+    its own folder, with `sweep.csv`, which compares them with PCA. Raises the same errors as `run_masked_diffusion`.
     """
     _check_settings(script_args)
     assert script_args.backbone is not None
@@ -86,9 +85,9 @@ def _check_settings(script_args: CompressorScriptArguments) -> None:
     if script_args.init not in INITIALISATIONS:
         raise ValueError(f"init must be one of {', '.join(INITIALISATIONS)}, got {script_args.init!r}.")
     if (script_args.compressor is not None) != (script_args.init == "checkpoint"):
+        found = f"init={script_args.init}, --compressor {script_args.compressor}"
         raise ValueError(
-            f"To go on from a compressor, set init=checkpoint and name it with --compressor; got "
-            f"init={script_args.init}, --compressor {script_args.compressor}."
+            f"To go on from a compressor, set init=checkpoint and name it with --compressor; got {found}."
         )
     if script_args.compressed_sizes and (script_args.init == "checkpoint" or script_args.compressed_size is not None):
         raise ValueError("compressed_sizes are trained from the start: leave out compressed_size and init=checkpoint.")

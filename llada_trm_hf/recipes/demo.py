@@ -55,7 +55,7 @@ def run_demo(output_dir: str, seed: int = 0, smoke_test: bool = False) -> None:
     if found and "results.json" not in found:
         raise ValueError(f"{output_dir} is not empty and holds no earlier demo: choose another --output_dir.")
     logging.set_verbosity_error()
-    logging.disable_progress_bar()  # those of loading and saving
+    logging.disable_progress_bar()  # of loading and saving
     disable_progress_bars()
     Demo(output_dir, seed, SMOKE_TEST if smoke_test else DemoSize()).run()
 
@@ -89,7 +89,7 @@ class Demo:
         self.timed("train the control", lambda: self.train(control, train, "control", control_steps))
 
         print("\n4. All three answer the same held-out problems")
-        results = self.timed("compare", lambda: self.compare(hybrid, control, test))
+        results = self.timed("compare", lambda: compare(hybrid, control, test))
         reloaded = self.timed("save and reload", lambda: self.save(hybrid, test))
         self.report(results, reloaded)
 
@@ -161,27 +161,13 @@ class Demo:
         trainer.train()
         model.eval()
 
-    def compare(
-        self, hybrid: LLaDATRMForMaskedDiffusion, control: LLaDAForMaskedDiffusion, test: Any
-    ) -> dict[str, list[Accuracy]]:
-        rows: dict[str, tuple[PreTrainedModel, dict[str, Any]]] = {
-            "bare backbone": (hybrid, {"enable_refinement": False}),
-            "control: backbone trained on": (control, {}),
-            "refined": (hybrid, {}),
-        }
-        return {
-            name: [exact_match_accuracy(model, test, num_diffusion_steps=n, **settings) for n in STEPS_COMPARED]
-            for name, (model, settings) in rows.items()
-        }
-
     def save(self, hybrid: LLaDATRMForMaskedDiffusion, test: Any) -> bool:
         """Saves checkpoint and trace; whether a process without this package generates the same."""
         checkpoint = os.path.join(self.folder, "checkpoint")
-        hybrid.generation_config.max_new_tokens = NUM_TERMS + 1
-        hybrid.generation_config.num_diffusion_steps = 2
+        hybrid.generation_config.update(max_new_tokens=NUM_TERMS + 1, num_diffusion_steps=2)
         hybrid.save_pretrained(checkpoint)
         self.tokenizer.save_pretrained(checkpoint)
-        prompts = self.prompts_the_head_fixes(hybrid, test)
+        prompts = prompts_the_head_fixes(hybrid, test)
         output = hybrid.generate(prompts, output_refinement_trace=True, return_dict_in_generate=True)
         output.refinement_trace.to_html(os.path.join(self.folder, "trace.html"), self.tokenizer)
         with tempfile.TemporaryDirectory() as cache:
@@ -195,14 +181,6 @@ class Demo:
             raise RuntimeError(f"The checkpoint does not load as remote code: {process.stderr[-2000:]}")
         return json.loads(process.stdout.splitlines()[-1]) == hybrid.generate(prompts).tolist()
 
-    def prompts_the_head_fixes(self, hybrid: LLaDATRMForMaskedDiffusion, test: Any, number: int = 3) -> torch.Tensor:
-        """Prompts `[number, L]` of held-out problems that the head gets right and the bare backbone wrong, if any."""
-        expected = torch.tensor([sample["input_ids"] for sample in test])
-        prompts = expected[:, : NUM_TERMS + 1]
-        bare = (hybrid.generate(prompts, enable_refinement=False) == expected).all(-1)
-        refined = (hybrid.generate(prompts) == expected).all(-1)
-        return prompts[(refined & ~bare).int().argsort(descending=True, stable=True)[:number]]
-
     def report(self, results: dict[str, list[Accuracy]], reloaded: bool) -> None:
         width = max(map(len, results))
         print(f"\nWhole response right, of {self.size.held_out} held-out problems (95% interval)\n")
@@ -210,12 +188,33 @@ class Demo:
         for name, accuracies in results.items():
             print(f"{name:<{width}}" + "".join(f"{accuracy!s:>26}" for accuracy in accuracies))
         print("\n" + "   ".join(f"{name}: {seconds:.0f} s" for name, seconds in self.seconds.items()))
-        checkpoint, trace = (os.path.join(self.folder, name) for name in ("checkpoint", "trace.html"))
-        print(f"\n{checkpoint}: loaded without this package, it generates the same: {reloaded}")
-        print(f"{trace}: three problems that the head fixes, for a browser")
+        print(f"\n{self.folder}/checkpoint: loaded without this package, it generates the same: {reloaded}")
+        print(f"{self.folder}/trace.html: three problems that the head fixes, for a browser")
         with open(os.path.join(self.folder, "results.json"), "w", encoding="utf-8") as file:
             table = {name: [asdict(accuracy) for accuracy in row] for name, row in results.items()}
             json.dump({"steps": STEPS_COMPARED, "accuracy": table, "seconds": self.seconds}, file, indent=2)
+
+
+def compare(hybrid: PreTrainedModel, control: PreTrainedModel, test: Any) -> dict[str, list[Accuracy]]:
+    """How many responses are right all through, of three models after 1, 2 and 4 steps."""
+
+    def accuracies(model: PreTrainedModel, **settings: Any) -> list[Accuracy]:
+        return [exact_match_accuracy(model, test, num_diffusion_steps=n, **settings) for n in STEPS_COMPARED]
+
+    return {
+        "bare backbone": accuracies(hybrid, enable_refinement=False),
+        "control: backbone trained on": accuracies(control),
+        "refined": accuracies(hybrid),
+    }
+
+
+def prompts_the_head_fixes(hybrid: LLaDATRMForMaskedDiffusion, test: Any, number: int = 3) -> torch.Tensor:
+    """Prompts `[number, L]` of held-out problems that the head gets right and the bare backbone wrong, if any."""
+    expected = torch.tensor(test["input_ids"])
+    prompts = expected[:, : NUM_TERMS + 1]
+    bare = (hybrid.generate(prompts, enable_refinement=False) == expected).all(-1)
+    refined = (hybrid.generate(prompts) == expected).all(-1)
+    return prompts[(refined & ~bare).int().argsort(descending=True, stable=True)[:number]]
 
 
 class _LossProgressCallback(ProgressCallback):

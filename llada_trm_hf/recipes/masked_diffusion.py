@@ -156,7 +156,8 @@ def refiner_configs(script_args: MaskedDiffusionScriptArguments, hidden_size: in
         ValueError: for a setting that only other kinds of refiners have, or a value out of range.
     """
     given = {name: value for name, value in vars(script_args).items() if value is not None}
-    known = {name: _settings_of(kind.config_class) for name, kind in REFINERS.items()}
+    inherited = {field.name for field in fields(PreTrainedConfig)}
+    known = {name: {field.name for field in fields(kind.config_class)} - inherited for name, kind in REFINERS.items()}
     unused = (set(given) - set(_SHARED_REFINER_SETTINGS)) & set().union(*known.values())
     configs: list[PreTrainedConfig | str] = []
     for name in script_args.refiner.split(","):
@@ -169,11 +170,6 @@ def refiner_configs(script_args: MaskedDiffusionScriptArguments, hidden_size: in
     if unused:
         raise ValueError(f"{', '.join(sorted(unused))}: not a setting of {script_args.refiner}. Leave it out.")
     return configs
-
-
-def _settings_of(kind: type[PreTrainedConfig]) -> set[str]:
-    """The fields of this kind of config that other configs do not have."""
-    return {field.name for field in fields(kind)} - {field.name for field in fields(PreTrainedConfig)}
 
 
 METHOD = TrainingMethod(MaskedDiffusionScriptArguments, MaskedDiffusionTrainingArguments, run_masked_diffusion)

@@ -42,10 +42,8 @@ def load_recipe(name_or_path: str, kind: str = DEFAULT_KIND) -> dict[str, Any]:
 
 def load_settings(recipe: str | None = None, config: str | None = None) -> tuple[TrainingMethod, dict[str, Any]]:
     """
-    The training method, and the settings in `recipe` and the file `config`, which overrides `recipe`.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_recipe`, or if the two are for different kinds.
+    The training method, and the settings in `recipe` and the file `config`, which overrides it. Raises as
+    `load_recipe`, and a ValueError if the two are for different kinds.
     """
     settings = load_recipe(recipe) if recipe else {}
     kind = settings.get("kind", DEFAULT_KIND)
@@ -60,10 +58,7 @@ def load_settings(recipe: str | None = None, config: str | None = None) -> tuple
 def parse_recipe(parser: HfArgumentParser, arguments: list[str], settings: dict[str, Any]) -> tuple[Any, ...]:
     """
     The dataclasses of `parser`, filled from `arguments` (a command line) over `settings` over the defaults. Every
-    value gets the type of its field: `1e-4`, a text in YAML, is a number.
-
-    Raises:
-        ValueError: for an unknown option, with the nearest known one.
+    value gets the type of its field: `1e-4`, a text in YAML, is a number. An unknown option is a ValueError.
     """
     # argparse converts a default that is a text as if it stood on the command line.
     defaults = {name: str(value) if type(value) in (int, float) else value for name, value in settings.items()}

@@ -45,9 +45,8 @@ def run_trm(script_args: TRMScriptArguments, training_args: TRMTrainingArguments
     if not 0 <= script_args.eval_fraction < 1:
         raise ValueError(f"eval_fraction must be at least 0 and below 1, got {script_args.eval_fraction}.")
     resume_from = start_run(training_args, script_args.compressor, script_args.checkpoint)
-    compressor = (
-        None if script_args.compressor is None else DimensionCompressor.from_pretrained(script_args.compressor)
-    )
+    name = script_args.compressor
+    compressor = None if name is None else DimensionCompressor.from_pretrained(name)
     pairs = _load_pairs(script_args.pairs_dir, compressor)
     train, held_out = _train_and_held_out(script_args, pairs, training_args.seed, compressor)
     model = _new_model(script_args, pairs.hidden_size)
