@@ -10,9 +10,7 @@ from .command import CommandParser
 
 def push(arguments: list[str]) -> None:
     """A checkpoint with a model card, or `custom_generate`, to the Hub."""
-    parser = CommandParser(
-        prog="llada-trm push", description="Uploads a checkpoint to the Hugging Face Hub in one commit."
-    )
+    parser = CommandParser(prog="llada-trm push", description="Uploads a checkpoint to the Hub in one commit.")
     add = parser.add_argument
     add("--checkpoint", help="folder of a model, or an older compressor.pt or trm.pt, which is converted")
     add("--repo", help="owner/name; created if it does not exist")

@@ -25,11 +25,7 @@ _PAIRS_KEYS = ("hidden_pre", "hidden_post", "seq_lengths", "num_thinking_tokens"
 def import_legacy(path: str | os.PathLike, use_ema: bool = True) -> DimensionCompressor | SequenceTRM:
     """
     The model of an older `compressor.pt` / `trm.pt` (`stage1a_best.pt`, `best.pt`, ...), on the CPU and in evaluation
-    mode. Nothing in the file is executed.
-
-    Args:
-        path: the file.
-        use_ema: take the averaged weights of a SequenceTRM if the file has them.
+    mode; with `use_ema` the averaged weights of a SequenceTRM if the file has them. Nothing in it is executed.
 
     Raises:
         FileNotFoundError: if there is no such file.

@@ -86,9 +86,7 @@ def _check_settings(script_args: CompressorScriptArguments) -> None:
         raise ValueError(f"init must be one of {', '.join(INITIALISATIONS)}, got {script_args.init!r}.")
     if (script_args.compressor is not None) != (script_args.init == "checkpoint"):
         found = f"init={script_args.init}, --compressor {script_args.compressor}"
-        raise ValueError(
-            f"To go on from a compressor, set init=checkpoint and name it with --compressor; got {found}."
-        )
+        raise ValueError(f"To go on from a compressor, name it with --compressor and init=checkpoint; got {found}.")
     if script_args.compressed_sizes and (script_args.init == "checkpoint" or script_args.compressed_size is not None):
         raise ValueError("compressed_sizes are trained from the start: leave out compressed_size and init=checkpoint.")
     needs_pca = script_args.init == "pca" or script_args.compressed_sizes

@@ -153,10 +153,7 @@ def run_trainer(trainer: BaseTrainer, resume_from: str | None, script_args: Data
 
 
 def train_and_save(trainer: BaseTrainer, resume_from: str | None, script_args: DataArguments | None = None) -> None:
-    """
-    Trains, from the checkpoint `resume_from` if there is one, and leaves the model in the output folder. The data in
-    its card are those of `script_args`.
-    """
+    """Trains, from `resume_from` if given, and leaves model, state and a record of the data in the output folder."""
     if script_args is not None:
         trainer.data_description = describe_data(script_args)
     trainer.train(resume_from_checkpoint=resume_from)

@@ -95,10 +95,8 @@ def _new_model(script_args: TRMScriptArguments, width: int) -> SequenceTRM:
         return SequenceTRM(SequenceTRMConfig(hidden_size=width, **settings))
     model = SequenceTRM.from_pretrained(script_args.checkpoint)
     if model.config.hidden_size != width:
-        raise ValueError(
-            f"{script_args.checkpoint} has hidden_size={model.config.hidden_size}, but the pairs are {width} wide: "
-            f"name the --compressor it was trained with."
-        )
+        found = f"{script_args.checkpoint} has hidden_size={model.config.hidden_size}, but the pairs are {width} wide"
+        raise ValueError(f"{found}: name the --compressor it was trained with.")
     return model
 
 
