@@ -34,13 +34,7 @@ def options_for(settings_class: type, options: argparse.Namespace) -> dict[str, 
 
 
 def check_output_file(path: str | None, *endings: str) -> None:
-    """
-    Checks, before the work, that a file can be written to `path`; None is no file.
-
-    Raises:
-        FileNotFoundError: if its folder does not exist.
-        ValueError: if it has another ending than one of `endings`, where any are given.
-    """
+    """Raises an error, before the work, if the folder of `path` is missing or it has none of `endings`."""
     if not path:
         return
     folder = os.path.dirname(os.path.abspath(path))

@@ -36,26 +36,13 @@ def _parser() -> CommandParser:
     )
     parser.add_argument("--model", required=True, help="name or folder of a causal language model")
     parser.add_argument("--output_dir", required=True, help="folder for shards, traces, metadata and settings")
-    parser.add_argument(
-        "--stage", choices=STAGES, default="all", help="write thoughts, take states, or both in one go"
-    )
-    parser.add_argument(
-        "--dataset",
-        "--dataset_name",
-        default="",
-        help="problems: names or files, with commas between them (gsm8k, math, mbpp, FILE.jsonl, ...)",
-    )
+    parser.add_argument("--stage", choices=STAGES, default="all", help="write thoughts, take states, or both")
+    parser.add_argument("--dataset", "--dataset_name", default="", help="problems: names or files, with commas")
     parser.add_argument("--split", default="train", help="split or slice of each dataset, e.g. train[:1000]")
     parser.add_argument("--num_samples", type=int, help="at most so many problems of each dataset")
     parser.add_argument("--num_terms", type=int, default=8, help="difficulty of generated arithmetic")
-    parser.add_argument(
-        "--traces_file",
-        help="finished traces for --stage states: a file with prompt and completion_ids, completion or reasoning, or "
-        "the folder of an earlier --stage traces",
-    )
-    parser.add_argument(
-        "--columns", nargs="+", default=[], help="columns of a local file, e.g. prompt=question completion=output"
-    )
+    parser.add_argument("--traces_file", help="for --stage states: finished traces, or the folder of --stage traces")
+    parser.add_argument("--columns", nargs="+", default=[], help="of a local file: prompt=question completion=output")
     parser.add_argument("--batch_size", type=int, default=8, help="problems that go through the model together")
     parser.add_argument("--max_new_tokens", type=int, default=1024, help="of a thought with its closing marker")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token")

@@ -7,7 +7,7 @@ from ..data.reasoning import column_mapping
 from ..evaluation.code_execution import ExecutionLimits
 from ..evaluation.comparison import compare_results
 from ..evaluation.evaluate import EvaluationSettings, run_evaluation
-from ..hub.files import write_atomically
+from ..hub.files import write_text
 from .command import CommandParser, check_output_file, finish_distributed, options_for
 from .generation import add_generation_flags, generation_settings
 
@@ -20,18 +20,14 @@ def run_evaluate(arguments: list[str]) -> None:
         "95% interval and a line for every problem. Started again, an interrupted evaluation goes on.",
     )
     parser.add_argument("--model", "--checkpoint", required=True, help="folder or repository")
-    parser.add_argument(
-        "--dataset_name", default="gsm8k", help="gsm8k, math, humaneval, arithmetic, ..., or a file of problems"
-    )
+    parser.add_argument("--dataset_name", default="gsm8k", help="gsm8k, math, humaneval, ..., or a file of problems")
     parser.add_argument("--split", default="test", help="split or slice, e.g. test[:200]")
     parser.add_argument("--data_files", help="a local file to read instead of the Hub's, in the dataset's format")
     parser.add_argument("--columns", nargs="+", default=[], help="columns of a local file, e.g. prompt=question")
     parser.add_argument("--num_terms", type=int, default=8, help="difficulty of generated arithmetic")
     parser.add_argument("--data_seed", type=int, default=0, help="of generated arithmetic")
     parser.add_argument("--prompt_format", default="{prompt}", help="e.g. '{prompt} Think step by step.'")
-    parser.add_argument(
-        "--no_thinking", action="store_true", help="tell the chat template of a causal language model not to think"
-    )
+    parser.add_argument("--no_thinking", action="store_true", help="tell a causal model's chat template so")
     parser.add_argument("--output_dir", default="outputs/evaluation", help="for problems.jsonl and summary.json")
     parser.add_argument("--allow_code_execution", action="store_true", help="run programs the model writes")
     parser.add_argument("--code_seconds", type=float, default=10.0, help="time limit of such a program")
@@ -71,12 +67,7 @@ def run_compare(arguments: list[str]) -> None:
     if options.plot:
         comparison.plot(options.plot)
     if options.output_file:
-
-        def write(temporary: str) -> None:
-            with open(temporary, "w", encoding="utf-8") as file:
-                json.dump(comparison.to_dict(), file, indent=2, ensure_ascii=False)
-
-        write_atomically(options.output_file, write)
+        write_text(options.output_file, json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False))
 
 
 def run_lm_eval(arguments: list[str]) -> None:

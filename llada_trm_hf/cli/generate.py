@@ -9,7 +9,7 @@ from tqdm import tqdm
 from transformers import TextDiffusionStreamer
 
 from ..evaluation.language_models import decode
-from ..hub.files import write_atomically
+from ..hub.files import write_text
 from .command import CommandParser, check_output_file
 from .generation import add_generation_flags, check_generation, generate, generation_settings, load
 
@@ -43,10 +43,9 @@ def run(arguments: list[str]) -> None:
     for start in tqdm(range(0, len(texts), options.batch_size), desc="Generating", disable=len(texts) == 1):
         prompts = texts[start : start + options.batch_size]
         output, answers = generate(model, tokenizer, prompts, settings, streamer)
-        results += [
-            {"prompt": prompt, "answer": decode(tokens, tokenizer), "forward_passes": output.num_forward_passes}
-            for prompt, tokens in zip(prompts, answers)
-        ]
+        for prompt, tokens in zip(prompts, answers):
+            answer, passes = decode(tokens, tokenizer), output.num_forward_passes
+            results.append({"prompt": prompt, "answer": answer, "forward_passes": passes})
         if options.trace_file:
             trace = output.refinement_trace
             (trace.to_html if options.trace_file.endswith(".html") else trace.to_json)(options.trace_file, tokenizer)
@@ -54,24 +53,17 @@ def run(arguments: list[str]) -> None:
 
 
 def read_prompts(path: str) -> list[str]:
-    """
-    Prompts from a `.json` list of texts (or objects with a `prompt`), a `.jsonl` with one of these a line, or a `.txt`
-    with a prompt a line.
-
-    Raises:
-        FileNotFoundError, ValueError: naming the file and what is wrong with it.
-    """
+    """From a `.json` list of texts (or objects with a `prompt`), a `.jsonl` with one a line, or lines of text."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no prompts file {path}.")
     with open(path, encoding="utf-8") as file:
         text = file.read()
+    entries: Any = [line for line in text.splitlines() if line.strip()]
     try:
         if path.endswith(".json"):
-            entries: Any = json.loads(text)
+            entries = json.loads(text)
         elif path.endswith(".jsonl"):
-            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            entries = [line for line in text.splitlines() if line.strip()]
+            entries = [json.loads(line) for line in entries]
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(entries, list):
@@ -91,10 +83,5 @@ def write_results(results: list[dict[str, Any]], path: str | None) -> None:
         for result in results:
             print(result["answer"] if len(results) == 1 else f"{result['prompt']}\n{result['answer']}\n")
         return
-
-    def write(temporary: str) -> None:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
-
-    write_atomically(path, write)
+    write_text(path, "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results))
     print(f"Wrote {len(results)} answers to {path}")

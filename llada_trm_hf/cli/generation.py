@@ -42,17 +42,15 @@ def generation_settings(options: argparse.Namespace) -> dict[str, Any]:
     """The settings given on the command line; the model's own hold for the rest."""
     known = vars(MaskedDiffusionGenerationConfig())
     settings = {name: value for name, value in vars(options).items() if name in known and value is not None}
-    if options.no_refinement:
-        settings["enable_refinement"] = False
-    return settings
+    return settings | {"enable_refinement": False} if options.no_refinement else settings
 
 
 def check_generation(settings: dict[str, Any], texts: list[str]) -> None:
     """Raises ValueError for settings that cannot work, and for an empty prompt."""
     MaskedDiffusionGenerationConfig(**settings)
-    empty = [number for number, text in enumerate(texts, start=1) if not text.strip()]
-    if empty:
-        raise ValueError(f"Prompt {empty[0]} is empty.")
+    for number, text in enumerate(texts, start=1):
+        if not text.strip():
+            raise ValueError(f"Prompt {number} is empty.")
 
 
 def load(checkpoint: str, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -71,10 +69,8 @@ def generate(
     streamer: BaseStreamer | None = None,
 ) -> tuple[Any, torch.Tensor]:
     """
-    The [`MaskedDiffusionGenerateOutput`] for a batch of prompts, and the answers in it, LongTensor `[B, L]`.
-
-    Raises:
-        FloatingPointError: if NaN or Inf came up, with the module they came from.
+    The [`MaskedDiffusionGenerateOutput`] for a batch of prompts, and the answers in it, LongTensor `[B, L]`. NaN or
+    Inf is a FloatingPointError that names the module it came from.
     """
     batch = tokenizer.pad({"input_ids": [prompt_tokens(prompt, tokenizer) for prompt in prompts]}, return_tensors="pt")
     batch = batch.to(model.device)

@@ -5,6 +5,7 @@ import importlib
 import json
 import sys
 import traceback
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -19,23 +20,14 @@ COMMANDS = {
     "trace": ("trace:run", "show how the answer to a prompt came about: a page, a picture, data"),
     "evaluate": ("evaluate:run_evaluate", "accuracy on a dataset, with an interval and a line for every problem"),
     "compare": ("evaluate:run_compare", "evaluations of the same problems side by side"),
-    "lm-eval": (
-        "evaluate:run_lm_eval",
-        "lm-evaluation-harness, with --model llada_trm and --model latent_thinking",
-    ),
-    "export-onnx": ("export_onnx:run", "the forward pass of a hybrid or a backbone as an ONNX graph"),
-    "push": ("push:run", "upload a checkpoint to the Hub, with a model card"),
+    "lm-eval": ("evaluate:run_lm_eval", "lm-evaluation-harness with --model llada_trm or latent_thinking"),
+    "export-onnx": ("publish:export_onnx", "the forward pass of a hybrid or a backbone as an ONNX graph"),
+    "push": ("publish:push", "upload a checkpoint to the Hub, with a model card"),
     "datagen": ("datagen:run", "make hidden pairs: a language model's states before and after it thinks"),
 }
-# What a user can get wrong, if it was raised for the user.
-MISTAKES = (
-    ValueError,
-    StrictDataclassError,  # a config's field of the wrong type
-    FileNotFoundError,
-    NotADirectoryError,
-    PermissionError,
-    IsADirectoryError,
-)
+# What a user can get wrong, if it was raised for the user; the second is for a config's field of the wrong type.
+WRONG_PATHS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+MISTAKES = (ValueError, StrictDataclassError, *WRONG_PATHS)
 # What else has a message for the user, if it was raised for the user: a folder another run writes to, a NaN loss.
 FAILURES = (RuntimeError, FloatingPointError)
 # These check what users hand in; transformers_modules is a checkpoint's own code.
@@ -46,11 +38,8 @@ CHECKING_PACKAGES = (
 
 def main(arguments: list[str] | None = None) -> int:
     """
-    Runs one command.
-
-    Returns:
-        0 on success; 2 for a user's mistake, with one line on stderr; 1 for a failure, with a traceback if it is a
-        bug (with LLADA_TRM_DEBUG=1 always); 130 when interrupted.
+    Runs one command. Returns 0 on success; 2 for a user's mistake, with one line on stderr; 1 for a failure, with a
+    traceback if it is a bug (with LLADA_TRM_DEBUG=1 always); 130 when interrupted.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -85,28 +74,21 @@ def _explain(error: Exception) -> tuple[str | None, int]:
         return f"a weights file is damaged or cut short ({error}): copy or download the checkpoint again.", 2
     if isinstance(error, ModuleNotFoundError):
         return f"{error}; this command needs an extra: pip install 'llada-trm-hf[train,demo,eval]'.", 2
-    if isinstance(error, ImportError):  # says itself what to install
+    if isinstance(error, (ImportError, json.JSONDecodeError, UnicodeDecodeError)):  # the first says what to install
         return message, 2
     if isinstance(error, OSError):
         # transformers raises a bare OSError for a model that cannot be found; the system's have a number.
-        return message, 2 if isinstance(error, MISTAKES) or error.errno is None else 1
-    if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
-        return message, 2
+        return message, 2 if isinstance(error, WRONG_PATHS) or error.errno is None else 1
     if isinstance(error, (*MISTAKES, *FAILURES)) and _raised_for_the_user(error):
         return message, 2 if isinstance(error, MISTAKES) else 1
     return None, 1
 
 
 def _raised_for_the_user(error: Exception) -> bool:
-    """
-    Whether the error comes from a `raise` in this package or another that checks what users hand in. From torch or
-    the interpreter (`int("x")`, a wrong unpacking), it is a bug in our code.
-    """
-    innermost = error.__traceback__
-    while innermost is not None and innermost.tb_next is not None:
+    """From a `raise` in a package that checks what users hand in; from torch or the interpreter it is our bug."""
+    innermost: Any = error.__traceback__
+    while innermost.tb_next is not None:
         innermost = innermost.tb_next
-    if innermost is None:
-        return False
     frame = innermost.tb_frame
     raised = frame.f_code.co_code[innermost.tb_lasti] == dis.opmap["RAISE_VARARGS"]
     return raised and str(frame.f_globals.get("__name__")).partition(".")[0] in CHECKING_PACKAGES.split()

@@ -18,11 +18,10 @@ def run_train(arguments: list[str]) -> None:
         prog="llada-trm train",
         allow_abbrev=False,
         description="--recipe NAME or FILE says what is trained and sets the defaults: a refiner (warmup, "
-        "slot_warmup, slot_warmup_cpu) and its masked-diffusion model (finetune, cot_specialized, slot_finetune, "
-        "slot_full), a compressor of hidden states (compressor_1a, compressor_1b), a model that reasons over them "
-        "(trm), or both on answers after latent thoughts (latent_answer) or on rewards for right ones (grpo). "
-        "--config FILE changes some of them, the options below, which depend on the recipe, the rest; --device "
-        "cpu|cuda.",
+        "slot_warmup, slot_warmup_cpu), its masked-diffusion model too (finetune, cot_specialized, slot_finetune, "
+        "slot_full), a compressor of hidden states (compressor_1a, compressor_1b), a SequenceTRM over them (trm), or "
+        "both on answers (latent_answer) or rewards (grpo). --config FILE and the options below, which depend on the "
+        "recipe, change them; --device cpu|cuda.",
     )
     if chosen.device == "cpu":
         rest.append("--use_cpu")

@@ -1,12 +1,12 @@
 """Reasoning datasets with one schema: prompt, reasoning, answer; for code also tests and the entry point."""
 
-import difflib
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, Value
 
+from ..models.hub_model import nearest_name
 from .arithmetic import difference_chains
 from .reasoning_sources import CODE_COLUMNS, LOCAL_CODE, LOCAL_FILE, SCHEMA, SOURCES, ReasoningSource
 from .rows import Rows, check_columns_exist, column_names, is_data_file, parse_split, read_hub, read_rows, row_range
@@ -59,10 +59,10 @@ def load_reasoning_dataset(
         else:
             rows = read_hub(source.hub_name, source.hub_config, split, streaming, source.hub_files)
     else:
-        close = difflib.get_close_matches(name, SOURCES, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        known = f"{', '.join(SOURCES)}, or a .json, .jsonl, .csv or .parquet file"
-        raise ValueError(f"Unknown dataset {name!r}{hint}. Known: {known}.")
+        raise ValueError(
+            f"Unknown dataset {name!r}{nearest_name(name, SOURCES)}. Known: {', '.join(SOURCES)}, or a .json, "
+            f".jsonl, .csv or .parquet file."
+        )
     return _convert(rows, source, columns or {}, path or name, split), source.response
 
 

@@ -1,20 +1,18 @@
-"""A file appears under its name when it is complete, or not at all."""
+"""Files that appear complete or not at all, and output folders that one run at a time writes to."""
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 
 def write_atomically(path: str, write: Callable[[str], object]) -> None:
     """
-    Calls `write` with a temporary name in the folder of `path`, then moves the file to `path` in one step. Data and
-    name are on the disk when this returns. The temporary name is always the same: the next call overwrites what a
-    killed process left.
-
-    Raises:
-        OSError: such as a full disk; `path` is as it was before.
+    Calls `write` with a temporary name in the folder of `path`, then moves the file to `path` in one step. It is on
+    the disk when this returns. The temporary name is always the same: the next call overwrites what a killed process
+    left. If `write` raises (a full disk, say), `path` is as it was.
     """
     folder, name = os.path.split(os.path.abspath(path))
     temporary = os.path.join(folder, f".{name}.tmp")
@@ -29,6 +27,11 @@ def write_atomically(path: str, write: Callable[[str], object]) -> None:
     _flush(folder)
 
 
+def write_text(path: str, text: str) -> None:
+    """Writes a text file atomically, its line ends as they are."""
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8", newline=""))
+
+
 def _flush(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -40,8 +43,8 @@ def _flush(path: str) -> None:
 @contextmanager
 def output_dir_lock(folder: str, lock_name: str = ".training.lock") -> Iterator[None]:
     """
-    Locks the output folder for this run, creating it if need be; the lock ends with the process, however that ends.
-    Of several processes (`RANK` in the environment) the first one holds it for all.
+    Locks the output folder for this run, and creates it if need be. The lock ends with the process, however that
+    ends; of several processes (`RANK` in the environment) the first holds it for all.
 
     Raises:
         RuntimeError: if another run is writing to the folder.

@@ -54,15 +54,11 @@ def model_card(
         base_model: the repository of the model it builds on; by default the one its config names.
 
     Raises:
-        FileNotFoundError: if `folder` holds no config.
-        ValueError: for a file that is not valid JSON, or no JSON object.
+        FileNotFoundError, ValueError: without a config, and for a JSON file that holds no object.
     """
-    config = read_json(Path(folder, "config.json"))
-    if not config:
-        raise FileNotFoundError(f"{folder} holds no model: there is no config.json.")
+    config = read_config(folder)
     kind, record, refiner = _kind(config), read_training_record(folder), config.get("refiner_config", config)
-    if "refiner_configs" in refiner:  # several refiners have the same sizes
-        refiner = refiner["refiner_configs"][0]
+    refiner = refiner.get("refiner_configs", [refiner])[0]  # several refiners have the same sizes
     base = base_model or _base_model(config)
     tokenizer = read_json(Path(folder, "tokenizer_config.json"))
     has_backbone, model_name = config.get("backbone_in_checkpoint", True), Path(repo_id).name
@@ -98,6 +94,16 @@ def model_card(
     )
 
 
+def read_config(folder: str | os.PathLike) -> dict[str, Any]:
+    """The `config.json` of a checkpoint; a FileNotFoundError without one, a ValueError for anything but an object."""
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"There is no checkpoint {folder}.")
+    config = read_json(Path(folder, "config.json"))
+    if not config:
+        raise FileNotFoundError(f"{folder} holds no model: there is no config.json.")
+    return config
+
+
 def _base_model(config: dict[str, Any]) -> str | None:
     """The repository of the model this one builds on; None if it is a local folder or unknown."""
     name = config.get("backbone_name_or_path")
@@ -122,8 +128,8 @@ def _kind(config: dict[str, Any]) -> _Kind:
 def _settings(record: TrainingRecord) -> dict[str, str]:
     """The rows of the table of settings."""
     rows = {"data": _dataset(record.data, "split"), "steps": record.num_steps, "epochs": record.num_epochs}
-    rows |= {name.replace("_", " "): value for name, value in record.settings.items()}
-    return {name: _number(value) for name, value in rows.items() if value is not None}
+    rows |= record.settings
+    return {name.replace("_", " "): _number(value) for name, value in rows.items() if value is not None}
 
 
 def _dataset(data: dict[str, str], split: str) -> str | None:

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..hub.files import write_atomically
 from ..models import LLaDAForMaskedDiffusion, LLaDAMoEForMaskedDiffusion, LLaDATRMForMaskedDiffusion
+from .files import write_atomically
 
 BACKBONE_OUTPUTS = ("logits",)
 HYBRID_OUTPUTS = ("logits", "refinement_steps", "chunk_confidence", "refiner_confidence")
@@ -26,16 +26,11 @@ CHECKED_SHAPES = ((1, 0, 1, None), (1, 2, 0, None), (3, 2, 3, "left"), (3, 3, 1,
 
 
 class OnnxExport(NamedTuple):
-    """
-    Attributes:
-        files: the graph and, if the weights are too large for one file, theirs.
-        largest_difference: from PyTorch, over all outputs and the shapes compared.
-        refined_chunks: number of chunks refined in these; 0 means that the refiner was not compared.
-    """
+    """What was written, and how it compares with PyTorch over all outputs and the shapes compared."""
 
-    files: tuple[str, ...]
+    files: tuple[str, ...]  # the graph and, if the weights are too large for one file, theirs
     largest_difference: float
-    refined_chunks: int
+    refined_chunks: int  # 0 means that the refiner was not compared
 
 
 def export_onnx(
@@ -52,40 +47,31 @@ def export_onnx(
 
     Args:
         model: with float32 weights.
-        path: of the file; weights above 1 GiB go to `path` with `.data` appended.
+        path: of the file; weights above 1 GiB go to `path`.data.
         max_recursive_steps: by default the refiner's own.
         tolerance: the largest difference from PyTorch that is accepted.
 
     Raises:
-        ImportError: without the packages of the extra `onnx`.
+        ImportError, OSError: see `check_export`.
         ValueError: for another model, other weights than float32, or a wrong number of steps.
-        FileNotFoundError: if the folder of `path` does not exist.
         RuntimeError: if the model cannot be written as a graph, or its results differ; no file is left then.
     """
     check_export(path)
-    forward_arguments = _check_model(model, max_recursive_steps)
+    forward = _Forward(model, _check_model(model, max_recursive_steps))
     path = os.path.abspath(path)
     folder, name = os.path.split(path)
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}.") as scratch, _exportable(model):
         written = os.path.join(scratch, name)
-        forward = _Forward(model, forward_arguments).eval()
-        _write_graph(forward, written)
+        _write_graph(forward.eval(), written)
         largest, refined = _compare(forward, written)
         if not largest <= tolerance:  # NaN is not
-            raise RuntimeError(
-                f"The graph's results differ from PyTorch's by {largest:.3g}, more than {tolerance:g}: it is not kept."
-            )
+            found = f"The graph's results differ from PyTorch's by {largest:.3g}"
+            raise RuntimeError(f"{found}, more than {tolerance:g}: it is not kept.")
         return OnnxExport(_move(written, path), largest, refined)
 
 
 def check_export(path: str | os.PathLike) -> None:
-    """
-    Checks what can be checked before a model is loaded.
-
-    Raises:
-        ImportError: without the packages of the extra `onnx`.
-        FileNotFoundError, IsADirectoryError: if `path` cannot be a file.
-    """
+    """Raises, before a model is loaded, ImportError without the extra `onnx`, OSError if `path` cannot be a file."""
     for package in ("onnx", "onnxruntime", "onnxscript"):
         try:
             importlib.import_module(package)
@@ -102,7 +88,7 @@ def _check_model(model: PreTrainedModel, max_recursive_steps: int | None) -> dic
     """The further arguments of `model`'s forward."""
     if not isinstance(model, (LLaDATRMForMaskedDiffusion, LLaDAForMaskedDiffusion, LLaDAMoEForMaskedDiffusion)):
         raise ValueError(f"Hybrids and their native backbones can be exported; this is a {type(model).__name__}.")
-    others = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.dtype != torch.float32}
+    others = {str(p.dtype).removeprefix("torch.") for p in model.parameters()} - {"float32"}
     if others:
         found = ", ".join(sorted(others))
         raise ValueError(f"The model has {found} weights: load it with dtype='float32' and without quantization.")
@@ -133,14 +119,14 @@ def _exportable(model: PreTrainedModel) -> Iterator[None]:
     """`model` in evaluation mode, its experts computed one by one: grouped products have no ONNX operator."""
     training = model.training
     experts = [module for module in model.modules() if isinstance(module, LLaDAMoEForMaskedDiffusion)]
-    implementations = [module.config._experts_implementation for module in experts]
+    before = [module.config._experts_implementation for module in experts]
     try:
         for module in experts:
             module.set_experts_implementation("eager")
         model.eval()
         yield
     finally:
-        for module, implementation in zip(experts, implementations):
+        for module, implementation in zip(experts, before):
             module.set_experts_implementation(implementation)
         model.train(training)
 
@@ -204,12 +190,11 @@ def _chunk_size(model: PreTrainedModel) -> int:
 
 def _move(written: str, path: str) -> tuple[str, ...]:
     """Moves the graph, and the file of its weights if there is one, to `path`."""
-    weights = f"{path}.data"
-    if not os.path.exists(f"{written}.data"):
-        write_atomically(path, partial(os.replace, written))
-        return (path,)
-    with suppress(FileNotFoundError):
-        os.remove(path)  # an older graph must not meet these weights
-    write_atomically(weights, partial(os.replace, f"{written}.data"))
+    files = [path]
+    if os.path.exists(f"{written}.data"):
+        with suppress(FileNotFoundError):
+            os.remove(path)  # an older graph must not meet these weights
+        files.append(f"{path}.data")
+        write_atomically(files[1], partial(os.replace, f"{written}.data"))
     write_atomically(path, partial(os.replace, written))
-    return path, weights
+    return tuple(files)

@@ -18,79 +18,8 @@ from transformers.dynamic_module_utils import get_relative_imports
 from ..generation.generate import generate
 from ..models.hub_model import write_code
 from .legacy import import_legacy
-from .model_card import CUSTOM_GENERATE_CARD, model_card
+from .model_card import CUSTOM_GENERATE_CARD, model_card, read_config
 from .training_record import TRAINING_SETTINGS_FILE, read_json
-
-
-def push_checkpoint(
-    checkpoint: str | os.PathLike,
-    repo_id: str,
-    private: bool = False,
-    description: str | None = None,
-    revision: str | None = None,
-    base_model: str | None = None,
-) -> CommitInfo:
-    """
-    Uploads a model in one commit; see `publish` for what happens when the connection breaks.
-
-    Args:
-        checkpoint: folder of `save_pretrained` or a trainer, or an older `compressor.pt` / `trm.pt`, which is read
-            without executing anything in it and uploaded as safetensors.
-        repo_id, description, revision, base_model: see `files_to_publish`.
-        private: whether a new repository is private.
-
-    Raises:
-        FileNotFoundError, ValueError: for a checkpoint nobody else could load, before anything is sent.
-        ValueError, HfHubHTTPError: see `publish`.
-    """
-    with folder_of(checkpoint) as folder:
-        files = files_to_publish(folder, repo_id, description, revision, base_model)
-        return publish(files, repo_id, private, revision)
-
-
-@contextmanager
-def folder_of(checkpoint: str | os.PathLike) -> Iterator[str | os.PathLike]:
-    """The folder of a checkpoint; for an older file a temporary one into which it is converted."""
-    if not os.path.isfile(checkpoint):
-        yield checkpoint
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        import_legacy(checkpoint).save_pretrained(folder)
-        yield folder
-
-
-def export_custom_generate(folder: str | os.PathLike, repo_id: str | None = None) -> None:
-    """
-    Writes masked-diffusion generation into `folder`, as transformers loads it: `custom_generate/generate.py`, the
-    files it imports, and a card.
-
-    Args:
-        folder: created if need be.
-        repo_id: where it will be, for the code in the card; the folder by default.
-    """
-    write_code(Path(folder, "custom_generate"), generate)
-    card = CUSTOM_GENERATE_CARD.read_text(encoding="utf-8").replace("{{ repo_id }}", repo_id or os.fspath(folder))
-    Path(folder, "README.md").write_text(card, encoding="utf-8")
-
-
-def custom_generate_files(repo_id: str) -> dict[str, str | bytes]:
-    """The files that `push_custom_generate` uploads, without contacting the Hub."""
-    check_repo_id(repo_id)
-    with tempfile.TemporaryDirectory() as folder:
-        export_custom_generate(folder, repo_id)
-        paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-
-
-def push_custom_generate(
-    repo_id: str, private: bool = False, revision: str | None = None, token: str | None = None
-) -> CommitInfo:
-    """
-    Uploads masked-diffusion generation in one commit; then `model.generate(..., custom_generate=repo_id,
-    trust_remote_code=True)` runs it. Arguments and errors as for `publish`, and a ValueError for an impossible name.
-    """
-    return publish(custom_generate_files(repo_id), repo_id, private, revision, token, "Upload custom_generate")
-
 
 # What loads the model, besides the code that `auto_map` names. The rest stays: optimizer states, pickles, logs and
 # metrics (the card has the results), and `trainer_state.json`, which names folders of this machine.
@@ -115,6 +44,66 @@ UPLOADED = (
 RETRY_DELAYS = (1, 2, 4)  # seconds
 
 
+def push_checkpoint(
+    checkpoint: str | os.PathLike,
+    repo_id: str,
+    private: bool = False,
+    description: str | None = None,
+    revision: str | None = None,
+    base_model: str | None = None,
+) -> CommitInfo:
+    """
+    Uploads a model in one commit: `publish` of its `files_to_publish`, which say the other arguments and errors.
+
+    Args:
+        checkpoint: folder of `save_pretrained` or a trainer, or an older `compressor.pt` / `trm.pt`, which is read
+            without executing anything in it and uploaded as safetensors.
+    """
+    with folder_of(checkpoint) as folder:
+        files = files_to_publish(folder, repo_id, description, revision, base_model)
+        return publish(files, repo_id, private, revision)
+
+
+def push_custom_generate(
+    repo_id: str, private: bool = False, revision: str | None = None, token: str | None = None
+) -> CommitInfo:
+    """
+    Uploads masked-diffusion generation; then `model.generate(..., custom_generate=repo_id, trust_remote_code=True)`
+    runs it. Arguments and errors as for `publish`, and a ValueError for an impossible name.
+    """
+    return publish(custom_generate_files(repo_id), repo_id, private, revision, token, "Upload custom_generate")
+
+
+def export_custom_generate(folder: str | os.PathLike, repo_id: str | None = None) -> None:
+    """
+    Writes masked-diffusion generation into `folder`, as transformers loads it: `custom_generate/generate.py`, the
+    files it imports, and a card, whose code loads it from `repo_id` (by default the folder).
+    """
+    write_code(Path(folder, "custom_generate"), generate)
+    card = CUSTOM_GENERATE_CARD.read_text(encoding="utf-8").replace("{{ repo_id }}", repo_id or os.fspath(folder))
+    Path(folder, "README.md").write_text(card, encoding="utf-8")
+
+
+def custom_generate_files(repo_id: str) -> dict[str, str | bytes]:
+    """The files that `push_custom_generate` uploads, without contacting the Hub."""
+    _check_repo_id(repo_id)
+    with tempfile.TemporaryDirectory() as folder:
+        export_custom_generate(folder, repo_id)
+        paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+@contextmanager
+def folder_of(checkpoint: str | os.PathLike) -> Iterator[str | os.PathLike]:
+    """The folder of a checkpoint; for an older file a temporary one into which it is converted."""
+    if not os.path.isfile(checkpoint):
+        yield checkpoint
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        import_legacy(checkpoint).save_pretrained(folder)
+        yield folder
+
+
 def files_to_publish(
     folder: str | os.PathLike,
     repo_id: str,
@@ -128,11 +117,7 @@ def files_to_publish(
     names, and what they import. A README.md is uploaded as it is; without one a card is made from the checkpoint.
 
     Args:
-        folder: of `save_pretrained` or a trainer.
-        repo_id: `owner/name`.
-        description: a paragraph for the card.
-        revision: the branch; by default the main one.
-        base_model: the repository of the model it builds on, instead of the one in its config.
+        folder, repo_id, description, revision, base_model: see `model_card`; the config names `base_model` too.
         new_card: make a card even if there is a README.md.
 
     Returns:
@@ -143,13 +128,9 @@ def files_to_publish(
     """
     for name in (repo_id, base_model):
         if name is not None:
-            check_repo_id(name)
+            _check_repo_id(name)
     folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"There is no checkpoint {folder}.")
-    config = read_json(folder / "config.json")
-    if not config:
-        raise FileNotFoundError(f"{folder} holds no model: there is no config.json.")
+    config = read_config(folder)
     code = _code_files(folder, config.get("auto_map"))
     tokenizer_code = _code_files(folder, read_json(folder / "tokenizer_config.json").get("auto_map"))
     paths = [path for pattern in UPLOADED for path in folder.glob(pattern)]
@@ -179,11 +160,10 @@ def publish(
     tried again: what arrived is not sent twice, and a commit that was made is not made again.
 
     Args:
-        files, repo_id: see `files_to_publish`.
+        files: see `files_to_publish`.
+        repo_id, revision: `owner/name`, and the branch if not the main one.
         private: whether a new repository is private.
-        revision: the branch; by default the main one.
         token: by default the one of `hf auth login` or `HF_TOKEN`.
-        commit_message: its title.
 
     Raises:
         ValueError: without a token, or if the repository is public although `private` is set.
@@ -220,8 +200,7 @@ def publish(
             time.sleep(delay)
 
 
-def check_repo_id(name: str) -> None:
-    """Raises ValueError unless `name` is `owner/name`."""
+def _check_repo_id(name: str) -> None:
     validate_repo_id(name)
     if name.count("/") != 1:
         raise ValueError(f"A repository is named owner/name, got {name!r}.")
@@ -258,7 +237,5 @@ def _check_loadable(folder: Path, config: dict[str, Any], code: set[str], names:
         raise ValueError(f"{folder}/config.json names no code (auto_map): save the model with this package.")
     backbone = config.get("backbone_name_or_path") or ""
     if not config.get("backbone_in_checkpoint", True) and (os.path.isabs(backbone) or os.path.isdir(backbone)):
-        raise ValueError(
-            f"{folder} holds no backbone and names a folder of this machine, {backbone}, which nobody else has: name "
-            f"its repository (--base_model owner/name), or save the model whole."
-        )
+        hint = "name its repository (--base_model owner/name), or save the model whole"
+        raise ValueError(f"{folder} holds no backbone and names a folder of this machine, {backbone}: {hint}.")

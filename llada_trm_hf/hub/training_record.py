@@ -26,20 +26,13 @@ _SETTINGS = (
 
 
 class TrainingRecord(NamedTuple):
-    """
-    Attributes:
-        settings: of the run, empty if it did not record them.
-        data: `name`, `hub_name`, `split` and `eval_split` of the dataset, as far as they are known.
-        num_steps, num_epochs: how long the run took; None if unknown.
-        metrics: of the evaluation at the step of the saved weights, else of the last one, without the prefix `eval_`.
-        metrics_step, weights_step: the step of that evaluation, and of the saved weights.
-    """
+    """What a folder says of the run; empty or None where it says nothing."""
 
     settings: dict[str, Any]
-    data: dict[str, str]
+    data: dict[str, str]  # `name`, `hub_name`, `split` and `eval_split` of the dataset
     num_steps: int | None
     num_epochs: float | None
-    metrics: dict[str, float]
+    metrics: dict[str, float]  # of the saved weights, else of the last evaluation, without the prefix `eval_`
     metrics_step: int | None
     weights_step: int | None
 
@@ -47,19 +40,12 @@ class TrainingRecord(NamedTuple):
 def training_settings(
     model: PreTrainedModel, args: TrainingArguments, data: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """
-    The content of `training_settings.json`.
-
-    Args:
-        model: parameters without `requires_grad` count as frozen.
-        args: of the run.
-        data: `name`, `hub_name`, `split` and `eval_split` of the dataset, as far as they are known.
-    """
+    """The content of `training_settings.json`; for `data` see [`TrainingRecord`]."""
     settings = {name: getattr(args, name, None) for name in _SETTINGS}
     if not settings["use_ema"]:
         settings["ema_decay"] = None
     parameters = list(model.parameters())
-    rows = args.per_device_train_batch_size * max(args.n_gpu, 1) * args.world_size * args.gradient_accumulation_steps
+    rows = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     return {
         "data": data,
         **{name: value for name, value in settings.items() if value},
@@ -74,26 +60,8 @@ def training_settings(
     }
 
 
-def read_json(path: str | os.PathLike) -> dict[str, Any]:
-    """The object in a JSON file, empty if there is no such file; a ValueError for anything else."""
-    if not os.path.isfile(path):
-        return {}
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}.")
-    return content
-
-
 def read_training_record(folder: str | os.PathLike) -> TrainingRecord:
-    """
-    From `training_settings.json` and `trainer_state.json`; pickles such as `training_args.bin` are not opened.
-
-    Raises:
-        ValueError: for a file that is not valid JSON, or no JSON object.
-    """
+    """From `training_settings.json` and `trainer_state.json`; pickles such as `training_args.bin` are not opened."""
     settings, state = read_json(Path(folder, TRAINING_SETTINGS_FILE)), read_json(Path(folder, "trainer_state.json"))
     data = settings.pop("data", None) or {}
     step = state.get("global_step")
@@ -111,3 +79,16 @@ def read_training_record(folder: str | os.PathLike) -> TrainingRecord:
         metrics_step=row.get("step"),
         weights_step=step,
     )
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """The object in a JSON file, empty if there is no such file; a ValueError for anything else."""
+    if not os.path.isfile(path):
+        return {}
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}.")
+    return content

@@ -25,8 +25,8 @@ from .llada_moe.configuration_llada_moe import LLaDAMoEConfig
 from .llada_moe.modeling_llada_moe import LLaDAMoEForMaskedDiffusion, LLaDAMoEModel, LLaDAMoEOutput
 from .llada_trm.configuration_llada_trm import LLaDATRMConfig
 from .llada_trm.modeling_llada_trm import LLaDATRMForMaskedDiffusion, LLaDATRMOutput
+from .refiners.modeling_refiner import ChunkLayout, PreTrainedRefiner, RefinerOutput, register_refiner
 from .refiners.recursive_refinement_head import RecursiveRefinementHead, RecursiveRefinementHeadConfig
-from .refiners.refiner import ChunkLayout, PreTrainedRefiner, RefinerOutput, register_refiner
 from .refiners.refiner_integration import RefinerCascade, RefinerCascadeConfig, RefinerMix, RefinerMixConfig
 from .refiners.slot_trm_refiner import SlotTRMRefiner, SlotTRMRefinerConfig
 

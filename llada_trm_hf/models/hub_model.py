@@ -134,7 +134,7 @@ def write_code(folder: str | os.PathLike, *classes: Any, held: Iterable[str | No
             if cls in classes:
                 return False
     os.makedirs(folder, exist_ok=True)
-    with_file = [cls for cls in registered if module_name(cls) is not None]
+    with_file = [cls for cls in registered if module_name(cls) and module_name(cls.config_class)]
     for name, text in source_files(*classes, held=with_file).items():
         Path(folder, name).write_text(text, encoding="utf-8")
     return True
@@ -149,7 +149,7 @@ def source_files(*classes: Any, held: Iterable[Any] = ()) -> dict[str, str]:
     Raises:
         ValueError: for a user's file with the name of one of the package's.
     """
-    package_files = {path.name: path for path in (*_HERE.rglob("*.py"), *_HERE.with_name("generation").glob("*.py"))}
+    package_files = _package_files()
     files: dict[str, str] = {}
     waiting = [Path(inspect.getfile(cls)).resolve() for cls in classes]
     while waiting:
@@ -157,17 +157,25 @@ def source_files(*classes: Any, held: Iterable[Any] = ()) -> dict[str, str]:
         if path.name in files:
             continue
         text = path.read_text(encoding="utf-8")
-        if path.name == _REGISTRY_FILE:
+        if path == _HERE / _REGISTRY_FILE:
             files[path.name] = _registry(held)
             parts = {part for cls in held for part in (cls, cls.config_class)}
             waiting += [Path(inspect.getfile(part)).resolve() for part in parts]
             continue
-        ours = package_files.get(path.name)
-        if ours not in (None, path) and ours.read_text(encoding="utf-8") != text:
-            raise ValueError(f"{path} has the name of a file that travels with every checkpoint: rename it.")
         files[path.name], imported = _flattened(path, text)
         waiting += imported
+        ours = package_files.get(path.name)
+        if ours not in (None, path) and _flattened(ours, ours.read_text("utf-8"))[0] != files[path.name]:
+            raise ValueError(
+                f"{path} has the name of a file of the package: rename it, or it would replace that file."
+            )
     return files
+
+
+def _package_files() -> dict[str, Path]:
+    """The files that can travel, by name."""
+    files = (*_HERE.rglob("*.py"), *_HERE.with_name("generation").glob("*.py"))
+    return {path.name: path for path in files if path.name != "__init__.py"}
 
 
 def _flattened(path: Path, text: str) -> tuple[str, list[Path]]:
@@ -185,10 +193,13 @@ def _flattened(path: Path, text: str) -> tuple[str, list[Path]]:
         elif node.module.split(".")[0] == __name__.split(".")[0]:  # a user's file: a name of this package
             source, statements = importlib.import_module(node.module), []
             for alias in node.names:
-                origin = Path(inspect.getfile(sys.modules[getattr(source, alias.name).__module__])).resolve()
-                imported.append(origin)
+                defined_in = getattr(getattr(source, alias.name), "__module__", node.module)  # a constant has none
+                origin, module = Path(inspect.getfile(sys.modules[defined_in])).resolve(), node.module
+                if origin in _package_files().values():  # what does not travel stays an import of the package
+                    imported.append(origin)
+                    module = f".{origin.stem}"
                 renamed = f" as {alias.asname}" if alias.asname else ""
-                statements.append(f"{' ' * node.col_offset}from .{origin.stem} import {alias.name}{renamed}\n")
+                statements.append(f"{' ' * node.col_offset}from {module} import {alias.name}{renamed}\n")
             # All in the first line, so that the numbers of the others stay.
             lines[first - 1 : last] = ["".join(statements), *[""] * (last - first)]
     return "".join(lines), imported

@@ -2,8 +2,8 @@
 
 import copy
 import csv
+import io
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,19 +16,18 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..data import load_text_dataset, tokenize_texts
 from ..data.reasoning_sources import SOURCES
 from ..data.rows import Rows
-from ..hub.files import output_dir_lock, write_atomically
+from ..hub.files import output_dir_lock, write_text
 from ..models import DimensionCompressor, DimensionCompressorConfig
 from ..training import CompressorTrainer, CompressorTrainingArguments
 from ..training.reconstruction_metrics import head_width
 from .run_setup import (
     DataArguments,
     TrainingMethod,
-    check_folders,
     check_length,
     checkpoint_to_resume,
-    describe_data,
     pretrained_tokenizer,
     reasoning_samples,
+    start_run,
     train_and_eval,
     train_and_save,
 )
@@ -41,79 +40,67 @@ class CompressorScriptArguments(DataArguments):
     """A compressor, and whose hidden states on which text. The rest are [`CompressorTrainingArguments`]."""
 
     backbone: str | None = HfArg(default=None, aliases=["--model"], help="The causal language model; it stays frozen.")
-    init: str = HfArg(default="orthogonal", help="Start from orthogonal (random), pca or checkpoint (--compressor).")
+    init: str = HfArg(default="orthogonal", help="orthogonal (random), pca or checkpoint (--compressor).")
     compressor: str | None = HfArg(default=None, help="A compressor to go on from.")
     compressed_size: int | None = HfArg(default=None, help="Width to compress to; 256, or that of --compressor.")
     compressed_sizes: list[int] | None = HfArg(default=None, help="Several widths, a run each, and sweep.csv.")
-    pca_batches: int | None = HfArg(default=None, help="Batches of the training data that PCA sees; all.")
+    pca_batches: int | None = HfArg(default=None, help="Batches that PCA sees; all.")
     text_column: str | None = HfArg(default=None, help="Train on this column of plain text, not on problems.")
     num_eval_samples: int = HfArg(default=0, help="Hold out so many first samples, without eval_split.")
 
 
 def run_compressor(script_args: CompressorScriptArguments, training_args: CompressorTrainingArguments) -> None:
     """
-    Trains a compressor as the settings say and saves it in `training_args.output_dir`. With `compressed_sizes`, it
-    trains one for each size in its own folder and writes `sweep.csv`, which compares them with PCA.
-    Raises the same errors as `run_masked_diffusion`.
+    Trains a compressor as the settings say and saves it in `training_args.output_dir`; of `compressed_sizes` each in
+    its own folder, with `sweep.csv`, which compares them with PCA. Raises the same errors as `run_masked_diffusion`.
     """
-    sizes = _check_settings(script_args)
+    _check_settings(script_args)
     assert script_args.backbone is not None
-    resume_from = None if script_args.compressed_sizes else checkpoint_to_resume(training_args)
-    compressors = [_new_compressor(script_args, size) for size in sizes] if script_args.init == "checkpoint" else []
+    resume_from = None if script_args.compressed_sizes else start_run(training_args, script_args.compressor)
+    compressors = [_load_compressor(script_args)] if script_args.init == "checkpoint" else []
     tokenizer = pretrained_tokenizer(script_args.tokenizer or script_args.backbone)
     language_model = AutoModelForCausalLM.from_pretrained(script_args.backbone, dtype=script_args.dtype)
     check_length(script_args.max_length, language_model)
     width = head_width(language_model.get_output_embeddings())
     torch.manual_seed(training_args.seed)
-    compressors = compressors or [_new_compressor(script_args, size, width) for size in sizes]
+    if not compressors:
+        sizes = script_args.compressed_sizes or [script_args.compressed_size or 256]
+        configs = [DimensionCompressorConfig(hidden_size=width, compressed_size=size) for size in sizes]
+        compressors = [DimensionCompressor(config) for config in configs]
     train, held_out = _datasets(script_args, tokenizer)
     if script_args.compressed_sizes and held_out is None:
         raise ValueError("compressed_sizes are compared on held-out text: set eval_split or num_eval_samples.")
 
-    def new_trainer(compressor: DimensionCompressor, arguments: CompressorTrainingArguments) -> CompressorTrainer:
-        trainer = CompressorTrainer(compressor, arguments, language_model, train, held_out)
-        trainer.data_description = describe_data(script_args)
-        return trainer
-
+    parts = {"language_model": language_model, "train_dataset": train, "eval_dataset": held_out}
     with output_dir_lock(training_args.output_dir):
         if script_args.compressed_sizes:
-            _sweep(script_args, training_args, compressors, new_trainer)
+            _sweep(script_args, training_args, compressors, parts)
         else:
-            _train(script_args, new_trainer(compressors[0], training_args), resume_from)
+            _train(script_args, CompressorTrainer(compressors[0], training_args, **parts), resume_from)
 
 
-def _check_settings(script_args: CompressorScriptArguments) -> list[int | None]:
-    """The sizes to train."""
+def _check_settings(script_args: CompressorScriptArguments) -> None:
     if script_args.backbone is None:
         raise ValueError("Say whose hidden states to compress: --backbone with the name or folder of a causal LM.")
     if script_args.init not in INITIALISATIONS:
         raise ValueError(f"init must be one of {', '.join(INITIALISATIONS)}, got {script_args.init!r}.")
     if (script_args.compressor is not None) != (script_args.init == "checkpoint"):
-        raise ValueError(
-            "init=checkpoint goes on from a compressor: name it with --compressor."
-            if script_args.compressor is None
-            else f"--compressor {script_args.compressor} needs init=checkpoint, got init={script_args.init}."
-        )
+        found = f"init={script_args.init}, --compressor {script_args.compressor}"
+        raise ValueError(f"To go on from a compressor, name it with --compressor and init=checkpoint; got {found}.")
     if script_args.compressed_sizes and (script_args.init == "checkpoint" or script_args.compressed_size is not None):
         raise ValueError("compressed_sizes are trained from the start: leave out compressed_size and init=checkpoint.")
     needs_pca = script_args.init == "pca" or script_args.compressed_sizes
     if script_args.streaming and needs_pca and script_args.pca_batches is None:
         raise ValueError("A stream may not end: say with pca_batches how much of it PCA sees.")
-    check_folders(script_args.compressor)
     if script_args.pca_batches is not None and script_args.pca_batches < 1:
         raise ValueError(f"pca_batches must be at least 1, got {script_args.pca_batches}.")
     if script_args.num_eval_samples < 0:
         raise ValueError(f"num_eval_samples must not be negative, got {script_args.num_eval_samples}.")
-    return [*script_args.compressed_sizes] if script_args.compressed_sizes else [script_args.compressed_size]
 
 
-def _new_compressor(
-    script_args: CompressorScriptArguments, size: int | None, hidden_size: int | None = None
-) -> DimensionCompressor:
-    if script_args.init != "checkpoint":
-        return DimensionCompressor(DimensionCompressorConfig(hidden_size=hidden_size, compressed_size=size or 256))
+def _load_compressor(script_args: CompressorScriptArguments) -> DimensionCompressor:
     compressor = DimensionCompressor.from_pretrained(script_args.compressor)
-    width = compressor.config.compressed_size
+    size, width = script_args.compressed_size, compressor.config.compressed_size
     if size not in (None, width):
         raise ValueError(f"{script_args.compressor} compresses to {width}, not to {size}.")
     return compressor
@@ -132,15 +119,13 @@ def _datasets(
 
     train, held_out = train_and_eval(script_args, samples)
     number = script_args.num_eval_samples
-    if held_out is not None:
-        return train, held_out if isinstance(held_out, Dataset) else Dataset.from_list(list(held_out))
-    if not number:
-        return train, None
-    if isinstance(train, IterableDataset):
-        return train.skip(number), Dataset.from_list(list(train.take(number)))
-    if len(train) <= number:
-        raise ValueError(f"num_eval_samples={number} of {len(train)} samples leaves none to train on.")
-    return train.select(range(number, len(train))), train.select(range(number))
+    if held_out is None and number:
+        if isinstance(train, Dataset) and len(train) <= number:
+            raise ValueError(f"num_eval_samples={number} of {len(train)} samples leaves none to train on.")
+        train, held_out = train.skip(number), train.take(number)
+    if isinstance(held_out, IterableDataset):
+        held_out = Dataset.from_list(list(held_out))
+    return train, held_out
 
 
 def _train(script_args: CompressorScriptArguments, trainer: CompressorTrainer, resume_from: str | None) -> None:
@@ -148,14 +133,14 @@ def _train(script_args: CompressorScriptArguments, trainer: CompressorTrainer, r
         fit = trainer.fit_pca(script_args.pca_batches)
         if trainer.is_world_process_zero():
             print(f"PCA of {fit.num_samples:,} hidden states keeps {fit.variance_kept:.2%} of their mean square.")
-    train_and_save(trainer, resume_from)
+    train_and_save(trainer, resume_from, script_args)
 
 
 def _sweep(
     script_args: CompressorScriptArguments,
     training_args: CompressorTrainingArguments,
     compressors: list[DimensionCompressor],
-    new_trainer: Callable[[DimensionCompressor, CompressorTrainingArguments], CompressorTrainer],
+    parts: dict[str, Any],
 ) -> None:
     """One run for each compressor, continued if resuming is asked for and it has begun; then the table."""
     resuming = str(training_args.resume_from_checkpoint).lower() == "true"
@@ -170,7 +155,7 @@ def _sweep(
             compressor = DimensionCompressor.from_pretrained(arguments.output_dir)
         elif resuming and not (os.path.isdir(arguments.output_dir) and get_last_checkpoint(arguments.output_dir)):
             arguments.resume_from_checkpoint = None
-        trainer = new_trainer(compressor, arguments)
+        trainer = CompressorTrainer(compressor, arguments, **parts)
         if pca is None:
             pca = _principal_directions(script_args, trainer, max(script_args.compressed_sizes or []))
         if not finished:
@@ -202,13 +187,11 @@ def _measure(trainer: CompressorTrainer) -> dict[str, float]:
 
 
 def _write_table(path: str, rows: list[dict[str, Any]]) -> None:
-    def write(temporary: str) -> None:
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_atomically(path, write)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, table.getvalue())
 
 
 METHOD = TrainingMethod(CompressorScriptArguments, CompressorTrainingArguments, run_compressor)

@@ -23,23 +23,6 @@ from ..training import MaskedDiffusionTrainer, MaskedDiffusionTrainingArguments,
 from .run_setup import vocabulary_settings
 
 
-class _LossProgressCallback(ProgressCallback):
-    """A progress bar that shows the loss, instead of lines of logs."""
-
-    def __init__(self, name: str):
-        super().__init__()
-        self.name = name
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description(self.name)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if self.training_bar is not None and logs is not None and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
-
-
 @dataclass
 class DemoSize:
     """How much the demo trains."""
@@ -65,21 +48,14 @@ print(json.dumps(model.generate(torch.tensor(json.loads(sys.argv[2]))).tolist())
 
 def run_demo(output_dir: str, seed: int = 0, smoke_test: bool = False) -> None:
     """
-    Trains a backbone, then a head on it, compares them with a control, and saves checkpoint, trace and results.
-
-    Args:
-        output_dir: a new folder, or one that holds an earlier demo.
-        seed: of weights, data and masks.
-        smoke_test: a few steps only.
-
-    Raises:
-        ValueError: if the folder holds something else.
+    Trains a backbone, then a head on it, compares them with a control, and saves checkpoint, trace and results in
+    `output_dir`: a new folder, or one with an earlier demo (else ValueError). `smoke_test` takes a few steps only.
     """
     found = os.listdir(output_dir) if os.path.isdir(output_dir) else []
     if found and "results.json" not in found:
         raise ValueError(f"{output_dir} is not empty and holds no earlier demo: choose another --output_dir.")
     logging.set_verbosity_error()
-    logging.disable_progress_bar()  # those of loading and saving
+    logging.disable_progress_bar()  # of loading and saving
     disable_progress_bars()
     Demo(output_dir, seed, SMOKE_TEST if smoke_test else DemoSize()).run()
 
@@ -97,10 +73,9 @@ class Demo:
         torch.manual_seed(self.seed)
         train, test = self.timed("make the data", self.make_data)
         backbone = LLaDAForMaskedDiffusion(self.backbone_config())
-        print(
-            f"\n1. A masked-diffusion model of {backbone.num_parameters():,} parameters learns to fill in, e.g., "
-            f"{self.tokenizer.decode(train[0]['input_ids'], skip_special_tokens=True)}"
-        )
+        example = self.tokenizer.decode(train[0]["input_ids"], skip_special_tokens=True)
+        size = backbone.num_parameters()
+        print(f"\n1. A masked-diffusion model of {size:,} parameters learns to fill in, e.g., {example}")
         self.timed("train the backbone", lambda: self.train(backbone, train, "backbone", self.size.backbone_steps))
 
         hybrid = self.make_hybrid(backbone)
@@ -114,7 +89,7 @@ class Demo:
         self.timed("train the control", lambda: self.train(control, train, "control", control_steps))
 
         print("\n4. All three answer the same held-out problems")
-        results = self.timed("compare", lambda: self.compare(hybrid, control, test))
+        results = self.timed("compare", lambda: compare(hybrid, control, test))
         reloaded = self.timed("save and reload", lambda: self.save(hybrid, test))
         self.report(results, reloaded)
 
@@ -182,33 +157,17 @@ class Demo:
         )
         trainer = MaskedDiffusionTrainer(model, arguments, train_dataset=samples, processing_class=self.tokenizer)
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(_LossProgressCallback(name))
+        trainer.add_callback(_LossProgressCallback)
         trainer.train()
         model.eval()
 
-    def compare(
-        self, hybrid: LLaDATRMForMaskedDiffusion, control: LLaDAForMaskedDiffusion, test: Any
-    ) -> dict[str, list[Accuracy]]:
-        rows: dict[str, tuple[PreTrainedModel, dict[str, Any]]] = {
-            "bare backbone": (hybrid, {"enable_refinement": False}),
-            "control: backbone trained on": (control, {}),
-            "refined": (hybrid, {}),
-        }
-        return {
-            name: [
-                exact_match_accuracy(model, test, num_diffusion_steps=steps, **settings) for steps in STEPS_COMPARED
-            ]
-            for name, (model, settings) in rows.items()
-        }
-
     def save(self, hybrid: LLaDATRMForMaskedDiffusion, test: Any) -> bool:
-        """Saves checkpoint and trace; whether a process without this package generates the same from them."""
+        """Saves checkpoint and trace; whether a process without this package generates the same."""
         checkpoint = os.path.join(self.folder, "checkpoint")
-        hybrid.generation_config.max_new_tokens = NUM_TERMS + 1
-        hybrid.generation_config.num_diffusion_steps = 2
+        hybrid.generation_config.update(max_new_tokens=NUM_TERMS + 1, num_diffusion_steps=2)
         hybrid.save_pretrained(checkpoint)
         self.tokenizer.save_pretrained(checkpoint)
-        prompts = self.prompts_the_head_fixes(hybrid, test)
+        prompts = prompts_the_head_fixes(hybrid, test)
         output = hybrid.generate(prompts, output_refinement_trace=True, return_dict_in_generate=True)
         output.refinement_trace.to_html(os.path.join(self.folder, "trace.html"), self.tokenizer)
         with tempfile.TemporaryDirectory() as cache:
@@ -222,15 +181,6 @@ class Demo:
             raise RuntimeError(f"The checkpoint does not load as remote code: {process.stderr[-2000:]}")
         return json.loads(process.stdout.splitlines()[-1]) == hybrid.generate(prompts).tolist()
 
-    def prompts_the_head_fixes(self, hybrid: LLaDATRMForMaskedDiffusion, test: Any, number: int = 3) -> torch.Tensor:
-        """Prompts `[number, L]` of held-out problems that the head gets right and the bare backbone wrong, if any."""
-        expected = torch.tensor([sample["input_ids"] for sample in test])
-        prompts = expected[:, : NUM_TERMS + 1]
-        right = [
-            (hybrid.generate(prompts, enable_refinement=enabled) == expected).all(-1) for enabled in (False, True)
-        ]
-        return prompts[(right[1] & ~right[0]).int().argsort(descending=True, stable=True)[:number]]
-
     def report(self, results: dict[str, list[Accuracy]], reloaded: bool) -> None:
         width = max(map(len, results))
         print(f"\nWhole response right, of {self.size.held_out} held-out problems (95% interval)\n")
@@ -238,10 +188,38 @@ class Demo:
         for name, accuracies in results.items():
             print(f"{name:<{width}}" + "".join(f"{accuracy!s:>26}" for accuracy in accuracies))
         print("\n" + "   ".join(f"{name}: {seconds:.0f} s" for name, seconds in self.seconds.items()))
-        print(f"\ncheckpoint {os.path.join(self.folder, 'checkpoint')}")
-        print(f"           (loaded without this package, it generates the same: {reloaded})")
-        print(f"trace      {os.path.join(self.folder, 'trace.html')}")
-        print("           (open it in a browser: three problems that the head fixes)")
+        print(f"\n{self.folder}/checkpoint: loaded without this package, it generates the same: {reloaded}")
+        print(f"{self.folder}/trace.html: three problems that the head fixes, for a browser")
         with open(os.path.join(self.folder, "results.json"), "w", encoding="utf-8") as file:
             table = {name: [asdict(accuracy) for accuracy in row] for name, row in results.items()}
             json.dump({"steps": STEPS_COMPARED, "accuracy": table, "seconds": self.seconds}, file, indent=2)
+
+
+def compare(hybrid: PreTrainedModel, control: PreTrainedModel, test: Any) -> dict[str, list[Accuracy]]:
+    """How many responses are right all through, of three models after 1, 2 and 4 steps."""
+
+    def accuracies(model: PreTrainedModel, **settings: Any) -> list[Accuracy]:
+        return [exact_match_accuracy(model, test, num_diffusion_steps=n, **settings) for n in STEPS_COMPARED]
+
+    return {
+        "bare backbone": accuracies(hybrid, enable_refinement=False),
+        "control: backbone trained on": accuracies(control),
+        "refined": accuracies(hybrid),
+    }
+
+
+def prompts_the_head_fixes(hybrid: LLaDATRMForMaskedDiffusion, test: Any, number: int = 3) -> torch.Tensor:
+    """Prompts `[number, L]` of held-out problems that the head gets right and the bare backbone wrong, if any."""
+    expected = torch.tensor(test["input_ids"])
+    prompts = expected[:, : NUM_TERMS + 1]
+    bare = (hybrid.generate(prompts, enable_refinement=False) == expected).all(-1)
+    refined = (hybrid.generate(prompts) == expected).all(-1)
+    return prompts[(refined & ~bare).int().argsort(descending=True, stable=True)[:number]]
+
+
+class _LossProgressCallback(ProgressCallback):
+    """A progress bar that shows the loss, instead of lines of logs."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")

@@ -1,32 +1,30 @@
 """Reinforcement learning of latent thoughts with GRPO."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
-import torch
 from datasets import Dataset
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig
 from transformers.hf_argparser import HfArg
 
 from ..data import latent_thinking_prompt
 from ..data.rows import check_prompts
 from ..evaluation.code_execution import ExecutionLimits
 from ..evaluation.scoring import scoring_kind
-from ..hub.files import output_dir_lock
 from ..models import LatentThinkingConfig, LatentThinkingForCausalLM
 from ..rl import LatentGRPOTrainer, LatentGRPOTrainingArguments, correctness_reward
 from ..training import set_trainable
 from .run_setup import (
     DataArguments,
     TrainingMethod,
-    check_folders,
     check_length,
-    checkpoint_to_resume,
-    describe_data,
     load_problems,
     pretrained_tokenizer,
+    run_trainer,
+    start_run,
     train_and_eval,
-    train_and_save,
 )
 
 
@@ -49,30 +47,28 @@ def run_grpo(script_args: GRPOScriptArguments, training_args: LatentGRPOTraining
         raise ValueError("Say what is to learn: --checkpoint with a latent-thinking model, as latent_answer makes it.")
     if script_args.streaming:
         raise ValueError("GRPO goes through its problems in an order of its own: leave out streaming.")
-    check_folders(script_args.checkpoint)
-    resume_from = checkpoint_to_resume(training_args)
-    torch.manual_seed(training_args.seed)
+    resume_from = start_run(training_args, script_args.checkpoint)
     tokenizer = pretrained_tokenizer(script_args.tokenizer or script_args.checkpoint)
     model = _load_model(script_args)
     check_length(script_args.max_length, model)
-    limit = script_args.max_length - training_args.max_completion_length
-    (train, kind), held_out = train_and_eval(
-        script_args, lambda split, path: _problems(script_args, tokenizer, model.config, limit, split, path)
-    )
+    config, longest = model.config, script_args.max_length - training_args.max_completion_length
+
+    def fits(row: dict[str, Any]) -> bool:
+        return len(latent_thinking_prompt(row["prompt"], tokenizer, config)) <= longest
+
+    (train, kind), held_out = train_and_eval(script_args, partial(_problems, script_args, fits))
     set_trainable(model, ["thinker"])
     # No gradient reaches it: when a thought ends is no part of the answer's probability.
     model.thinker.trm.halt_head.requires_grad_(False)
-    with output_dir_lock(training_args.output_dir):
-        trainer = LatentGRPOTrainer(
-            model,
-            correctness_reward(kind, ExecutionLimits(script_args.code_seconds, script_args.code_memory)),
-            training_args,
-            train_dataset=train,
-            eval_dataset=None if held_out is None else held_out[0],
-            processing_class=tokenizer,
-        )
-        trainer.data_description = describe_data(script_args)
-        train_and_save(trainer, resume_from)
+    trainer = LatentGRPOTrainer(
+        model,
+        correctness_reward(kind, ExecutionLimits(script_args.code_seconds, script_args.code_memory)),
+        training_args,
+        train_dataset=train,
+        eval_dataset=None if held_out is None else held_out[0],
+        processing_class=tokenizer,
+    )
+    run_trainer(trainer, resume_from, script_args)
     return trainer
 
 
@@ -80,42 +76,31 @@ def _load_model(script_args: GRPOScriptArguments) -> LatentThinkingForCausalLM:
     assert script_args.checkpoint is not None
     model_type = PreTrainedConfig.get_config_dict(script_args.checkpoint)[0].get("model_type")
     if model_type != LatentThinkingConfig.model_type:
-        raise ValueError(
-            f"{script_args.checkpoint} holds a {model_type} model: GRPO goes on from a latent-thinking model, as the "
-            f"recipe latent_answer makes one."
-        )
+        needed = "GRPO goes on from a latent-thinking model, as latent_answer makes it"
+        raise ValueError(f"{script_args.checkpoint} holds a {model_type} model: {needed}.")
     return LatentThinkingForCausalLM.from_pretrained(script_args.checkpoint, dtype=script_args.dtype)
 
 
 def _problems(
-    script_args: GRPOScriptArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    config: LatentThinkingConfig,
-    limit: int,
-    split: str,
-    path: str | None,
+    script_args: GRPOScriptArguments, fits: Callable[[dict[str, Any]], bool], split: str, path: str | None
 ) -> tuple[Dataset, Literal["answer", "code"]]:
-    """The problems whose prompts have at most `limit` tokens, and what decides whether an answer is right."""
+    """The problems whose prompts leave room for an answer, and what decides whether it is right."""
     problems, response = load_problems(script_args, split, path)
     source = path or script_args.dataset_name
     check_prompts(problems, source)
     is_code = scoring_kind(problems.column_names, response) == "code"
     if is_code and not script_args.allow_code_execution:
-        raise ValueError(
-            f"The answers to {source} are programs, which have to run: say so with --allow_code_execution true, "
-            f"preferably in a container."
-        )
-    fitting = problems.filter(lambda row: len(latent_thinking_prompt(row["prompt"], tokenizer, config)) <= limit)
+        hint = "allow it with --allow_code_execution true, preferably in a container"
+        raise ValueError(f"The answers to {source} are programs, which have to run: {hint}.")
+    fitting = problems.filter(fits)
     if not len(fitting):
         raise ValueError(
-            f"No prompt of {source} [{split}] leaves room for max_completion_length="
-            f"{script_args.max_length - limit} tokens of the max_length={script_args.max_length}: raise max_length."
+            f"No prompt of {source} [{split}] leaves room for max_completion_length tokens within "
+            f"max_length={script_args.max_length}: raise max_length."
         )
-    if len(fitting) < len(problems):
-        print(
-            f"Dropped {len(problems) - len(fitting)} of {len(problems)} problems: more than {script_args.max_length} "
-            f"tokens."
-        )
+    dropped = len(problems) - len(fitting)
+    if dropped:
+        print(f"Dropped {dropped} of {len(problems)} problems: more than {script_args.max_length} tokens.")
     return fitting, "code" if is_code else "answer"
 
 

@@ -3,13 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from ..data import tokenize_latent_answers
-from ..hub.files import output_dir_lock
 from ..models import (
     DimensionCompressor,
     DimensionCompressorConfig,
@@ -21,14 +19,12 @@ from ..training import LatentAnswerTrainer, LatentAnswerTrainingArguments, set_t
 from .run_setup import (
     DataArguments,
     TrainingMethod,
-    check_folders,
     check_length,
-    checkpoint_to_resume,
-    describe_data,
     load_problems,
     pretrained_tokenizer,
+    run_trainer,
+    start_run,
     train_and_eval,
-    train_and_save,
 )
 
 # Settings of a SequenceTRM that may be changed in a trained one too.
@@ -63,16 +59,11 @@ def run_latent_answer(
     """
     source = script_args.checkpoint or script_args.backbone
     if source is None or (script_args.checkpoint and script_args.backbone):
-        raise ValueError(
-            "Say what is to learn: either --backbone with the name or folder of a causal language model, or "
-            "--checkpoint with a latent-thinking model to go on from."
-        )
+        raise ValueError("Say what learns: either --backbone CAUSAL_LM or --checkpoint LATENT_THINKING_MODEL.")
     unused = [name for name in ("compressor", "trm", *_TRM_SETTINGS) if getattr(script_args, name) is not None]
     if script_args.checkpoint and unused:
         raise ValueError(f"The model in --checkpoint has its own {', '.join(unused)}: leave them out.")
-    check_folders(script_args.checkpoint, script_args.compressor, script_args.trm)
-    resume_from = checkpoint_to_resume(training_args)
-    torch.manual_seed(training_args.seed)
+    resume_from = start_run(training_args, script_args.checkpoint, script_args.compressor, script_args.trm)
     tokenizer = pretrained_tokenizer(script_args.tokenizer or source)
     model = _load_model(script_args, tokenizer)
     check_length(script_args.max_length, model)
@@ -85,12 +76,10 @@ def run_latent_answer(
     set_trainable(model, ["thinker"] if script_args.freeze_backbone else ["*"])
     # No answer says when to stop thinking: halting stays as distillation left it.
     model.thinker.trm.halt_head.requires_grad_(False)
-    with output_dir_lock(training_args.output_dir):
-        trainer = LatentAnswerTrainer(
-            model, training_args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
-        )
-        trainer.data_description = describe_data(script_args)
-        train_and_save(trainer, resume_from)
+    trainer = LatentAnswerTrainer(
+        model, training_args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
+    )
+    run_trainer(trainer, resume_from, script_args)
     return trainer
 
 
@@ -102,30 +91,25 @@ def _load_model(
         return LatentThinkingForCausalLM.from_pretrained(script_args.checkpoint, dtype=script_args.dtype)
     assert script_args.backbone is not None
     backbone = AutoModelForCausalLM.from_pretrained(script_args.backbone, dtype=script_args.dtype)
-    compressor, trm = _thinker_parts(script_args, backbone)
+    parts = _thinker_parts(script_args, backbone.config.get_text_config().hidden_size)
     return LatentThinkingForCausalLM.from_backbone(
-        backbone, compressor=compressor, trm=trm, tokenizer=tokenizer, num_latents=script_args.num_latents
+        backbone, tokenizer=tokenizer, num_latents=script_args.num_latents, **parts
     )
 
 
-def _thinker_parts(script_args: LatentAnswerScriptArguments, backbone: PreTrainedModel) -> tuple[Any, Any]:
-    """Compressor and SequenceTRM, trained ones or the configs of new ones."""
+def _thinker_parts(script_args: LatentAnswerScriptArguments, width: int) -> dict[str, Any]:
+    """Compressor and SequenceTRM, trained ones or the configs of new ones, which fit them."""
     changes = {name: getattr(script_args, name) for name in _TRM_SETTINGS if getattr(script_args, name) is not None}
-    compressor: Any = (
-        None if script_args.compressor is None else DimensionCompressor.from_pretrained(script_args.compressor)
-    )
-    trm: Any = None if script_args.trm is None else SequenceTRM.from_pretrained(script_args.trm, **changes)
-    width = backbone.config.get_text_config().hidden_size
-    size = script_args.compressed_size or min(256, width)
-    if compressor is None:
-        size = size if trm is None else trm.config.hidden_size
-        compressor = DimensionCompressorConfig(hidden_size=width, compressed_size=size)
-    if trm is None:
-        size = compressor.compressed_size if script_args.compressor is None else compressor.config.compressed_size
-        trm = SequenceTRMConfig(
-            hidden_size=size, n_layers=script_args.n_layers, n_heads=script_args.n_heads, **changes
-        )
-    return compressor, trm
+    size, compressor, trm = script_args.compressed_size or min(256, width), None, None
+    if script_args.compressor is not None:
+        compressor = DimensionCompressor.from_pretrained(script_args.compressor)
+        size = compressor.config.compressed_size
+    if script_args.trm is not None:
+        trm = SequenceTRM.from_pretrained(script_args.trm, **changes)
+        size = trm.config.hidden_size
+    new_compressor = DimensionCompressorConfig(hidden_size=width, compressed_size=size)
+    network = {"n_layers": script_args.n_layers, "n_heads": script_args.n_heads, **changes}
+    return {"compressor": compressor or new_compressor, "trm": trm or SequenceTRMConfig(hidden_size=size, **network)}
 
 
 METHOD = TrainingMethod(LatentAnswerScriptArguments, LatentAnswerTrainingArguments, run_latent_answer)

@@ -1,16 +1,14 @@
 """Training of a refiner, of a masked-diffusion model with it, or of the model alone."""
 
-import json
 import os
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from ..data import byte_tokenizer
-from ..hub.files import output_dir_lock
+from ..hub.training_record import read_json
 from ..models import LLaDAConfig, LLaDATRMForMaskedDiffusion
 from ..models.backbone_wrapper import build_backbone, load_backbone
 from ..models.hub_model import BACKBONES, REFINERS
@@ -20,36 +18,36 @@ from .run_setup import (
     DataArguments,
     TrainingMethod,
     check_length,
-    checkpoint_to_resume,
-    describe_data,
     pretrained_tokenizer,
     reasoning_samples,
+    run_trainer,
+    start_run,
     train_and_eval,
-    train_and_save,
     vocabulary_settings,
 )
 
 # Settings that every kind of refiner may have: a recipe sets them for whichever it is used with.
 _SHARED_REFINER_SETTINGS = ("chunk_size", "max_recursive_steps", "convergence_threshold")
+_HYBRID_SETTINGS = (
+    "integration",
+    "min_confidence",
+    "deep_supervision_weight",
+    "deep_supervision_schedule",
+    "confidence_loss_weight",
+    "orthogonality_weight",
+)
 
 
 @dataclass
 class MaskedDiffusionScriptArguments(DataArguments):
     """What is trained on what. The rest of a recipe are [`MaskedDiffusionTrainingArguments`]."""
 
-    backbone: str | None = HfArg(
-        default=None, aliases=["--model"], help="Name or folder of a model, or a config .json for a new one."
-    )
+    backbone: str | None = HfArg(default=None, aliases=["--model"], help="Model, or a config .json for a new one.")
     checkpoint: str | None = HfArg(default=None, help="A hybrid to go on from, instead of a backbone.")
-    refiner: str = HfArg(
-        default="recursive_refinement_head",
-        help="Kind of refiner, or folder of one; several with commas; 'none' to train the backbone alone.",
-    )
+    refiner: str = HfArg(default="recursive_refinement_head", help="Kinds or folders, with commas; none: no refiner.")
     integration: str | None = HfArg(default=None, help="How several refiners work together: cascade or mix.")
     chunk_size: int | None = HfArg(default=None, help="Tokens refined together; 16.")
-    align_steps_to_chunks: bool = HfArg(
-        default=False, help="Start every reasoning step, and the answer, in a new chunk."
-    )
+    align_steps_to_chunks: bool = HfArg(default=False, help="Start reasoning steps and answer in a new chunk.")
     max_recursive_steps: int | None = HfArg(default=None, help="Most updates of a chunk; 8, of a slot refiner 4.")
     convergence_threshold: float | None = HfArg(default=None, help="When a chunk stops, 0 never; 0.01, of slots 1e-4.")
     head_hidden_size: int | None = HfArg(default=None, help="Width of a chunk's code in a recursive head; 512.")
@@ -62,15 +60,15 @@ class MaskedDiffusionScriptArguments(DataArguments):
     confidence_slot_size: int | None = HfArg(default=None, help="Of its confidence slot; an eighth.")
     use_gating: bool | None = HfArg(default=None, help="Whether its slots have gates; true.")
     delta_scale: float | None = HfArg(default=None, help="Factor of a slot refiner's updates; 0.1.")
-    dropout: float | None = HfArg(default=None, help="Dropout of a slot refiner; 0.")
+    dropout: float | None = HfArg(default=None, help="Of a slot refiner; 0.")
     min_confidence: float = HfArg(default=0.5, help="Chunks below it are refined.")
-    deep_supervision_weight: float = HfArg(default=0.3, help="Weight of the loss over the steps.")
+    deep_supervision_weight: float = HfArg(default=0.3, help="Of the loss over the steps.")
     deep_supervision_schedule: str = HfArg(default="constant", help="constant, linear or exponential.")
-    confidence_loss_weight: float = HfArg(default=0.05, help="Weight of the confidence's calibration.")
-    orthogonality_weight: float = HfArg(default=0.01, help="Weight of the overlap between slots.")
+    confidence_loss_weight: float = HfArg(default=0.05, help="Of the confidence's calibration.")
+    orthogonality_weight: float = HfArg(default=0.01, help="Of the overlap between slots.")
     freeze_backbone: bool = HfArg(default=False, help="Train the refiner only.")
     trainable: list[str] | None = HfArg(default=None, help="Patterns of module names that train.")
-    train_last_layers: int | None = HfArg(default=None, help="Train this many of the backbone's last layers as well.")
+    train_last_layers: int | None = HfArg(default=None, help="Last layers of the backbone that train as well.")
     train_layer_norms: bool = HfArg(default=False, help="Train all normalisation layers as well.")
 
 
@@ -78,16 +76,15 @@ def run_masked_diffusion(
     script_args: MaskedDiffusionScriptArguments, training_args: MaskedDiffusionTrainingArguments
 ) -> MaskedDiffusionTrainer:
     """
-    Trains as the settings say, from the last checkpoint in `training_args.output_dir` if
-    `training_args.resume_from_checkpoint` is set, and saves the final model and tokenizer in that folder.
+    Trains as the settings say, resuming if `training_args.resume_from_checkpoint` is set, and saves the final model
+    and tokenizer in `training_args.output_dir`.
 
     Raises:
         ValueError, OSError: for settings that cannot work, before anything is written.
         RuntimeError: if another run is writing to the folder.
         FloatingPointError: if the loss becomes NaN.
     """
-    resume_from = checkpoint_to_resume(training_args)
-    torch.manual_seed(training_args.seed)
+    resume_from = start_run(training_args)
     tokenizer = _load_tokenizer(script_args)
     model = _load_model(script_args, tokenizer)
     check_length(script_args.max_length, model)
@@ -98,25 +95,21 @@ def run_masked_diffusion(
         script_args, lambda split, path: reasoning_samples(script_args, tokenizer, split, path, align)
     )
     set_trainable(model, _trainable_patterns(script_args, model), train_layer_norms=script_args.train_layer_norms)
-
-    with output_dir_lock(training_args.output_dir):
-        trainer = MaskedDiffusionTrainer(
-            model, training_args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
-        )
-        trainer.data_description = describe_data(script_args)
-        train_and_save(trainer, resume_from)
+    trainer = MaskedDiffusionTrainer(
+        model, training_args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
+    )
+    run_trainer(trainer, resume_from, script_args)
     return trainer
 
 
 def _trainable_patterns(script_args: MaskedDiffusionScriptArguments, model: PreTrainedModel) -> list[str]:
+    number = script_args.train_last_layers
     if script_args.trainable is None and not script_args.freeze_backbone:
-        if script_args.train_last_layers is not None:
+        if number is not None:
             raise ValueError("Without freeze_backbone or trainable, everything trains: leave out train_last_layers.")
         return ["*"]
     patterns = ["refiner"] if script_args.trainable is None else script_args.trainable
-    if script_args.train_last_layers is None:
-        return patterns
-    return [*patterns, *last_layers(model, script_args.train_last_layers)]
+    return patterns if number is None else [*patterns, *last_layers(model, number)]
 
 
 def _load_tokenizer(script_args: MaskedDiffusionScriptArguments) -> PreTrainedTokenizerBase:
@@ -132,72 +125,51 @@ def _load_model(script_args: MaskedDiffusionScriptArguments, tokenizer: PreTrain
     if script_args.checkpoint is not None:
         return LLaDATRMForMaskedDiffusion.from_pretrained(script_args.checkpoint, dtype=script_args.dtype)
     if script_args.backbone is None:
-        raise ValueError(
-            "Say what to train: --backbone with the name or folder of a masked-diffusion model, a config .json for a "
-            "new one, or --checkpoint with a hybrid to go on from."
-        )
-    backbone: Any = script_args.backbone
-    if script_args.backbone.endswith(".json"):
-        backbone = _new_backbone(script_args.backbone, tokenizer)
+        raise ValueError("Say what to train: --backbone MODEL or CONFIG.json (a new one), or --checkpoint HYBRID.")
+    is_new = script_args.backbone.endswith(".json")
+    backbone: Any = _new_backbone(script_args.backbone, tokenizer) if is_new else script_args.backbone
     if script_args.refiner == "none":
-        return load_backbone(backbone, dtype=script_args.dtype) if isinstance(backbone, str) else backbone
-    config = AutoConfig.from_pretrained(backbone) if isinstance(backbone, str) else backbone.config
-    return LLaDATRMForMaskedDiffusion.from_backbone(
-        backbone,
-        refiner_configs(script_args, config.get_text_config().hidden_size),
-        freeze_backbone=False,
-        integration=script_args.integration,
-        min_confidence=script_args.min_confidence,
-        deep_supervision_weight=script_args.deep_supervision_weight,
-        deep_supervision_schedule=script_args.deep_supervision_schedule,
-        confidence_loss_weight=script_args.confidence_loss_weight,
-        orthogonality_weight=script_args.orthogonality_weight,
-        **({"dtype": script_args.dtype} if isinstance(backbone, str) else {}),
-    )
+        return backbone if is_new else load_backbone(backbone, dtype=script_args.dtype)
+    config = backbone.config if is_new else AutoConfig.from_pretrained(backbone)
+    refiners = refiner_configs(script_args, config.get_text_config().hidden_size)
+    settings: dict[str, Any] = {name: getattr(script_args, name) for name in _HYBRID_SETTINGS}
+    if not is_new:
+        settings["dtype"] = script_args.dtype
+    return LLaDATRMForMaskedDiffusion.from_backbone(backbone, refiners, freeze_backbone=False, **settings)
 
 
 def _new_backbone(config_file: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A LLaDA model with random weights; sizes from a .json file, vocabulary and token ids from the tokenizer."""
     if not os.path.isfile(config_file):
         raise FileNotFoundError(f"There is no config file {config_file}.")
-    with open(config_file, encoding="utf-8") as file:
-        try:
-            sizes = json.load(file)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{config_file} is not valid JSON: {error}.") from error
-    if not isinstance(sizes, dict) or sizes.get("model_type", "llada") not in BACKBONES:
+    sizes = read_json(config_file)
+    if sizes.get("model_type", "llada") not in BACKBONES:
         raise ValueError(f"{config_file} must hold the fields of a config of {', '.join(BACKBONES)}.")
     return build_backbone(LLaDAConfig.from_dict({**sizes, **vocabulary_settings(tokenizer)}))
 
 
 def refiner_configs(script_args: MaskedDiffusionScriptArguments, hidden_size: int) -> list[PreTrainedConfig | str]:
     """
-    For each refiner in `script_args.refiner` its config, for a backbone of width `hidden_size`; or the name itself if
-    it is the folder of a refiner, which has a config.
+    For each refiner in `script_args.refiner` its config, for a backbone of width `hidden_size`; or its folder.
 
     Raises:
         ValueError: for a setting that only other kinds of refiners have, or a value out of range.
     """
     given = {name: value for name, value in vars(script_args).items() if value is not None}
-    unused = {name for kind in REFINERS.values() for name in _settings_of(kind.config_class) & set(given)}
-    unused -= set(_SHARED_REFINER_SETTINGS)
+    inherited = {field.name for field in fields(PreTrainedConfig)}
+    known = {name: {field.name for field in fields(kind.config_class)} - inherited for name, kind in REFINERS.items()}
+    unused = (set(given) - set(_SHARED_REFINER_SETTINGS)) & set().union(*known.values())
     configs: list[PreTrainedConfig | str] = []
     for name in script_args.refiner.split(","):
         if name not in REFINERS:
             configs.append(name)
             continue
-        kind = REFINERS[name].config_class
-        settings = {field: given[field] for field in _settings_of(kind) if field in given}
-        unused -= set(settings)
-        configs.append(kind(**{**settings, "hidden_size": hidden_size}))
+        unused -= known[name]
+        settings = {field: value for field, value in given.items() if field in known[name]}
+        configs.append(REFINERS[name].config_class(hidden_size=hidden_size, **settings))
     if unused:
         raise ValueError(f"{', '.join(sorted(unused))}: not a setting of {script_args.refiner}. Leave it out.")
     return configs
-
-
-def _settings_of(kind: type[PreTrainedConfig]) -> set[str]:
-    """The fields of this kind of config that other configs do not have."""
-    return {field.name for field in fields(kind)} - {field.name for field in fields(PreTrainedConfig)}
 
 
 METHOD = TrainingMethod(MaskedDiffusionScriptArguments, MaskedDiffusionTrainingArguments, run_masked_diffusion)

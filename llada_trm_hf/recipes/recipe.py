@@ -1,26 +1,18 @@
 """Reading a recipe: everything a training run needs, as YAML, each value overridable on the command line."""
 
-import difflib
 import importlib
-import os
-from collections.abc import Iterable
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
 
+from ..models.hub_model import nearest_name
 from .run_setup import TrainingMethod
 
 DEFAULT_KIND = "masked_diffusion"
 # The modules of this folder that define a METHOD.
 KINDS = (DEFAULT_KIND, "compressor", "trm", "latent_answer", "grpo")
-
-
-def nearest_name(name: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"` with the name in `known` that is most like `name`; empty if none is like it."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def training_method(kind: str) -> TrainingMethod:
@@ -30,13 +22,12 @@ def training_method(kind: str) -> TrainingMethod:
 
 def load_recipe(name_or_path: str, kind: str = DEFAULT_KIND) -> dict[str, Any]:
     """
-    Reads a recipe of the package by name, or a YAML or JSON file. Its key `kind`, one of `KINDS`, says what it
-    trains; `kind` is the default.
+    Reads a recipe of the package by name, or a YAML or JSON file. Its key `kind`, by default `kind`, says what it
+    trains.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for an unknown recipe or kind, a file that is not a mapping, or a key that this kind of training
-            does not know, with the nearest known one.
+        ValueError: for an unknown recipe, kind or key, with the nearest known one, or a file that is not a mapping.
     """
     recipe = _read_mapping(name_or_path)
     kind = recipe.get("kind", kind)
@@ -51,10 +42,8 @@ def load_recipe(name_or_path: str, kind: str = DEFAULT_KIND) -> dict[str, Any]:
 
 def load_settings(recipe: str | None = None, config: str | None = None) -> tuple[TrainingMethod, dict[str, Any]]:
     """
-    The training method, and the settings in `recipe` and the file `config`, which overrides `recipe`.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_recipe`, or if the two are for different kinds.
+    The training method, and the settings in `recipe` and the file `config`, which overrides it. Raises as
+    `load_recipe`, and a ValueError if the two are for different kinds.
     """
     settings = load_recipe(recipe) if recipe else {}
     kind = settings.get("kind", DEFAULT_KIND)
@@ -69,19 +58,11 @@ def load_settings(recipe: str | None = None, config: str | None = None) -> tuple
 def parse_recipe(parser: HfArgumentParser, arguments: list[str], settings: dict[str, Any]) -> tuple[Any, ...]:
     """
     The dataclasses of `parser`, filled from `arguments` (a command line) over `settings` over the defaults. Every
-    value gets the type of its field: `1e-4`, a text in YAML, is a number.
-
-    Raises:
-        ValueError: for an unknown option, with the nearest known one.
+    value gets the type of its field: `1e-4`, a text in YAML, is a number. An unknown option is a ValueError.
     """
     # argparse converts a default that is a text as if it stood on the command line.
-    numbers = (int, float)
-    parser.set_defaults(
-        **{
-            name: str(value) if isinstance(value, numbers) and not isinstance(value, bool) else value
-            for name, value in settings.items()
-        }
-    )
+    defaults = {name: str(value) if type(value) in (int, float) else value for name, value in settings.items()}
+    parser.set_defaults(**defaults)
     *filled, unknown = parser.parse_args_into_dataclasses(
         arguments, look_for_args_file=False, return_remaining_strings=True
     )
@@ -92,21 +73,17 @@ def parse_recipe(parser: HfArgumentParser, arguments: list[str], settings: dict[
 
 
 def _read_mapping(name_or_path: str) -> dict[str, Any]:
-    if name_or_path.endswith((".yaml", ".yml", ".json")):
-        if not os.path.isfile(name_or_path):
-            raise FileNotFoundError(f"There is no recipe file {name_or_path}.")
-        with open(name_or_path, encoding="utf-8") as file:
-            text = file.read()
-    else:
-        folder = files(__package__)
-        known = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-        if name_or_path not in known:
-            raise ValueError(
-                f"Unknown recipe {name_or_path!r}{nearest_name(name_or_path, known)}. Known: {', '.join(known)}."
-            )
-        text = folder.joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
+    file = Path(name_or_path)
+    if file.suffix not in (".yaml", ".yml", ".json"):
+        recipes = {file.stem: file for file in sorted(Path(__file__).parent.glob("*.yaml"))}
+        if name_or_path not in recipes:
+            hint = nearest_name(name_or_path, recipes)
+            raise ValueError(f"Unknown recipe {name_or_path!r}{hint}. Known: {', '.join(recipes)}.")
+        file = recipes[name_or_path]
+    elif not file.is_file():
+        raise FileNotFoundError(f"There is no recipe file {name_or_path}.")
     try:
-        recipe = yaml.safe_load(text) or {}
+        recipe = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{name_or_path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, dict):

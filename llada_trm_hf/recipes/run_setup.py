@@ -1,11 +1,12 @@
-"""What every training method shares: its data, its tokenizer, its output folder."""
+"""What every training method shares: the data and its tokenizer, and a run from its start to the saved model."""
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -13,6 +14,8 @@ from ..data import load_reasoning_dataset, tokenize_reasoning
 from ..data.reasoning import column_mapping
 from ..data.reasoning_sources import SOURCES
 from ..data.rows import Rows, is_data_file
+from ..hub.files import output_dir_lock
+from ..training.base_trainer import BaseTrainer
 
 T = TypeVar("T")
 
@@ -23,16 +26,12 @@ class DataArguments:
 
     tokenizer: str | None = HfArg(default=None, help="Name or folder; the model's own, or bytes for a new model.")
     dtype: str = HfArg(default="float32", help="Of the weights: float32, bfloat16, float16 or auto.")
-    dataset_name: str = HfArg(
-        default="arithmetic",
-        help="arithmetic, gsm8k, natural_reasoning, math, aime, humaneval, mbpp, apps, or a .json, .jsonl, .csv or "
-        ".parquet file.",
-    )
+    dataset_name: str = HfArg(default="arithmetic", help=f"{', '.join(SOURCES)}, or a .jsonl, .csv or .parquet file.")
     data_files: str | None = HfArg(default=None, help="A local file with the rows of dataset_name.")
     columns: list[str] | None = HfArg(default=None, help="Columns of a local file: prompt=question ...")
     split: str = HfArg(default="train", help="Split or slice to train on, e.g. train[:1000].")
-    eval_split: str | None = HfArg(default=None, help="Split or slice to evaluate on, as for split.")
-    eval_data_files: str | None = HfArg(default=None, help="A local file with the rows to evaluate on.")
+    eval_split: str | None = HfArg(default=None, help="Split or slice to evaluate on.")
+    eval_data_files: str | None = HfArg(default=None, help="Local file to evaluate on.")
     streaming: bool = HfArg(default=False, help="Read rows as they are needed; needs max_steps.")
     num_terms: int = HfArg(default=8, help="Difficulty of generated arithmetic.")
     max_length: int = HfArg(default=512, help="Tokens of prompt and response together.")
@@ -40,14 +39,14 @@ class DataArguments:
 
 @dataclass(frozen=True)
 class TrainingMethod:
-    """Dataclasses of what is trained on what and of the trainer's arguments, and the function that takes both."""
+    """The dataclasses that a recipe fills, and the function that takes both."""
 
     script_arguments: type
     training_arguments: type
     run: Callable[[Any, Any], Any]
 
     def option_names(self) -> list[str]:
-        """The keys of a recipe, which are the options of the command line too."""
+        """The keys of a recipe, and the options of the command line."""
         return [field.name for cls in (self.script_arguments, self.training_arguments) for field in fields(cls)]
 
 
@@ -72,15 +71,8 @@ def check_length(max_length: int, model: PreTrainedModel) -> None:
         raise ValueError(f"max_length={max_length} is more than the model's context of {longest} tokens.")
 
 
-def check_folders(*names: str | None) -> None:
-    """Raises FileNotFoundError for a name that is neither a folder nor, as owner/name, a repository."""
-    for name in names:
-        if name is not None and not os.path.isdir(name) and (os.path.isabs(name) or name.count("/") != 1):
-            raise FileNotFoundError(f"There is no folder {name}.")
-
-
 def train_and_eval(script_args: DataArguments, load: Callable[[str, str | None], T]) -> tuple[T, T | None]:
-    """What `load` makes of split and local file: of the training data, and of the evaluation data if there is any."""
+    """`load(split, local file)` of the training data, and of the evaluation data if there is any."""
     train = load(script_args.split, script_args.data_files)
     if script_args.eval_split is None and script_args.eval_data_files is None:
         return train, None
@@ -91,13 +83,9 @@ def load_problems(
     script_args: DataArguments, split: str, path: str | None, streaming: bool = False
 ) -> tuple[Rows, str]:
     """Problems, and the template of their response; see `load_reasoning_dataset`."""
+    columns = column_mapping(script_args.columns)
     return load_reasoning_dataset(
-        script_args.dataset_name,
-        split,
-        data_files=path,
-        columns=column_mapping(script_args.columns),
-        num_terms=script_args.num_terms,
-        streaming=streaming,
+        script_args.dataset_name, split, path, columns, num_terms=script_args.num_terms, streaming=streaming
     )
 
 
@@ -117,28 +105,35 @@ def describe_data(script_args: DataArguments) -> dict[str, str]:
     """The dataset, for a trainer's `data_description`; the name of a local file would mean nothing to others."""
     source = SOURCES.get(script_args.dataset_name)
     is_local = script_args.data_files is not None or is_data_file(script_args.dataset_name)
-    described = {"name": "a local file" if is_local else script_args.dataset_name, "split": script_args.split}
-    hub_name = script_args.dataset_name if source is None else source.hub_name
-    if hub_name and not is_local:
-        described["hub_name"] = hub_name
-    if script_args.eval_split is not None:
-        described["eval_split"] = script_args.eval_split
-    return described
+    described = {
+        "name": "a local file" if is_local else script_args.dataset_name,
+        "split": script_args.split,
+        "hub_name": None if is_local else script_args.dataset_name if source is None else source.hub_name,
+        "eval_split": script_args.eval_split,
+    }
+    return {name: value for name, value in described.items() if value}
+
+
+def start_run(training_args: TrainingArguments, *inputs: str | None) -> str | None:
+    """
+    Sets the seed and returns the checkpoint to resume from, if any. Raises FileNotFoundError for one of `inputs` that
+    is neither a folder nor, as owner/name, a repository.
+    """
+    for name in inputs:
+        if name is not None and not os.path.isdir(name) and (os.path.isabs(name) or name.count("/") != 1):
+            raise FileNotFoundError(f"There is no folder {name}.")
+    torch.manual_seed(training_args.seed)
+    return checkpoint_to_resume(training_args)
 
 
 def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
-    """
-    The checkpoint to resume from, if any.
-
-    Raises:
-        ValueError: if the output folder holds an earlier run that is not resumed, or there is nothing to resume.
-    """
+    """Raises ValueError if the output folder's earlier run is not resumed, or there is nothing to resume."""
     folder, wanted = training_args.output_dir, training_args.resume_from_checkpoint
     last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
     if wanted is None or str(wanted).lower() == "false":
         if last is not None or os.path.exists(os.path.join(folder, "trainer_state.json")):
             raise ValueError(
-                f"{folder} holds an earlier run. Go on from it with --resume_from_checkpoint true, or choose another "
+                f"{folder} holds an earlier run: go on with --resume_from_checkpoint true, or choose another "
                 f"--output_dir."
             )
         return None
@@ -151,8 +146,16 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
     return str(wanted)
 
 
-def train_and_save(trainer: Trainer, resume_from: str | None) -> None:
-    """Trains, from the checkpoint `resume_from` if there is one, and leaves the model in the output folder."""
+def run_trainer(trainer: BaseTrainer, resume_from: str | None, script_args: DataArguments | None = None) -> None:
+    """`train_and_save` while no other run may write to the output folder."""
+    with output_dir_lock(trainer.args.output_dir):
+        train_and_save(trainer, resume_from, script_args)
+
+
+def train_and_save(trainer: BaseTrainer, resume_from: str | None, script_args: DataArguments | None = None) -> None:
+    """Trains, from `resume_from` if given, and leaves model, state and a record of the data in the output folder."""
+    if script_args is not None:
+        trainer.data_description = describe_data(script_args)
     trainer.train(resume_from_checkpoint=resume_from)
     trainer.save_model()
     trainer.save_state()

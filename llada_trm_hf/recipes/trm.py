@@ -4,16 +4,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import Subset
 from transformers import AutoModelForCausalLM
 from transformers.hf_argparser import HfArg
 
 from ..hidden_pairs import HiddenPairsDataset
-from ..hub.files import output_dir_lock
 from ..models import DimensionCompressor, SequenceTRM, SequenceTRMConfig
 from ..training import TRMTrainer, TRMTrainingArguments
-from .run_setup import TrainingMethod, check_folders, checkpoint_to_resume, train_and_save
+from .run_setup import TrainingMethod, run_trainer, start_run
+
+_NETWORK_SETTINGS = ("n_layers", "n_heads", "block_style", "dropout")
 
 
 @dataclass
@@ -25,7 +25,7 @@ class TRMScriptArguments:
     eval_fraction: float = HfArg(default=0.0, help="Share of the pairs held out, without eval_pairs_dir.")
     compressor: str | None = HfArg(default=None, help="Of the pairs, if they are uncompressed or for --backbone.")
     backbone: str | None = HfArg(
-        default=None, aliases=["--model"], help="The pairs' language model: report how often its head agrees."
+        default=None, aliases=["--model"], help="The pairs' language model, to compare tokens."
     )
     checkpoint: str | None = HfArg(default=None, help="A SequenceTRM to go on from.")
     n_layers: int = HfArg(default=2, help="Blocks of a new network.")
@@ -44,25 +44,23 @@ def run_trm(script_args: TRMScriptArguments, training_args: TRMTrainingArguments
         raise ValueError("Say what to learn: --pairs_dir with a folder or file of hidden pairs.")
     if not 0 <= script_args.eval_fraction < 1:
         raise ValueError(f"eval_fraction must be at least 0 and below 1, got {script_args.eval_fraction}.")
-    check_folders(script_args.compressor, script_args.checkpoint)
-    resume_from = checkpoint_to_resume(training_args)
-    torch.manual_seed(training_args.seed)
-    compressor = (
-        None if script_args.compressor is None else DimensionCompressor.from_pretrained(script_args.compressor)
-    )
+    resume_from = start_run(training_args, script_args.compressor, script_args.checkpoint)
+    name = script_args.compressor
+    compressor = None if name is None else DimensionCompressor.from_pretrained(name)
     pairs = _load_pairs(script_args.pairs_dir, compressor)
     train, held_out = _train_and_held_out(script_args, pairs, training_args.seed, compressor)
     model = _new_model(script_args, pairs.hidden_size)
-    compressed_from = None if compressor is None else compressor.config.backbone_name_or_path
-    model.config.backbone_name_or_path = (
-        pairs.model_name or compressed_from or script_args.backbone or model.config.backbone_name_or_path
+    names = (pairs.model_name, compressor and compressor.config.backbone_name_or_path, script_args.backbone)
+    model.config.backbone_name_or_path = next(filter(None, names), model.config.backbone_name_or_path)
+    lm_head = None
+    if script_args.backbone is not None:  # the rest of the language model is freed
+        language_model = AutoModelForCausalLM.from_pretrained(script_args.backbone, dtype=script_args.dtype)
+        lm_head = language_model.get_output_embeddings()
+        del language_model
+    trainer = TRMTrainer(
+        model, training_args, train_dataset=train, eval_dataset=held_out, lm_head=lm_head, compressor=compressor
     )
-    lm_head = None if script_args.backbone is None else _load_lm_head(script_args.backbone, script_args.dtype)
-    with output_dir_lock(training_args.output_dir):
-        trainer = TRMTrainer(
-            model, training_args, train_dataset=train, eval_dataset=held_out, lm_head=lm_head, compressor=compressor
-        )
-        train_and_save(trainer, resume_from)
+    run_trainer(trainer, resume_from)
 
 
 def _train_and_held_out(
@@ -75,10 +73,8 @@ def _train_and_held_out(
         return pairs, None
     number = round(script_args.eval_fraction * len(pairs))
     if number < 2 or number == len(pairs):
-        raise ValueError(
-            f"eval_fraction={script_args.eval_fraction} of {len(pairs)} hidden pairs is {number}: evaluation needs "
-            f"two, and training the rest."
-        )
+        fraction = f"eval_fraction={script_args.eval_fraction} of {len(pairs)} hidden pairs"
+        raise ValueError(f"{fraction} is {number}: evaluation needs two, training one.")
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
     return Subset(pairs, order[number:]), Subset(pairs, order[:number])
 
@@ -95,27 +91,13 @@ def _load_pairs(pairs_dir: str, compressor: DimensionCompressor | None) -> Hidde
 
 def _new_model(script_args: TRMScriptArguments, width: int) -> SequenceTRM:
     if script_args.checkpoint is None:
-        return SequenceTRM(
-            SequenceTRMConfig(
-                hidden_size=width,
-                n_layers=script_args.n_layers,
-                n_heads=script_args.n_heads,
-                block_style=script_args.block_style,
-                dropout=script_args.dropout,
-            )
-        )
+        settings = {name: getattr(script_args, name) for name in _NETWORK_SETTINGS}
+        return SequenceTRM(SequenceTRMConfig(hidden_size=width, **settings))
     model = SequenceTRM.from_pretrained(script_args.checkpoint)
     if model.config.hidden_size != width:
-        raise ValueError(
-            f"{script_args.checkpoint} has hidden_size={model.config.hidden_size}, but the pairs are {width} wide: "
-            f"name the --compressor it was trained with."
-        )
+        found = f"{script_args.checkpoint} has hidden_size={model.config.hidden_size}, but the pairs are {width} wide"
+        raise ValueError(f"{found}: name the --compressor it was trained with.")
     return model
-
-
-def _load_lm_head(name_or_path: str, dtype: str) -> nn.Module:
-    """The LM head alone: the rest of the language model is freed."""
-    return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype).get_output_embeddings()
 
 
 METHOD = TrainingMethod(TRMScriptArguments, TRMTrainingArguments, run_trm)

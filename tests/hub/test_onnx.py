@@ -314,7 +314,7 @@ def test_without_the_packages(monkeypatch, tmp_path, capsys, package):
 def test_package_imports_without_them():
     code = (
         "import sys; sys.modules.update(onnx=None, onnxruntime=None, onnxscript=None)\n"
-        "import llada_trm_hf, llada_trm_hf.cli.export_onnx as command\n"
-        "assert callable(llada_trm_hf.hub.export_onnx) and callable(command.run)"
+        "import llada_trm_hf, llada_trm_hf.cli.publish as command\n"
+        "assert callable(llada_trm_hf.hub.export_onnx) and callable(command.export_onnx)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -315,7 +315,7 @@ def test_impossible_names(hub, checkpoint, capsys, repo):
             lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
             "lacks model.safetensors",
         ),
-        (lambda folder: (folder / "modeling_compressor.py").unlink(), "lacks modeling_compressor.py"),
+        (lambda folder: (folder / "dimension_compressor.py").unlink(), "lacks dimension_compressor.py"),
         (lambda folder: (folder / "model.safetensors.index.json").write_text(INDEX), "lacks model-2.safetensors"),
         (lambda folder: (folder / "training_settings.json").write_text("[]"), "must hold a JSON object"),
     ],

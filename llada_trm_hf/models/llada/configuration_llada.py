@@ -118,6 +118,10 @@ class LLaDAConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers; LLaDA-MoE's official files, which say "llada" too, give a [`LLaDAMoEConfig`]."""
         if model_type_of(config_dict) == "llada_moe":
+            if "llada_moe" not in CONFIG_MAPPING:
+                raise ValueError(
+                    "This config describes LLaDA-MoE, which needs the package: import llada_trm_hf first."
+                )
             return CONFIG_MAPPING["llada_moe"].from_dict(config_dict, **kwargs)
         return super().from_dict(config_dict, **kwargs)
 

@@ -7,7 +7,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from ..backbone_wrapper import config_from_dict, for_the_backbone_only
 from ..hub_model import check_at_least_one, check_token_id
 from ..refiners.refiner_integration import combine_refiner_configs
-from ..registered_models import BACKBONES, register_held_refiners
+from ..registered_models import BACKBONES
 
 DEEP_SUPERVISION_SCHEDULES = ("constant", "linear", "exponential")
 
@@ -67,8 +67,11 @@ class LLaDATRMConfig(PreTrainedConfig):
         self.backbone_config = config_from_dict(self.backbone_config or {"model_type": "llada"}, BACKBONES)
         text_config = self.backbone_config.get_text_config()
         if self.refiner_config is None:
-            default = register_held_refiners()["recursive_refinement_head"].config_class
-            self.refiner_config = default(hidden_size=text_config.hidden_size, chunk_size=self.chunk_size)
+            self.refiner_config = {
+                "model_type": "recursive_refinement_head",
+                "hidden_size": text_config.hidden_size,
+                "chunk_size": self.chunk_size,
+            }
         self.refiner_config = combine_refiner_configs(self.refiner_config, self.integration)
         self.integration = getattr(self.refiner_config, "integration", "replace")
         if self.mask_token_id is None:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ..backbone_wrapper import EncodedTokens
 from ..modeling_masked_diffusion import MaskedTargets, masked_diffusion_loss, score_tokens
-from ..refiners.refiner import ChunkLayout, RefinerOutput
+from ..refiners.modeling_refiner import ChunkLayout, RefinerOutput
 from .configuration_llada_trm import LLaDATRMConfig
 
 

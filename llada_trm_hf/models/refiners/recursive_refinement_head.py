@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 
 from ..hub_model import check_at_least_one
-from .refiner import ChunkLayout, PreTrainedRefiner, RefinerOutput
+from .modeling_refiner import ChunkLayout, PreTrainedRefiner, RefinerOutput
 
 
 class RecursiveRefinementHeadConfig(PreTrainedConfig):
@@ -89,7 +89,6 @@ class RecursiveRefinementHead(PreTrainedRefiner):
 
     config: RecursiveRefinementHeadConfig
     config_class = RecursiveRefinementHeadConfig
-    takes_layout = True
     _no_split_modules = ["RecursiveRefinementHead"]
 
     def __init__(self, config: RecursiveRefinementHeadConfig):

@@ -11,7 +11,7 @@ from transformers import initialization as init
 
 from ..hub_model import REFINERS, nearest_name
 from ..registered_models import register_held_refiners
-from .refiner import ChunkLayout, PreTrainedRefiner, RefinerOutput, build_refiner, refine
+from .modeling_refiner import ChunkLayout, PreTrainedRefiner, RefinerOutput, build_refiner, refine
 
 
 class RefinerIntegrationConfig(PreTrainedConfig):
@@ -90,7 +90,6 @@ class RefinerIntegration(PreTrainedRefiner):
     """
 
     config: RefinerIntegrationConfig
-    takes_layout = True
     supports_gradient_checkpointing = True
 
     def __init__(self, config: RefinerIntegrationConfig, refiners: list[PreTrainedModel] | None = None):

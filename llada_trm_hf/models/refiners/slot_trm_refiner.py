@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from ..hub_model import check_at_least_one
 from ..rotary import Rotary, rotary_embedding, rotate
-from .refiner import ChunkLayout, PreTrainedRefiner, RefinerOutput
+from .modeling_refiner import ChunkLayout, PreTrainedRefiner, RefinerOutput
 
 MAX_UPDATE = 0.5  # of a component, in one step
 # Layers, attention heads and FFN expansion of a slot refiner.
@@ -233,7 +233,6 @@ class SlotTRMRefiner(PreTrainedRefiner):
 
     config: SlotTRMRefinerConfig
     config_class = SlotTRMRefinerConfig
-    takes_layout = True
     supports_gradient_checkpointing = True
     _no_split_modules = ["SlotTRMRefiner"]
 

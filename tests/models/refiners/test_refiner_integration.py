@@ -321,7 +321,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llada_trm_hf import LLaDATRMForMaskedDiffusion, RefinerOutput as Output  # a file may import anything
-from llada_trm_hf.models.refiners.refiner import (
+from llada_trm_hf.models.refiners.modeling_refiner import (
     ChunkLayout,
 )
 

@@ -4,12 +4,13 @@ What every refiner shares: the interface, what it returns, the chunks it works o
 """
 
 import copy
+import inspect
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, ModelOutput
 
 from ..hub_model import REFINERS, HubModel, module_name, source_files
 
@@ -62,7 +63,7 @@ class ChunkLayout:
         device: where the indices live.
 
     Attributes:
-        num_chunks: `N = ceil(L / C)`.
+        chunk_size, num_chunks: `C`, and `N = ceil(L / C)`.
         is_real: BoolTensor `[B, L]`.
         chunk_of_token: LongTensor `[B, L]`, -1 for padding.
         positions: LongTensor `[B, N, C]`, the column of each chunk's tokens; `L` where the chunk has no token.
@@ -76,6 +77,7 @@ class ChunkLayout:
         attention_mask: torch.Tensor | None = None,
         device: torch.device | None = None,
     ):
+        self.chunk_size = chunk_size
         self.num_chunks = (length + chunk_size - 1) // chunk_size  # (-(-a // b) is another number in onnx)
         slots = torch.arange(self.num_chunks * chunk_size, device=device).expand(batch_size, -1)
         if attention_mask is None:
@@ -157,12 +159,18 @@ class PreTrainedRefiner(HubModel, PreTrainedModel):
         output_step_hidden_states, output_statistics: see [`RefinerOutput`].
 
     Attributes:
-        takes_layout: whether `forward` also takes `layout`, the batch's [`ChunkLayout`], which is then made only once.
+        takes_layout: whether `forward` has a parameter `layout` for the batch's [`ChunkLayout`], which is then made only
+            once.
     """
 
     takes_layout: ClassVar[bool] = False
     base_model_prefix = ""
     auto_classes = ("AutoModel",)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "forward" in vars(cls):
+            cls.takes_layout = "layout" in inspect.signature(cls.forward).parameters
 
     def chunks_to_refine(
         self,
@@ -188,7 +196,11 @@ class PreTrainedRefiner(HubModel, PreTrainedModel):
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(batch, length)}: 0 for padding."
             )
-        if layout is None or layout.is_real.device != hidden_states.device:
+        if (
+            layout is None
+            or layout.is_real.device != hidden_states.device
+            or layout.chunk_size != self.config.chunk_size
+        ):
             layout = ChunkLayout(batch, length, self.config.chunk_size, attention_mask, hidden_states.device)
         active = layout.any_per_chunk(layout.is_real)
         if active_chunks is None:
@@ -242,8 +254,10 @@ def register_refiner(config_class: type[PreTrainedConfig], model_class: type[Pre
         raise ValueError(f"{model_class.__name__}.config_class must be {name}, got {model_class.config_class}.")
     if module_name(model_class) is not None:
         source_files(model_class)  # what cannot be saved later is refused now
-    AutoConfig.register(model_type, config_class, exist_ok=True)
-    AutoModel.register(config_class, model_class, exist_ok=True)
+    if not __name__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
+        # Not as remote code: the Auto classes would take it for the code of every other checkpoint too.
+        AutoConfig.register(model_type, config_class, exist_ok=True)
+        AutoModel.register(config_class, model_class, exist_ok=True)
     REFINERS[model_type] = model_class
 
 
