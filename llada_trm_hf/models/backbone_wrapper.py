@@ -13,14 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 from .hub_model import BACKBONES, HubModel, model_type_of
 
 # Arguments of `from_pretrained` that say where files come from.
-HUB_ARGUMENTS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "revision",
-    "subfolder",
-    "token",
-)
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 def config_fields(config_class: type[PreTrainedConfig]) -> set[str]:

@@ -20,7 +20,7 @@ from llada_trm_hf import (
     SlotTRMRefinerConfig,
 )
 from llada_trm_hf.models.hub_model import BACKBONES, REFINERS
-from llada_trm_hf.models.refiners.modeling_refiner import build_refiner
+from llada_trm_hf.models.refiners.refiner_integration import build_refiner
 
 HEAD = RecursiveRefinementHeadConfig(hidden_size=32, chunk_size=4, head_hidden_size=16)
 SLOTS = SlotTRMRefinerConfig(hidden_size=32, chunk_size=4, num_hidden_layers=1, num_attention_heads=2)

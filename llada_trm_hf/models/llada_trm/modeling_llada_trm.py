@@ -32,8 +32,8 @@ from ..modeling_masked_diffusion import (
     score_tokens,
     select_positions,
 )
-from ..refiners.modeling_refiner import ChunkLayout, build_refiner, refine, refiner_class
-from ..refiners.refiner_integration import assemble_refiner, resolve_refiners
+from ..refiners.modeling_refiner import ChunkLayout, refine
+from ..refiners.refiner_integration import assemble_refiner, build_refiner, refiner_class, resolve_refiners
 from .configuration_llada_trm import LLaDATRMConfig
 from .loss_llada_trm import Refinement, RefinementObjective, weighted_loss
 

@@ -159,8 +159,7 @@ class PreTrainedRefiner(HubModel, PreTrainedModel):
         output_step_hidden_states, output_statistics: see [`RefinerOutput`].
 
     Attributes:
-        takes_layout: whether `forward` has a parameter `layout` for the batch's [`ChunkLayout`], which is then made only
-            once.
+        takes_layout: whether `forward` has a `layout` for the batch's [`ChunkLayout`], which is then made only once.
     """
 
     takes_layout: ClassVar[bool] = False
@@ -259,16 +258,3 @@ def register_refiner(config_class: type[PreTrainedConfig], model_class: type[Pre
         AutoConfig.register(model_type, config_class, exist_ok=True)
         AutoModel.register(config_class, model_class, exist_ok=True)
     REFINERS[model_type] = model_class
-
-
-def refiner_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class of the refiner that `config` describes."""
-    model_class = REFINERS[config.model_type]
-    if not model_class._supports_sdpa:
-        config._attn_implementation = "eager"  # the backbone's would be refused, even by one without attention
-    return model_class
-
-
-def build_refiner(config: PreTrainedConfig) -> PreTrainedModel:
-    """A refiner with fresh weights."""
-    return refiner_class(config)(config)

@@ -11,7 +11,7 @@ from transformers import initialization as init
 
 from ..hub_model import REFINERS, nearest_name
 from ..registered_models import register_held_refiners
-from .modeling_refiner import ChunkLayout, PreTrainedRefiner, RefinerOutput, build_refiner, refine
+from .modeling_refiner import ChunkLayout, PreTrainedRefiner, RefinerOutput, refine
 
 
 class RefinerIntegrationConfig(PreTrainedConfig):
@@ -367,3 +367,16 @@ def assemble_refiner(config: PreTrainedConfig, models: Sequence[PreTrainedModel 
         return models[0] or build_refiner(config)
     members = [model or build_refiner(own) for model, own in zip(models, config.refiner_configs)]
     return INTEGRATIONS[config.integration](config, refiners=members)
+
+
+def refiner_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class of the refiner that `config` describes."""
+    model_class = register_held_refiners()[config.model_type]
+    if not model_class._supports_sdpa:
+        config._attn_implementation = "eager"  # the backbone's would be refused, even by one without attention
+    return model_class
+
+
+def build_refiner(config: PreTrainedConfig) -> PreTrainedModel:
+    """A refiner with fresh weights."""
+    return refiner_class(config)(config)
