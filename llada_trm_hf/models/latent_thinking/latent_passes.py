@@ -218,10 +218,7 @@ def _as_output(states: torch.Tensor, outputs: Any) -> tuple[torch.Tensor, Latent
 def _join(
     parts: list[tuple[torch.Tensor, ...] | None], num_keys: int | None = None
 ) -> tuple[torch.Tensor, ...] | None:
-    """
-    Per layer, what consecutive passes gave, in one tensor: states `[B, l, D]`, or with `num_keys` the weights of
-    attention `[B, heads, l, keys up to there]`.
-    """
+    """Joins a layer's states `[B, l, D]` of consecutive passes, or, with `num_keys`, attention `[B, heads, l, keys]`."""
     given = [part for part in parts if part]
     if not given:
         return None

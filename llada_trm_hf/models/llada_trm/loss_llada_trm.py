@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 from ..backbone_wrapper import EncodedTokens
 from ..modeling_masked_diffusion import MaskedTargets, masked_diffusion_loss, score_tokens
 from ..refiners.modeling_refiner import ChunkLayout, RefinerOutput
-from .configuration_llada_trm import LLaDATRMConfig
 
 
 class Refinement(NamedTuple):
@@ -27,7 +26,7 @@ class Refinement(NamedTuple):
 class RefinementObjective:
     """Mixin for a model that refines: the loss of a batch with labels."""
 
-    config: LLaDATRMConfig
+    config: Any
     _refine: Callable[..., Refinement]
     _logits: Callable[[torch.Tensor], torch.Tensor]
     backbone: PreTrainedModel
@@ -91,7 +90,7 @@ class RefinementObjective:
 
 
 def weighted_loss(
-    components: dict[str, torch.Tensor], config: LLaDATRMConfig, backbone_trains: bool = False
+    components: dict[str, torch.Tensor], config: Any, backbone_trains: bool = False
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
     The sum of the losses by name, each times its weight, and the losses detached. That of the backbone's own guess
