@@ -242,7 +242,7 @@ class ActiveBlock:
         return undecided if self.budget is None else undecided | (self.budget > 0)
 
     def _rows_and_width(self, undecided: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """The rows of `undecided` `[b, W]` that need this step (on the host), and the logits that a row needs at most."""
+        """The rows of `undecided` `[b, W]` that need this step, on the host, and the most logits of a row."""
         everyone = torch.arange(len(undecided))
         if self.is_fixed:
             width = self.most_left[self.step]

@@ -218,7 +218,7 @@ def _as_output(states: torch.Tensor, outputs: Any) -> tuple[torch.Tensor, Latent
 def _join(
     parts: list[tuple[torch.Tensor, ...] | None], num_keys: int | None = None
 ) -> tuple[torch.Tensor, ...] | None:
-    """Joins a layer's states `[B, l, D]` of consecutive passes, or, with `num_keys`, attention `[B, heads, l, keys]`."""
+    """Joins each layer's states `[B, l, D]` of consecutive passes; with `num_keys`, weights `[B, heads, l, keys]`."""
     given = [part for part in parts if part]
     if not given:
         return None

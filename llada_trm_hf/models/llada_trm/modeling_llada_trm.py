@@ -275,7 +275,7 @@ class LLaDATRMForMaskedDiffusion(
         probability: torch.Tensor,
         arguments: dict[str, Any],
     ) -> Refinement:
-        """Refines the chunks whose `relevant` tokens have a low mean `probability` of the best guess, `[B, L]` each."""
+        """Refines the chunks whose `relevant` tokens `[B, L]` have a low mean `probability` `[B, L]` of the best."""
         confidence = layout.mean_per_chunk(probability, relevant, empty=1.0)
         active = layout.any_per_chunk(relevant)
         if self.config.refine_low_confidence_only:
