@@ -217,7 +217,7 @@ class LatentGRPOTrainer(BaseTrainer, GRPOTrainer):
         if checkpoint is not None:
             state = load_file(self._answers_file(checkpoint))
             self._step = int(state.pop("step"))
-            self._buffered_inputs = [{} for _ in range(self.args.steps_per_generation)]
+            self._buffered_inputs: Any = [{} for _ in range(self.args.steps_per_generation)]
             for name, value in state.items():
                 number, _, field = name.partition(".")
                 self._buffered_inputs[int(number)][field] = value.to(self.args.device)

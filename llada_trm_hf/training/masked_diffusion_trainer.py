@@ -79,7 +79,7 @@ class MaskedDiffusionTrainer(EMATrainer):
         return super().create_optimizer(model)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        collator = self.data_collator
+        collator: Any = self.data_collator  # type: ignore[has-type]
         self.data_collator = replace(collator, fixed=True, random_length_probability=0.0)
         try:
             return super().get_eval_dataloader(eval_dataset)
