@@ -31,9 +31,8 @@ MISTAKES = (ValueError, StrictDataclassError, *WRONG_PATHS)
 # What else has a message for the user, if it was raised for the user: a folder another run writes to, a NaN loss.
 FAILURES = (RuntimeError, FloatingPointError)
 # These check what users hand in; transformers_modules is a checkpoint's own code.
-CHECKING_PACKAGES = (
-    "llada_trm_hf transformers transformers_modules huggingface_hub datasets accelerate peft trl lm_eval"
-)
+CHECKING_PACKAGES = {"llada_trm_hf", "transformers", "transformers_modules", "huggingface_hub", "datasets"}
+CHECKING_PACKAGES |= {"accelerate", "peft", "trl", "lm_eval"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -91,7 +90,7 @@ def _raised_for_the_user(error: Exception) -> bool:
         innermost = innermost.tb_next
     frame = innermost.tb_frame
     raised = frame.f_code.co_code[innermost.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-    return raised and str(frame.f_globals.get("__name__")).partition(".")[0] in CHECKING_PACKAGES.split()
+    return raised and str(frame.f_globals.get("__name__")).partition(".")[0] in CHECKING_PACKAGES
 
 
 def _help() -> str:

@@ -97,7 +97,7 @@ def test_no_code_but_what_auto_map_reaches(hub, tmp_path, capsys):
     expected = {"config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json", "README.md"}
     expected |= {*saved, *templates, "tokenization_mine.py", "pieces.py", ".gitattributes"}
     assert set(hub.files("user/model")) == expected
-    imported = next(path for path in folder.glob("loss_*.py"))
+    imported = folder / "block_sampler.py"
     imported.unlink()
     assert push(folder) == 2
     assert f"lacks {imported.name}" in capsys.readouterr().err
@@ -294,7 +294,7 @@ def test_no_token_in_what_a_failing_push_says(hub, checkpoint, monkeypatch, caps
         hub.cut_commits = ["refuse" if what == "commit" else "before"] * 4
     assert push(checkpoint) != 0
     said = capsys.readouterr()
-    assert ("Traceback" in said.err) == (what == "connection")
+    assert "Traceback" in said.err
     assert "Request" in caplog.text
     for text in (said.out, said.err, caplog.text):
         assert TOKEN not in text

@@ -225,7 +225,7 @@ def test_recipe_from_trained_parts(tmp_path, lm_folder, problems_file, capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ([], "--backbone with the name or folder"),
+        ([], "--backbone"),
         (["--backbone", "LM", "--checkpoint", "x/y"], "either --backbone"),
         (["--backbone", "LM", "--trm", "/nowhere"], "There is no folder /nowhere"),
         (["--checkpoint", "/nowhere"], "There is no folder /nowhere"),

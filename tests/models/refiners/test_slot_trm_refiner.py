@@ -423,7 +423,7 @@ def test_loads_alone(states, tmp_path, dtype, auto_class):
         assert torch.equal(loaded.get_parameter(name), parameter)
     hidden = states.to(dtype)
     torch.testing.assert_close(loaded(hidden).hidden_states, refiner(hidden).hidden_states)
-    assert "slot_trm_blocks.py" in {file.name for file in tmp_path.iterdir()}
+    assert "modeling_refiner.py" in {file.name for file in tmp_path.iterdir()}
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
         "AutoConfig": "modeling_slot_refiner.SlotTRMRefinerConfig",
         "AutoModel": "modeling_slot_refiner.SlotTRMRefiner",
