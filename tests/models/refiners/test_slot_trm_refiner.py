@@ -425,8 +425,8 @@ def test_loads_alone(states, tmp_path, dtype, auto_class):
     torch.testing.assert_close(loaded(hidden).hidden_states, refiner(hidden).hidden_states)
     assert "modeling_refiner.py" in {file.name for file in tmp_path.iterdir()}
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
-        "AutoConfig": "modeling_slot_refiner.SlotTRMRefinerConfig",
-        "AutoModel": "modeling_slot_refiner.SlotTRMRefiner",
+        "AutoConfig": "slot_trm_refiner.SlotTRMRefinerConfig",
+        "AutoModel": "slot_trm_refiner.SlotTRMRefiner",
     }
 
 
