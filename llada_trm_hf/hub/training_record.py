@@ -9,6 +9,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel, TrainingArguments
 
+from .files import write_text
+
 TRAINING_SETTINGS_FILE = "training_settings.json"
 # Logged by an evaluation, but not about the model.
 _NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
@@ -37,16 +39,16 @@ class TrainingRecord(NamedTuple):
     weights_step: int | None
 
 
-def training_settings(
-    model: PreTrainedModel, args: TrainingArguments, data: dict[str, str] | None = None
-) -> dict[str, Any]:
-    """The content of `training_settings.json`; for `data` see [`TrainingRecord`]."""
+def write_training_settings(
+    folder: str, model: PreTrainedModel, args: TrainingArguments, data: dict[str, str] | None = None
+) -> None:
+    """Writes `training_settings.json`; for `data` see [`TrainingRecord`]."""
     settings = {name: getattr(args, name, None) for name in _SETTINGS}
     if not settings["use_ema"]:
         settings["ema_decay"] = None
     parameters = list(model.parameters())
     rows = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    return {
+    content = {
         "data": data,
         **{name: value for name, value in settings.items() if value},
         "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
@@ -58,6 +60,7 @@ def training_settings(
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
     }
+    write_text(os.path.join(folder, TRAINING_SETTINGS_FILE), json.dumps(content, indent=2))
 
 
 def read_training_record(folder: str | os.PathLike) -> TrainingRecord:

@@ -4,6 +4,7 @@ checkpoints with and without it.
 """
 
 import os
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -169,19 +170,11 @@ class BackboneWrapper(HubModel):
     backbone: PreTrainedModel
     state_dict: Any
 
-    @classmethod
-    def _load_backbone(cls, name_or_path: str, **kwargs: Any) -> PreTrainedModel:
-        """How the class loads its backbone."""
-        raise NotImplementedError
-
-    @classmethod
-    def _load_recursive_module(cls, path: Any, config: Any, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """The recursive module of a checkpoint, where its name is the prefix of its tensors, and the loading info."""
-        raise NotImplementedError
-
-    def _load_generation_config(self, path: Any, **hub: Any) -> None:
-        """Sets `generation_config`, of the class that the model generates with, from the checkpoint."""
-        raise NotImplementedError
+    # What a class adds: how its backbone is loaded; its recursive module, from a checkpoint where the module's name is
+    # the prefix of its tensors, with the loading info; and its `generation_config` from a checkpoint.
+    _load_backbone: Callable[..., PreTrainedModel]
+    _load_recursive_module: Callable[..., tuple[PreTrainedModel, dict[str, Any]]]
+    _load_generation_config: Callable[..., None]
 
     @classmethod
     def _backbone_and_fields(

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -118,12 +118,12 @@ def module_name(cls: Any) -> str | None:
         return None
 
 
-def write_code(folder: str | os.PathLike, *classes: Any, held: Iterable[str | None] = ()) -> bool:
+def write_code(folder: str | os.PathLike, *classes: Any, held: Collection[str | None] = ()) -> bool:
     """
     Writes the Python files that `classes` (or functions) are made of into `folder`; False if one of a notebook has
     none. Of the registered backbones and refiners, only those of the model types in `held` come along.
     """
-    registered = [cls for registry in (BACKBONES, REFINERS) for name, cls in registry.items() if name in set(held)]
+    registered = [cls for registry in (BACKBONES, REFINERS) for name, cls in registry.items() if name in held]
     for cls in (*classes, *registered):
         if module_name(cls) is None:
             warnings.warn(
@@ -151,24 +151,24 @@ def source_files(*classes: Any, held: Iterable[Any] = ()) -> dict[str, str]:
     """
     package_files = _package_files()
     files: dict[str, str] = {}
+    seen: set[Path] = set()
     waiting = [Path(inspect.getfile(cls)).resolve() for cls in classes]
     while waiting:
         path = waiting.pop()
-        if path.name in files:
+        if path in seen:
             continue
-        text = path.read_text(encoding="utf-8")
+        seen.add(path)
         if path == _HERE / _REGISTRY_FILE:
             files[path.name] = _registry(held)
             parts = {part for cls in held for part in (cls, cls.config_class)}
             waiting += [Path(inspect.getfile(part)).resolve() for part in parts]
             continue
-        files[path.name], imported = _flattened(path, text)
+        text, imported = _flattened(path, package_files)
+        ours = package_files.get(path.name, path)
+        if ours != path and text != _flattened(ours, package_files)[0]:
+            raise ValueError(f"{path} has the name of a file that travels with every checkpoint: rename it.")
+        files[path.name] = text
         waiting += imported
-        ours = package_files.get(path.name)
-        if ours not in (None, path) and _flattened(ours, ours.read_text("utf-8"))[0] != files[path.name]:
-            raise ValueError(
-                f"{path} has the name of a file of the package: rename it, or it would replace that file."
-            )
     return files
 
 
@@ -178,9 +178,10 @@ def _package_files() -> dict[str, Path]:
     return {path.name: path for path in files if path.name != "__init__.py"}
 
 
-def _flattened(path: Path, text: str) -> tuple[str, list[Path]]:
-    """`text` of the file `path` with every import of this package or of a sibling as `from .file import name`, and
-    the files imported. Line numbers stay."""
+def _flattened(path: Path, package_files: dict[str, Path]) -> tuple[str, list[Path]]:
+    """The text of a file with every import of this package or of a sibling as `from .file import name`, and the files
+    imported. Line numbers stay."""
+    text = path.read_text(encoding="utf-8")
     lines, imported = text.splitlines(keepends=True), []
     for node in ast.walk(ast.parse(text)):
         if not isinstance(node, ast.ImportFrom) or not node.module:
@@ -195,7 +196,7 @@ def _flattened(path: Path, text: str) -> tuple[str, list[Path]]:
             for alias in node.names:
                 defined_in = getattr(getattr(source, alias.name), "__module__", node.module)  # a constant has none
                 origin, module = Path(inspect.getfile(sys.modules[defined_in])).resolve(), node.module
-                if origin in _package_files().values():  # what does not travel stays an import of the package
+                if origin == package_files.get(origin.name):  # what does not travel stays an import of the package
                     imported.append(origin)
                     module = f".{origin.stem}"
                 renamed = f" as {alias.asname}" if alias.asname else ""

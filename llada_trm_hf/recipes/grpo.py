@@ -13,6 +13,7 @@ from ..data import latent_thinking_prompt
 from ..data.rows import check_prompts
 from ..evaluation.code_execution import ExecutionLimits
 from ..evaluation.scoring import scoring_kind
+from ..hub.files import output_dir_lock
 from ..models import LatentThinkingConfig, LatentThinkingForCausalLM
 from ..rl import LatentGRPOTrainer, LatentGRPOTrainingArguments, correctness_reward
 from ..training import set_trainable
@@ -22,9 +23,9 @@ from .run_setup import (
     check_length,
     load_problems,
     pretrained_tokenizer,
-    run_trainer,
     start_run,
     train_and_eval,
+    train_and_save,
 )
 
 
@@ -60,15 +61,16 @@ def run_grpo(script_args: GRPOScriptArguments, training_args: LatentGRPOTraining
     set_trainable(model, ["thinker"])
     # No gradient reaches it: when a thought ends is no part of the answer's probability.
     model.thinker.trm.halt_head.requires_grad_(False)
-    trainer = LatentGRPOTrainer(
-        model,
-        correctness_reward(kind, ExecutionLimits(script_args.code_seconds, script_args.code_memory)),
-        training_args,
-        train_dataset=train,
-        eval_dataset=None if held_out is None else held_out[0],
-        processing_class=tokenizer,
-    )
-    run_trainer(trainer, resume_from, script_args)
+    with output_dir_lock(training_args.output_dir):
+        trainer = LatentGRPOTrainer(
+            model,
+            correctness_reward(kind, ExecutionLimits(script_args.code_seconds, script_args.code_memory)),
+            training_args,
+            train_dataset=train,
+            eval_dataset=None if held_out is None else held_out[0],
+            processing_class=tokenizer,
+        )
+        train_and_save(trainer, resume_from, script_args)
     return trainer
 
 

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from ..data import tokenize_latent_answers
+from ..hub.files import output_dir_lock
 from ..models import (
     DimensionCompressor,
     DimensionCompressorConfig,
@@ -22,9 +23,9 @@ from .run_setup import (
     check_length,
     load_problems,
     pretrained_tokenizer,
-    run_trainer,
     start_run,
     train_and_eval,
+    train_and_save,
 )
 
 # Settings of a SequenceTRM that may be changed in a trained one too.
@@ -76,10 +77,11 @@ def run_latent_answer(
     set_trainable(model, ["thinker"] if script_args.freeze_backbone else ["*"])
     # No answer says when to stop thinking: halting stays as distillation left it.
     model.thinker.trm.halt_head.requires_grad_(False)
-    trainer = LatentAnswerTrainer(
-        model, training_args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
-    )
-    run_trainer(trainer, resume_from, script_args)
+    with output_dir_lock(training_args.output_dir):
+        trainer = LatentAnswerTrainer(
+            model, training_args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
+        )
+        train_and_save(trainer, resume_from, script_args)
     return trainer
 
 

@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 from transformers.hf_argparser import HfArg
 
 from ..data import byte_tokenizer
+from ..hub.files import output_dir_lock
 from ..hub.training_record import read_json
 from ..models import LLaDAConfig, LLaDATRMForMaskedDiffusion
 from ..models.backbone_wrapper import build_backbone, load_backbone
@@ -20,9 +21,9 @@ from .run_setup import (
     check_length,
     pretrained_tokenizer,
     reasoning_samples,
-    run_trainer,
     start_run,
     train_and_eval,
+    train_and_save,
     vocabulary_settings,
 )
 
@@ -95,10 +96,11 @@ def run_masked_diffusion(
         script_args, lambda split, path: reasoning_samples(script_args, tokenizer, split, path, align)
     )
     set_trainable(model, _trainable_patterns(script_args, model), train_layer_norms=script_args.train_layer_norms)
-    trainer = MaskedDiffusionTrainer(
-        model, training_args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
-    )
-    run_trainer(trainer, resume_from, script_args)
+    with output_dir_lock(training_args.output_dir):
+        trainer = MaskedDiffusionTrainer(
+            model, training_args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
+        )
+        train_and_save(trainer, resume_from, script_args)
     return trainer
 
 

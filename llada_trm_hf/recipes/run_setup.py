@@ -14,7 +14,6 @@ from ..data import load_reasoning_dataset, tokenize_reasoning
 from ..data.reasoning import column_mapping
 from ..data.reasoning_sources import SOURCES
 from ..data.rows import Rows, is_data_file
-from ..hub.files import output_dir_lock
 from ..training.base_trainer import BaseTrainer
 
 T = TypeVar("T")
@@ -144,12 +143,6 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
     if not os.path.isfile(os.path.join(wanted, "trainer_state.json")):
         raise ValueError(f"{wanted} is not a checkpoint of a training run: it has no trainer_state.json.")
     return str(wanted)
-
-
-def run_trainer(trainer: BaseTrainer, resume_from: str | None, script_args: DataArguments | None = None) -> None:
-    """`train_and_save` while no other run may write to the output folder."""
-    with output_dir_lock(trainer.args.output_dir):
-        train_and_save(trainer, resume_from, script_args)
 
 
 def train_and_save(trainer: BaseTrainer, resume_from: str | None, script_args: DataArguments | None = None) -> None:

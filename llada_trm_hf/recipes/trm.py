@@ -9,9 +9,10 @@ from transformers import AutoModelForCausalLM
 from transformers.hf_argparser import HfArg
 
 from ..hidden_pairs import HiddenPairsDataset
+from ..hub.files import output_dir_lock
 from ..models import DimensionCompressor, SequenceTRM, SequenceTRMConfig
 from ..training import TRMTrainer, TRMTrainingArguments
-from .run_setup import TrainingMethod, run_trainer, start_run
+from .run_setup import TrainingMethod, start_run, train_and_save
 
 _NETWORK_SETTINGS = ("n_layers", "n_heads", "block_style", "dropout")
 
@@ -57,10 +58,11 @@ def run_trm(script_args: TRMScriptArguments, training_args: TRMTrainingArguments
         language_model = AutoModelForCausalLM.from_pretrained(script_args.backbone, dtype=script_args.dtype)
         lm_head = language_model.get_output_embeddings()
         del language_model
-    trainer = TRMTrainer(
-        model, training_args, train_dataset=train, eval_dataset=held_out, lm_head=lm_head, compressor=compressor
-    )
-    run_trainer(trainer, resume_from)
+    with output_dir_lock(training_args.output_dir):
+        trainer = TRMTrainer(
+            model, training_args, train_dataset=train, eval_dataset=held_out, lm_head=lm_head, compressor=compressor
+        )
+        train_and_save(trainer, resume_from)
 
 
 def _train_and_held_out(

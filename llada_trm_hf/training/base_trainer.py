@@ -1,6 +1,5 @@
 """What all trainers share: metrics in every log and as CSV files, early stopping, the NaN check, the Hub."""
 
-import json
 import os
 from collections import defaultdict
 from functools import partial
@@ -13,7 +12,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from ..hub import model_card
 from ..hub.push import files_to_publish, publish
-from ..hub.training_record import TRAINING_SETTINGS_FILE, training_settings
+from ..hub.training_record import write_training_settings
 from ..inspection import NonFiniteWatch
 from ..inspection.non_finite import non_finite_weights
 from .arguments import CommonTrainingArguments
@@ -164,9 +163,7 @@ class BaseTrainer(Trainer):
             finally:
                 del self.model.save_pretrained
         if self.args.should_save:
-            path = os.path.join(output_dir or self.args.output_dir, TRAINING_SETTINGS_FILE)
-            with open(path, "w", encoding="utf-8") as file:
-                json.dump(training_settings(self.model, self.args, self.data_description), file, indent=2)
+            write_training_settings(output_dir or self.args.output_dir, self.model, self.args, self.data_description)
 
 
 def _check_backbone_can_be_left_out(model: Any) -> None:

@@ -38,6 +38,7 @@ class EMATrainer(BaseTrainer):
         if args.use_ema and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("use_ema averages whole weights, FSDP and DeepSpeed shard them: leave out one of them.")
         self._trainable = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        self._weights = nn.ParameterList(self._trainable.values())
         self.ema: AveragedModel | None = None
         if args.use_ema:
             weights = (w.detach().to(torch.promote_types(w.dtype, torch.float32)) for w in self._trainable.values())
@@ -50,7 +51,7 @@ class EMATrainer(BaseTrainer):
     def update_ema(self) -> None:
         """To be called after every optimizer step."""
         if self.ema is not None:
-            self.ema.update_parameters(nn.ParameterList(self._trainable.values()))
+            self.ema.update_parameters(self._weights)
 
     def averages(self) -> dict[str, torch.Tensor]:
         """The averages by the names of their parameters; empty without EMA."""

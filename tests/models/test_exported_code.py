@@ -92,8 +92,7 @@ def test_a_checkpoint_carries_what_it_needs(name, make_backbone, tmp_path):
         assert not any("refine" in name or "trm" in name for name in files)
 
 
-def test_no_file_is_newer_than_the_weights_that_need_it(make_backbone, tmp_path):
-    """Saving one model over another's folder leaves the registry of the second."""
+def test_saving_over_another_hybrid_replaces_its_registry(make_backbone, tmp_path):
     torch.manual_seed(0)
     hybrid(make_backbone(), SLOTS).save_pretrained(tmp_path)
     hybrid(make_backbone(), HEAD).save_pretrained(tmp_path)

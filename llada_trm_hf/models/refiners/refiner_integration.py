@@ -1,7 +1,7 @@
 """Several refiners as one, in a cascade or mixed by a learned gate; and what a user may pass as `refiner=`."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -90,6 +90,7 @@ class RefinerIntegration(PreTrainedRefiner):
     """
 
     config: RefinerIntegrationConfig
+    _integrate: Callable[..., RefinerOutput]  # what the refiners make of the states together
     supports_gradient_checkpointing = True
 
     def __init__(self, config: RefinerIntegrationConfig, refiners: list[PreTrainedModel] | None = None):
@@ -119,12 +120,6 @@ class RefinerIntegration(PreTrainedRefiner):
             "output_statistics": output_statistics,
         }
         return self._integrate(hidden_states, arguments, layout)
-
-    def _integrate(
-        self, hidden_states: torch.Tensor, arguments: dict[str, Any], layout: ChunkLayout | None
-    ) -> RefinerOutput:
-        """What the refiners make of `hidden_states` together."""
-        raise NotImplementedError
 
 
 class RefinerCascade(RefinerIntegration):

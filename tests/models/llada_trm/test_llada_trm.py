@@ -17,12 +17,14 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 from llada_trm_hf.models import (
+    ChunkLayout,
     LLaDAConfig,
     LLaDAForMaskedDiffusion,
     LLaDATRMConfig,
     LLaDATRMForMaskedDiffusion,
     RecursiveRefinementHead,
     RecursiveRefinementHeadConfig,
+    SlotTRMRefinerConfig,
 )
 
 CHUNK = 4
@@ -840,3 +842,31 @@ def test_tokens_or_embeddings(make_backbone, batch):
         with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
             model(**arguments)
     assert isinstance(model, LLaDAForMaskedDiffusion)
+
+
+HEAD = RecursiveRefinementHeadConfig(hidden_size=32, chunk_size=4, head_hidden_size=16)
+SLOTS = SlotTRMRefinerConfig(hidden_size=32, chunk_size=4, num_hidden_layers=1, num_attention_heads=2)
+
+
+@pytest.mark.parametrize(
+    "refiner, integration",
+    [(HEAD, None), (SLOTS, None), ([HEAD, SLOTS], "cascade"), ([HEAD, SLOTS], "mix")],
+    ids=["head", "slots", "cascade", "mix"],
+)
+def test_a_step_lays_out_its_chunks_once(make_backbone, monkeypatch, refiner, integration):
+    """Confidence, refiners, and remasking by the refiner's confidence all use the same layout."""
+    model = LLaDATRMForMaskedDiffusion.from_backbone(
+        make_backbone(), refiner=refiner, integration=integration, min_confidence=1.0
+    ).eval()
+    make, made = ChunkLayout.__init__, []
+    monkeypatch.setattr(ChunkLayout, "__init__", lambda self, *args: made.append(self) or make(self, *args))
+    prompt = torch.tensor([[5, 6, 7], [0, 8, 9]])
+    output = model.generate(
+        prompt,
+        attention_mask=torch.tensor([[1, 1, 1], [0, 1, 1]]),
+        max_new_tokens=8,
+        num_diffusion_steps=4,
+        remasking="refiner",
+        return_dict_in_generate=True,
+    )
+    assert len(made) == output.num_forward_passes == 4
