@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test slow lint types install clean
+.PHONY: demo test slow deepspeed lint types install clean
 
 demo: install
 	$(BIN)/llada-trm demo --output_dir outputs/demo
@@ -15,6 +15,11 @@ test: install
 
 slow: install
 	$(BIN)/python -m pytest tests -m slow
+
+# It is built from source, against the torch that is installed; nothing of it is compiled for the CPU.
+deepspeed: install
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt deepspeed
+	PATH=$(BIN):$$PATH DS_ACCELERATOR=cpu $(BIN)/python -m pytest tests/e2e/test_two_processes.py -k deepspeed
 
 lint: install
 	$(BIN)/ruff check .

@@ -91,6 +91,8 @@ class HubModel:
     def export_code(self, folder: str | os.PathLike) -> None:
         """Writes the Python files of the model and its config into `folder`, and fills `config.auto_map`."""
         config, model_class = self.config, type(self)  # type: ignore[attr-defined]
+        if model_class.__name__.startswith("FSDP"):  # FSDP2 gives a sharded model a class of its own, made on the spot
+            model_class = model_class.__bases__[-1]
         parts = (getattr(module, "config", None) for module in self.modules())  # type: ignore[attr-defined]
         held = {getattr(part, "model_type", None) for part in parts}
         if not self.auto_classes or not write_code(folder, type(config), model_class, held=held):

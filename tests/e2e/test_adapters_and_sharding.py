@@ -3,15 +3,17 @@
 import os
 import runpy
 import sys
+from unittest.mock import patch
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from conftest import ROOT
 from peft import PeftModel
-from sharded_steps import sharding_plugin
+from sharded_training import launch_settings
 from tiny_training import SIZES, TOKENIZER, new_backbone, new_hybrid, trainer
 from torch import nn
 from transformers.quantizers import HfQuantizer
@@ -185,7 +187,8 @@ def test_layers_and_refiner_are_sharded_one_by_one(family):
         sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
         config = LLaDAMoEConfig(**SIZES | sizes, vocab_size=300, mask_token_id=299, pad_token_id=0, eos_token_id=1)
         hybrid = LLaDATRMForMaskedDiffusion.from_backbone(LLaDAMoEForMaskedDiffusion(config), chunk_size=4)
-    plugin = sharding_plugin()
+    with patch.dict(os.environ, launch_settings("fsdp2")):
+        plugin = FullyShardedDataParallelPlugin()
     plugin.set_auto_wrap_policy(hybrid)
     policy = fsdp2_prepare_auto_wrap_policy(plugin, hybrid)
     sharded = [name for name, module in hybrid.named_modules() if policy(module)]

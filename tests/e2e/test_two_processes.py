@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 from conftest import ROOT, launch_two_processes, metrics, run_two_processes
-from sharded_steps import steps
+from safetensors.torch import load_file
+from sharded_training import MODES, NAMES, STEPS, train_all
 from tiny_training import new_hybrid, trainer
 from transformers import Trainer
 
@@ -49,14 +51,48 @@ def test_two_processes_train_backbone_and_head(tmp_path):
     compare(tmp_path, flags, evaluated=["eval_expected_calibration_error"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("freeze_backbone", [True, False])
-def test_two_processes_that_share_the_weights(tmp_path, freeze_backbone):
-    script, file = ROOT / "tests/sharded_steps.py", tmp_path / "losses.json"
-    launch_two_processes([str(script), str(file), str(freeze_backbone).lower()])
-    expected = steps(new_hybrid(freeze_backbone))
-    assert len(set(expected)) == 3
-    assert json.loads(file.read_text()) == pytest.approx(expected, rel=1e-5)
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The folder of the models that one process trained, and their losses."""
+    folder = tmp_path_factory.mktemp("alone")
+    return folder, train_all(folder)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """The same of two processes, by the file of examples/accelerate they follow; trained when first asked for."""
+    found = {}
+
+    def train(mode):
+        if mode.startswith("deepspeed"):
+            pytest.importorskip("deepspeed", reason="`make deepspeed` installs it and runs these")
+        if mode not in found:
+            folder = tmp_path_factory.mktemp(mode)
+            launch_two_processes([str(ROOT / "tests/sharded_training.py"), mode, str(folder)])
+            found[mode] = folder, json.loads((folder / "losses.json").read_text())
+        return found[mode]
+
+    return train
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("mode", MODES)
+def test_sharing_the_work_changes_nothing(alone, together, mode, name):
+    """Losses, weights and saved files, each model through its Trainer."""
+    (one, losses), (two, shared) = alone, together(mode)
+    assert len(set(losses[name].values())) == STEPS
+    assert [*shared[name].values()] == pytest.approx([*losses[name].values()], rel=1e-4)
+    files = [{path.name for path in (folder / name).iterdir()} for folder in (one, two)]
+    written = files[1] - files[0]  # beside what one process writes, only what DeepSpeed does
+    assert files[0] <= files[1] and (not written or mode.startswith("deepspeed")), written
+    expected = load_file(one / name / "model.safetensors")
+    found = load_file(two / name / "model.safetensors")
+    # FSDP2 gathers a weight twice that is tied.
+    if mode == "fsdp2" and name == "thinker":
+        expected["backbone.lm_head.weight"] = expected["backbone.model.embed_tokens.weight"]
+    assert found.keys() == expected.keys()
+    for weight, value in expected.items():
+        torch.testing.assert_close(found[weight], value, rtol=1e-3, atol=1e-5, msg=weight)
 
 
 @pytest.mark.parametrize("flag", ["use_ema", "use_muon"])
