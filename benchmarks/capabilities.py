@@ -99,7 +99,9 @@ def table(found: dict[tuple[str, str], list[str]], remote_code: bool) -> str:
     header = ["", *COLUMNS, *SHARED_COLUMNS, *(["without the package"] if remote_code else [])]
     lines = [header, ["---", *[":-:"] * (len(header) - 1)]]
     for row, (tester, trained, published) in ROWS.items():
-        cells = [sum((found.get((tester, f"test_{test}"), []) for test in tests), []) for tests in COLUMNS.values()]
+        cells = [
+            [said for test in tests for said in found.get((tester, f"test_{test}"), [])] for tests in COLUMNS.values()
+        ]
         shared = "test_sharing_the_work_changes_nothing"
         cells += [
             found.get((Path(SHARED).stem, f"{shared}[{mode}-{trained}]"), []) for mode in SHARED_COLUMNS.values()
