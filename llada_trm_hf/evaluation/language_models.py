@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreT
 
 from ..data import latent_thinking_prompt, prompt_tokens
 from ..generation import MaskedDiffusionGenerationMixin
-from ..generation.masked_diffusion_mixin import DEFAULT_MAX_NEW_TOKENS
+from ..generation.configuration_masked_diffusion import DEFAULT_MAX_NEW_TOKENS
 from ..models import LatentThinkingForCausalLM, LLaDATRMForMaskedDiffusion
 from ..models.backbone_wrapper import load_backbone
 
