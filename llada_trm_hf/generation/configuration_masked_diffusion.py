@@ -286,7 +286,8 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting, and `do_sample`, which other programs look for."""
-        return {**super().to_dict(), "do_sample": self.do_sample}
+        settings = super().to_dict()
+        return {name: settings[name] for name in _own_names()} | {"do_sample": self.do_sample}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """
@@ -294,11 +295,7 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         its own (to sample, 256 tokens) where a model says nothing.
         """
         defaults, always = type(self)().to_dict(), ("transformers_version", "do_sample", "max_new_tokens")
-        return {
-            name: value
-            for name, value in self.to_dict().items()
-            if name in always or name not in defaults or value != defaults[name]
-        }
+        return {name: value for name, value in self.to_dict().items() if name in always or value != defaults[name]}
 
     def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
         """Raises ValueError for a value out of range; called whenever settings change."""
