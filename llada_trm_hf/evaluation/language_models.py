@@ -113,8 +113,13 @@ class DiffusionResponder(Responder):
         if refiner is not None:
             count = refiner.register_forward_hook(lambda *call: updates.append(call[-1].num_steps.sum()))
         with count:
-            config = self.generation_config
-            output = self.model.generate(**batch, generation_config=config, return_dict_in_generate=True)
+            output = self.model.generate(
+                **batch,
+                generation_config=self.generation_config,
+                tokenizer=self.tokenizer,
+                num_return_sequences=1,
+                return_dict_in_generate=True,
+            )
         answers = output.sequences[:, batch["input_ids"].shape[1] :]
         mean_updates = None if refiner is None else float(sum(updates)) / len(answers)
         end = [self.tokenizer.eos_token_id]
