@@ -234,7 +234,7 @@ def writer(make_backbone):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("stop", ["b", "ca", ["bbc", "acb"], "aabaab"], ids=str)
+@pytest.mark.parametrize("stop", ["b", "ca", [" ", "bbc"], "aabaab"], ids=str)
 @pytest.mark.parametrize("block_length", [4, None])
 def test_stop_strings(writer, stop, side, block_length):
     model, tokenizer = writer
@@ -295,7 +295,7 @@ def test_max_time(tiny_backbone):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_k": 5}, {"remask_committed": 0.2}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_k": 5}, {"remask_committed": 0.05}], ids=str)
 def test_scores_are_those_each_token_was_chosen_by(tiny_backbone, settings):
     prompts = torch.tensor([[5, MASK, 23, 7], [9, 12, 40, 8]])
     suppressed = [4, 17, 21]
