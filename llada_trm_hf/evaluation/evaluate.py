@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..data import load_reasoning_dataset
 from ..data.rows import check_prompts, fingerprint
+from ..generation import MaskedDiffusionGenerationConfig
 from ..hub.files import output_dir_lock
 from .code_execution import ExecutionLimits
 from .language_models import load_model, make_responder
@@ -120,6 +121,9 @@ class Evaluation:
     def recorded_settings(self) -> dict[str, Any]:
         """What the results depend on."""
         settings, config = self.settings, self.responder.generation_config
+        said = {name: value for name, value in config.to_diff_dict().items() if name != "transformers_version"}
+        if isinstance(config, MaskedDiffusionGenerationConfig):
+            del said["do_sample"]  # its temperature says so
         return {
             "model": settings.model,
             "checksum_of_weights": _checksum(self.responder.model),
@@ -133,7 +137,7 @@ class Evaluation:
             "batch_size": settings.batch_size,
             "seed": settings.seed,
             **({"limits": vars(settings.limits)} if self.kind == "code" else {}),
-            "generation": {k: v for k, v in config.to_diff_dict().items() if k != "transformers_version"},
+            "generation": {name: value for name, value in said.items() if value is not None},
         }
 
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreT
 
 from ..data import latent_thinking_prompt, prompt_tokens
 from ..generation import MaskedDiffusionGenerationMixin
-from ..generation.masked_diffusion_mixin import DEFAULT_MAX_NEW_TOKENS
+from ..generation.configuration_masked_diffusion import DEFAULT_MAX_NEW_TOKENS
 from ..models import LatentThinkingForCausalLM, LLaDATRMForMaskedDiffusion
 from ..models.backbone_wrapper import load_backbone
 
@@ -113,8 +113,13 @@ class DiffusionResponder(Responder):
         if refiner is not None:
             count = refiner.register_forward_hook(lambda *call: updates.append(call[-1].num_steps.sum()))
         with count:
-            config = self.generation_config
-            output = self.model.generate(**batch, generation_config=config, return_dict_in_generate=True)
+            output = self.model.generate(
+                **batch,
+                generation_config=self.generation_config,
+                tokenizer=self.tokenizer,
+                num_return_sequences=1,
+                return_dict_in_generate=True,
+            )
         answers = output.sequences[:, batch["input_ids"].shape[1] :]
         mean_updates = None if refiner is None else float(sum(updates)) / len(answers)
         end = [self.tokenizer.eos_token_id]

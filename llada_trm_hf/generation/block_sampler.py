@@ -1,17 +1,25 @@
 """
-Block-wise decoding: the canvas of mask tokens, and the block that is being decided, with what each denoising step
-computes and commits.
+Block-wise decoding: the canvas of mask tokens; the block that is being decided, with what each denoising step
+computes and commits; and what ends a row.
 """
 
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from transformers import MaxTimeCriteria, PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
 
 from .block_kv_cache import BlockKVCache
-from .commit_rules import choose_positions, num_transfer_tokens, sample_tokens, token_confidence, without_token
+from .commit_rules import (
+    choose_positions,
+    num_transfer_tokens,
+    sample_tokens,
+    sampling_scores,
+    token_confidence,
+    without_token,
+)
 from .configuration_masked_diffusion import MaskedDiffusionGenerationConfig
 
 
@@ -31,6 +39,7 @@ class MaskedCanvas:
         was_masked: BoolTensor `[B, L]`, what was not decided at the start.
         num_decided: LongTensor `[B]`, tokens transferred from mask to canvas, less those masked again.
         is_finished: BoolTensor `[B]`, the rows that have ended.
+        ends: LongTensor `[B]`, the columns before a row's closing padding.
         rows: LongTensor `[b]`, the rows that take part: those not finished, or all where shapes stay static.
     """
 
@@ -52,6 +61,7 @@ class MaskedCanvas:
         self.was_masked = self.is_masked.clone()
         self.num_decided = torch.zeros(len(self.tokens), dtype=torch.long, device=self.tokens.device)
         self.is_finished = torch.zeros(len(self.tokens), dtype=torch.bool, device=self.tokens.device)
+        self.ends = torch.full_like(self.num_decided, self.tokens.shape[1])
         self.rows = torch.arange(len(self.tokens), device=self.tokens.device)
 
     def blocks(self) -> Iterator[tuple[slice, int]]:
@@ -90,19 +100,15 @@ class MaskedCanvas:
         self.tokens[rows, positions] = self.tokens[rows, positions].masked_fill(where, self.config.mask_token_id)
         self.is_masked[rows, positions] |= where
 
-    def finish(self, finished: torch.Tensor, end: int) -> None:
+    def finish(self, finished: torch.Tensor, ends: torch.Tensor) -> None:
         """
-        Ends the rows where `finished` `[b]` is true: what follows their first end-of-sequence token, and the columns
-        from `end` on, becomes padding. They leave `rows`, unless shapes are to stay static.
+        Ends the rows where `finished` `[b]` is true: their columns from `ends` `[b]` on become padding. They leave
+        `rows`, unless shapes are to stay static.
         """
-        rows, tokens = self.rows[finished], self.tokens[self.rows[finished]]
-        columns = torch.arange(tokens.shape[1], device=tokens.device)
-        after = (columns >= end).expand_as(tokens)
-        if self.config.stop_at_eos:
-            eos = torch.isin(tokens, torch.tensor(self.config.eos_token_id, device=tokens.device))
-            eos &= (columns >= self.prompt_length) & (columns < end)
-            after = after | ((eos.cumsum(-1) - eos.int()) > 0)
-        self.tokens[rows] = tokens.masked_fill(after, self._padding())
+        rows = self.rows[finished]
+        self.ends[rows] = torch.minimum(self.ends[rows], ends[finished])
+        after = torch.arange(self.tokens.shape[1], device=rows.device) >= self.ends[rows, None]
+        self.tokens[rows] = self.tokens[rows].masked_fill(after, self._padding())
         self.is_masked[rows] = False
         self.is_finished[rows] = True
         if not self.config.compile:
@@ -146,6 +152,17 @@ class DenoisingInputs:
         if self.attention_mask is not None:
             inputs["is_padded"] = True  # known, so that no layer has to ask the device
         return inputs
+
+
+class Decisions(NamedTuple):
+    """
+    What a step decided at its positions: the best guesses, LongTensor `[b, P]`; those committed, BoolTensor `[b, P]`;
+    and, for `output_scores`, what they were chosen by, `[b, P, V]`.
+    """
+
+    tokens: torch.Tensor
+    committed: torch.Tensor
+    scores: torch.Tensor | None
 
 
 class ActiveBlock:
@@ -198,16 +215,15 @@ class ActiveBlock:
 
     def update(
         self, inputs: DenoisingInputs, logits: torch.Tensor, refiner_confidence: torch.Tensor | None
-    ) -> torch.Tensor:
-        """
-        Commits tokens by the logits `[b, P, V]` at `inputs.positions`, and remasks those they no longer support.
-        Returns the best guesses, LongTensor `[b, P]`.
-        """
+    ) -> Decisions:
+        """Commits tokens by the logits `[b, P, V]` at `inputs.positions`, and remasks those they no longer support."""
         config, rows, positions = self.config, self.rows, inputs.positions
         undecided = inputs.undecided.gather(1, positions)
         # The mask token means "not decided" and cannot be a decision; confidence still counts its probability.
         with without_token(logits, config.mask_token_id):
-            sampled = sample_tokens(logits, config.temperature, config.top_k, config.top_p)
+            restriction = (config.temperature, config.top_k, config.top_p)
+            sampled = sample_tokens(logits, *restriction)
+            scores = sampling_scores(logits, *restriction).clone() if config.output_scores else None
         tokens = torch.where(undecided, sampled, inputs.tokens.gather(1, positions))
 
         by_refiner = config.remasking == "refiner"
@@ -228,7 +244,7 @@ class ActiveBlock:
             again = ~undecided & low & (self.budget.gather(1, columns) > 0) & self.active[:, None]
             self.budget = self.budget.scatter_add(1, columns, -again.long())
             self.canvas.remask(rows, positions, again)
-        return tokens
+        return Decisions(tokens, commit, scores)
 
     def _is_active(self, inputs: DenoisingInputs) -> torch.Tensor:
         """BoolTensor `[b]`: the rows that would run this step if they were alone."""
@@ -291,3 +307,55 @@ class ActiveBlock:
             prompt_tokens=~canvas.was_masked[rows],
             cache=self.cache,
         )
+
+
+class StoppingRules:
+    """What ends a row once a block is decided: end tokens, stop strings, the caller's criteria, time."""
+
+    def __init__(
+        self, canvas: MaskedCanvas, criteria: StoppingCriteriaList | None, tokenizer: PreTrainedTokenizerBase | None
+    ):
+        config = canvas.config
+        self.canvas, self.criteria = canvas, StoppingCriteriaList(criteria or [])
+        if config.max_time is not None:
+            if (config.block_length or canvas.tokens.shape[1]) >= canvas.tokens.shape[1] - canvas.prompt_length:
+                raise ValueError("max_time is looked at after each block and there is only one: pass block_length.")
+            self.criteria.append(MaxTimeCriteria(config.max_time))
+        self.stop_strings: StopStringCriteria | None = None
+        if config.stop_strings is not None:
+            if tokenizer is None:
+                raise ValueError("stop_strings needs the tokenizer: pass tokenizer=... to generate.")
+            self.stop_strings = StopStringCriteria(tokenizer, config.stop_strings)
+            # A token holds a byte or more, so no match is longer.
+            self.span = max(len(string.encode()) for string in self.stop_strings.stop_strings)
+
+    def __bool__(self) -> bool:
+        return bool(self.canvas.config.stop_at_eos or self.stop_strings or self.criteria)
+
+    def apply(self, window: slice) -> None:
+        """Finishes the rows that the block at `window` has ended."""
+        canvas, start = self.canvas, max(window.start, self.canvas.prompt_length)
+        tokens = canvas.tokens[canvas.rows, : window.stop]
+        is_last = torch.zeros_like(tokens[:, start:], dtype=torch.bool)  # [b, W]
+        if canvas.config.stop_at_eos:
+            is_last |= torch.isin(tokens[:, start:], torch.tensor(canvas.config.eos_token_id, device=tokens.device))
+        if self.stop_strings and start < window.stop:
+            is_last |= self._completes_stop_string(tokens, start)
+        finished = is_last.any(-1)
+        first = (is_last.cumsum(-1) == 0).sum(-1)  # W without any
+        ends = (start + first + 1).clamp(max=window.stop)
+        if self.criteria:
+            finished |= self.criteria(tokens, None)  # type: ignore[arg-type]
+        canvas.finish(finished, ends)
+
+    def _completes_stop_string(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
+        """BoolTensor `[b, L - start]`: whether a stop string ends with the token of `tokens` `[b, L]`."""
+        assert self.stop_strings is not None
+        nothing = torch.iinfo(tokens.dtype).max  # no token
+        if self.canvas.attention_mask is not None:  # padding comes before all else, where it separates nothing
+            real = self.canvas.attention_mask[self.canvas.rows, : tokens.shape[1]].bool()
+            order = real.int().argsort(dim=-1, stable=True)
+            tokens = tokens.masked_fill(~real, nothing).gather(1, order)
+        windows = torch.nn.functional.pad(tokens, (self.span - 1, 0), value=nothing).unfold(1, self.span, 1)
+        windows = windows[:, start:]  # [b, L - start, span], each up to its token
+        return self.stop_strings(windows.flatten(0, 1), None).view(windows.shape[:2])  # type: ignore[arg-type]

@@ -49,14 +49,24 @@ def sample_tokens(
     """
     if temperature == 0:
         return logits.argmax(-1)
+    scores = sampling_scores(logits, temperature, top_k, top_p)
+    # -log(uniform) is exponential; drawn directly it keeps float32's full precision near 0, where the maximum decides.
+    noise = torch.empty_like(scores).exponential_() if uniform is None else -uniform.log()
+    return (scores - noise.log()).argmax(-1)
+
+
+def sampling_scores(
+    logits: torch.Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
+) -> torch.Tensor:
+    """What `sample_tokens` chooses by, `[..., V]`: tokens follow its softmax, or at 0 are its maximum."""
+    if temperature == 0:
+        return logits
     scores = logits.flatten(0, -2) / temperature
     if top_k is not None:
         scores = TopKLogitsWarper(top_k)(None, scores)
     if top_p is not None:
         scores = TopPLogitsWarper(top_p)(None, scores)
-    # -log(uniform) is exponential; drawn directly it keeps float32's full precision near 0, where the maximum decides.
-    noise = torch.empty_like(scores).exponential_() if uniform is None else -uniform.flatten(0, -2).log()
-    return (scores - noise.log()).argmax(-1).view(logits.shape[:-1])
+    return scores.view_as(logits)
 
 
 def token_confidence(

@@ -39,8 +39,7 @@ def generate(
         model: a masked-diffusion model or, say, an encoder with a mask token, which `mask_token_id` or its config
             names.
         inputs, input_ids: the prompt `[B, L_prompt]`, under either name.
-        arguments: the rest; what transformers passes on as None is left out, and so is a `generation_config` of
-            autoregressive generation.
+        arguments: the rest; what transformers passes on as None is left out.
     """
     prompt = inputs if input_ids is None else input_ids
     if prompt is None:

@@ -1,23 +1,26 @@
 """Generation by masked diffusion: a canvas of mask tokens is decided step by step, block by block."""
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from transformers import GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, cached_file
 
 from ..models.hub_model import check_token_id
 from .block_kv_cache import BlockKVCache
-from .block_sampler import ActiveBlock, DenoisingInputs, MaskedCanvas
+from .block_sampler import ActiveBlock, Decisions, DenoisingInputs, MaskedCanvas, StoppingRules
 from .commit_rules import process_logits
-from .configuration_masked_diffusion import MaskedDiffusionGenerationConfig, unknown_settings
-
-DEFAULT_MAX_NEW_TOKENS = 128
+from .configuration_masked_diffusion import DEFAULT_MAX_NEW_TOKENS, MaskedDiffusionGenerationConfig
 
 
 @dataclass
@@ -29,6 +32,10 @@ class MaskedDiffusionGenerateOutput(ModelOutput):
             unconditional batch; with a cache a pass may cover one block only.
         num_forward_passes_per_row: LongTensor `[B]`, the passes a row took part in.
         tokens_per_forward: FloatTensor `[B]`, the tokens transferred in a row over these.
+        scores: with `output_scores=True`, for each new token a FloatTensor `[B, V]`: what it was chosen by in the step
+            that committed it, after processors, temperature, `top_k` and `top_p`. Sampled tokens follow its softmax.
+            Zeros where no token was decided because the row had ended. (Masks in the prompt have none.)
+        logits: with `output_logits=True`, the same of the model's own logits.
         history: LongTensor `[passes + 1, B, L]`, the canvas before the first and after each pass.
         refinement_trace: a `RefinementTrace`, what the refiner did in each pass.
     """
@@ -37,6 +44,8 @@ class MaskedDiffusionGenerateOutput(ModelOutput):
     num_forward_passes: int = None  # type: ignore[assignment]
     num_forward_passes_per_row: torch.Tensor = None  # type: ignore[assignment]
     tokens_per_forward: torch.Tensor = None  # type: ignore[assignment]
+    scores: tuple[torch.Tensor, ...] | None = None
+    logits: tuple[torch.Tensor, ...] | None = None
     history: torch.Tensor | None = None
     refinement_trace: Any = None
 
@@ -58,38 +67,53 @@ class MaskedDiffusionGenerationMixin:
     """
 
     generation_config_class = MaskedDiffusionGenerationConfig
+    output_modalities = ("text",)  # read by pipelines
     trace_class: ClassVar[Any] = None
 
     @torch.no_grad()
     def generate(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        generation_config: MaskedDiffusionGenerationConfig | None = None,
+        generation_config: GenerationConfig | None = None,
         streamer: BaseStreamer | None = None,
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         custom_generate: str | Callable | None = None,
         trust_remote_code: bool | None = None,
+        *,
+        inputs: torch.Tensor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """
         Generates by masked diffusion. Masks in the prompt are filled in too, together with the first block.
 
         Args:
-            input_ids: `[B, L_prompt]`.
+            input_ids, inputs: the prompt `[B, L_prompt]`, under either name; `bos_token_id` by default.
             attention_mask: `[B, L_prompt]`, 0 for padding, on either side.
-            generation_config: settings; the model's own by default.
+            generation_config: settings; the model's own by default. Of a plain `GenerationConfig`, what it sets
+                overrides the model's own.
             streamer: gets finished blocks (`put`) and, if it can take them, drafts after each step (`put_draft`).
             logits_processor: called with the row's canvas and `[positions, V]` logits, as in causal generation.
             stopping_criteria: called after each block with the sequences so far; rows it stops leave the batch.
             custom_generate: a function, or a folder or repository with `custom_generate/generate.py`, to run instead,
                 with the same arguments. Code from a repository needs `trust_remote_code=True`.
-            kwargs: settings of [`MaskedDiffusionGenerationConfig`] that override the config.
+            tokenizer: for `stop_strings`.
+            labels: not used; `Seq2SeqTrainer` passes a whole batch.
+            kwargs: settings of [`MaskedDiffusionGenerationConfig`] that override the config. Those of `generate` in
+                transformers are accepted at values that ask for nothing.
 
         Returns:
-            LongTensor `[B, L_prompt + max_new_tokens]`, or a [`MaskedDiffusionGenerateOutput`].
+            LongTensor `[B * num_return_sequences, L_prompt + max_new_tokens]`, or a [`MaskedDiffusionGenerateOutput`].
+
+        Raises:
+            ValueError: for a prompt, a setting or a name that cannot be, or what diffusion cannot honour.
         """
+        if inputs is not None and input_ids is not None:
+            raise ValueError("inputs and input_ids are two names of the prompt: pass one.")
+        input_ids = inputs if input_ids is None else input_ids
         if custom_generate is not None:
             load: Any = GenerationMixin.load_custom_generate
             is_name = isinstance(custom_generate, str)
@@ -102,30 +126,29 @@ class MaskedDiffusionGenerationMixin:
                 streamer=streamer,
                 logits_processor=logits_processor,
                 stopping_criteria=stopping_criteria,
+                **({} if tokenizer is None else {"tokenizer": tokenizer}),
                 **kwargs,
             )
         config = self._resolve_generation_config(generation_config, kwargs)
-        check_prompt(input_ids, attention_mask)
-        if isinstance(stopping_criteria, list):
-            stopping_criteria = StoppingCriteriaList(stopping_criteria)
+        canvas = self._new_canvas(input_ids, attention_mask, config)
+        rules = StoppingRules(canvas, stopping_criteria, tokenizer)
+        recorder = GenerationRecorder(canvas, streamer, self._new_trace(canvas))
         if isinstance(logits_processor, list):
             logits_processor = LogitsProcessorList(logits_processor)
-        num_new_tokens = self._num_new_tokens(input_ids.shape[1], config)
-        canvas = MaskedCanvas(input_ids, attention_mask, num_new_tokens, config)
-        recorder = GenerationRecorder(canvas, streamer, self._new_trace(canvas))
         with compiled_forward(self._transformer, config) if config.compile else contextlib.nullcontext():
             for window, num_steps in canvas.blocks():
                 cache = None if config.kv_cache == "none" else self._block_kv_cache()
                 block = ActiveBlock(canvas, window, num_steps, cache)
-                for inputs in block.steps():
-                    output = self._denoise(inputs, config, recorder.trace)
-                    logits = process_logits(output.logits, inputs.tokens, config, logits_processor)
-                    tokens = block.update(inputs, logits, output.refiner_confidence)
-                    recorder.step(block, inputs, tokens)
-                if config.stop_at_eos or stopping_criteria:
-                    canvas.finish(self._finished(canvas, window.stop, stopping_criteria), window.stop)
+                for step in block.steps():
+                    output = self._denoise(step, config, recorder.trace)
+                    raw = output.logits.clone() if config.output_logits else None  # processors may write into it
+                    logits = process_logits(output.logits, step.tokens, config, logits_processor)
+                    decisions = block.update(step, logits, output.refiner_confidence)
+                    recorder.step(block, step, decisions, raw)
+                if rules:
+                    rules.apply(window)
                 recorder.block(window)
-                if (config.stop_at_eos or stopping_criteria) and canvas.is_finished.all():
+                if rules and canvas.is_finished.all():
                     break
         return recorder.finish()
 
@@ -157,7 +180,10 @@ class MaskedDiffusionGenerationMixin:
     ) -> None:
         """What `from_pretrained` calls to load `generation_config.json`; without that file the defaults hold."""
         if generation_config is not None:
-            self.generation_config = generation_config
+            self.generation_config = self.generation_config_class.from_transformers(
+                generation_config,
+                self.generation_config,  # type: ignore[has-type]
+            )
             return
         file = cached_file(
             pretrained_model_name_or_path,
@@ -205,37 +231,15 @@ class MaskedDiffusionGenerationMixin:
             positions = positions - inputs.cache.columns[0]
         return DenoisingOutput(self(**inputs.model_inputs(), logits_to_keep=positions).logits)  # type: ignore[operator]
 
-    def _finished(
-        self, canvas: MaskedCanvas, end: int, stopping_criteria: StoppingCriteriaList | None
-    ) -> torch.Tensor:
-        """BoolTensor `[b]`, the rows that need no further blocks."""
-        sequences = canvas.tokens[canvas.rows, :end]
-        finished = torch.zeros(len(sequences), dtype=torch.bool, device=sequences.device)
-        if canvas.config.stop_at_eos:
-            eos = torch.tensor(canvas.config.eos_token_id, device=sequences.device)
-            finished |= torch.isin(sequences[:, canvas.prompt_length :], eos).any(-1)
-        if stopping_criteria:
-            finished |= stopping_criteria(sequences, None)  # type: ignore[arg-type]
-        return finished
-
     def _resolve_generation_config(
-        self, generation_config: MaskedDiffusionGenerationConfig | None, kwargs: dict[str, Any]
+        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
     ) -> MaskedDiffusionGenerationConfig:
         """`kwargs` over `generation_config` over the model's own; special tokens from the model's config."""
-        config = copy.deepcopy(generation_config or self.generation_config)  # type: ignore[has-type]
-        if not hasattr(config, "mask_token_id"):
-            raise ValueError(
-                f"generation_config is a {type(config).__name__}; masked diffusion needs a "
-                f"MaskedDiffusionGenerationConfig."
-            )
-        unknown = [name for name in kwargs if name.startswith("_") or name not in vars(config)]
-        if unknown:
-            raise ValueError(unknown_settings(unknown, config))
-        if "max_length" in kwargs and "max_new_tokens" not in kwargs:
-            config.max_new_tokens = None
-        config.update(**kwargs)
+        own: GenerationConfig = self.generation_config  # type: ignore[has-type]
+        config = self.generation_config_class.from_transformers(generation_config or own, own)
+        config.override(kwargs)
         model_config = self.config  # type: ignore[attr-defined]
-        for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
+        for name in ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id"):
             if getattr(config, name) is None:
                 setattr(config, name, getattr(model_config, name, None))
         if config.mask_token_id is None:
@@ -251,17 +255,44 @@ class MaskedDiffusionGenerationMixin:
             raise ValueError("stop_at_eos=True needs an eos_token_id.")
         if config.remasking == "refiner" and (not hasattr(self, "refiner") or config.enable_refinement is False):
             raise ValueError("remasking='refiner' needs a hybrid with its refinement enabled: this has no refiner.")
+        if config.num_return_sequences > 1 and not config.do_sample and config.remasking != "random":
+            raise ValueError(
+                f"num_return_sequences={config.num_return_sequences} would give the same sequence again and again: "
+                f"pass do_sample=True or a temperature above 0."
+            )
+        for name in ("output_scores", "output_logits"):
+            if getattr(config, name) and not config.return_dict_in_generate:
+                raise ValueError(f"{name}=True needs return_dict_in_generate=True.")
         return config
 
+    def _new_canvas(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        config: MaskedDiffusionGenerationConfig,
+    ) -> MaskedCanvas:
+        """The prompts, each as often as sequences are wanted, with masks behind them."""
+        if input_ids is None and config.bos_token_id is not None:
+            input_ids = torch.tensor([[config.bos_token_id]], device=self.device)  # type: ignore[attr-defined]
+        check_prompt(input_ids, attention_mask)
+        assert input_ids is not None
+        num_new_tokens = self._num_new_tokens(input_ids.shape[1], config)
+        if config.num_return_sequences > 1:
+            input_ids = input_ids.repeat_interleave(config.num_return_sequences, dim=0)
+            if attention_mask is not None:
+                attention_mask = attention_mask.repeat_interleave(config.num_return_sequences, dim=0)
+        return MaskedCanvas(input_ids, attention_mask, num_new_tokens, config)
+
     def _num_new_tokens(self, prompt_length: int, config: MaskedDiffusionGenerationConfig) -> int:
+        longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[attr-defined]
         num_new_tokens = config.max_new_tokens
         if num_new_tokens is None and config.max_length is not None:
             num_new_tokens = config.max_length - prompt_length
             if num_new_tokens < 0:
                 raise ValueError(f"The prompt has {prompt_length} tokens, more than max_length={config.max_length}.")
         elif num_new_tokens is None:
-            num_new_tokens = DEFAULT_MAX_NEW_TOKENS
-        longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[attr-defined]
+            room = DEFAULT_MAX_NEW_TOKENS if longest is None else max(longest - prompt_length, 1)
+            num_new_tokens = min(DEFAULT_MAX_NEW_TOKENS, room)
         if longest is not None and prompt_length + num_new_tokens > longest:
             raise ValueError(
                 f"The prompt has {prompt_length} tokens; with max_new_tokens={num_new_tokens} that is more than the "
@@ -279,27 +310,41 @@ class GenerationRecorder:
         self.num_forward_passes = 0
         self.history = [canvas.tokens.clone()] if self.config.output_history else None
         self.trace = trace
+        # For `output_scores` and `output_logits`, `[B, new tokens + 1, V]`. The last column takes what stays open.
+        self.kept: dict[str, torch.Tensor] = {}
         if streamer is not None:
             masks = canvas.is_masked.any(0)
             start = int(masks.int().argmax()) if masks.any() else canvas.tokens.shape[1]
             streamer.put(canvas.tokens[:, : min(start, canvas.prompt_length)].cpu())
 
-    def step(self, block: ActiveBlock, inputs: DenoisingInputs, tokens: torch.Tensor) -> None:
-        """After a step of `block`, whose best guesses at `inputs.positions` `[b, P]` were `tokens` `[b, P]`."""
+    def step(
+        self, block: ActiveBlock, inputs: DenoisingInputs, decisions: Decisions, logits: torch.Tensor | None
+    ) -> None:
+        """After a step of `block`: what it decided at `inputs.positions` `[b, P]`, by `logits` `[b, P, V]`."""
         self.num_forward_passes += 1
         self.passes[block.rows] += block.active
+        columns = inputs.positions - self.canvas.prompt_length
+        for name, values in (("scores", decisions.scores), ("logits", logits)):
+            if values is not None:
+                size = (len(self.canvas.tokens), self.canvas.tokens.shape[1] - self.canvas.prompt_length + 1)
+                kept = self.kept.setdefault(name, values.new_zeros(*size, values.shape[-1]))
+                kept[block.rows[:, None], torch.where(decisions.committed, columns, -1).clamp(min=-1)] = values
         if self.history is not None:
             self.history.append(self.canvas.tokens.clone())
         if self.trace is not None:
             self.trace.add_canvas(self.canvas.tokens, block.rows)
         if self.streamer is not None and hasattr(self.streamer, "put_draft"):
-            draft = self.canvas.tokens[block.rows].scatter(1, inputs.positions, tokens)
+            draft = self.canvas.tokens[block.rows].scatter(1, inputs.positions, decisions.tokens)
             self.streamer.put_draft(draft[:, block.window].cpu())
 
     def block(self, window: slice) -> None:
         """After a block is decided."""
-        if self.streamer is not None:
-            self.streamer.put(self.canvas.tokens[:, window].clone().cpu())
+        if self.streamer is None:
+            return
+        tokens = self.canvas.tokens[:, window].clone().cpu()
+        if len(tokens) == 1:  # one-dimensional, as new tokens are in transformers, and without closing padding
+            tokens = tokens[0, : int(self.canvas.ends[0]) - window.start]
+        self.streamer.put(tokens)
 
     def finish(self) -> Any:
         """What `generate` returns."""
@@ -318,15 +363,25 @@ class GenerationRecorder:
             num_forward_passes=self.num_forward_passes,
             num_forward_passes_per_row=self.passes.long(),
             tokens_per_forward=canvas.num_decided / self.passes.clamp(min=1),
+            scores=self._per_token("scores"),
+            logits=self._per_token("logits"),
             history=None if self.history is None else torch.stack(self.history),
             refinement_trace=self.trace,
         )
 
+    def _per_token(self, name: str) -> tuple[torch.Tensor, ...] | None:
+        """For each new token `[B, V]`; None if not asked for, or if there is no new token."""
+        return self.kept[name][:, :-1].unbind(1) or None if name in self.kept else None
 
-def check_prompt(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+
+def check_prompt(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
     """Raises ValueError for a prompt that is not `[B, L]`, is empty, or whose mask has another shape."""
+    if input_ids is None:
+        raise ValueError("The prompt is empty and there is no bos_token_id to begin with: pass input_ids.")
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids must have shape [batch, tokens], got {tuple(input_ids.shape)}.")
+    if isinstance(attention_mask, GenerationConfig):
+        raise TypeError("The second argument is the attention mask: pass generation_config by name.")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}."
