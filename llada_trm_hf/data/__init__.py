@@ -4,7 +4,13 @@ from .arithmetic import difference_chains
 from .code_tests import checking_program
 from .masking import MaskedDiffusionCollator
 from .reasoning import load_reasoning_dataset
-from .thoughts import LatentAnswerCollator, ThoughtFormat, latent_thinking_prompt, tokenize_latent_answers
+from .thoughts import (
+    LatentAnswerCollator,
+    ThoughtFormat,
+    latent_thinking_prompt,
+    latent_thinking_tokenizer,
+    tokenize_latent_answers,
+)
 from .tokenization import (
     TextCollator,
     byte_tokenizer,
@@ -23,6 +29,7 @@ __all__ = [
     "checking_program",
     "difference_chains",
     "latent_thinking_prompt",
+    "latent_thinking_tokenizer",
     "load_reasoning_dataset",
     "load_text_dataset",
     "prompt_tokens",

@@ -10,6 +10,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
+from ..data.thoughts import without_latent_thought
 from ..generation import MaskedDiffusionGenerationConfig, MaskedDiffusionGenerationMixin
 from .likelihood import is_greedy_response, likelihood_bounds
 
@@ -88,6 +89,8 @@ class LatentThinkingLM(HFLM):
         if not hasattr(self.model.config, "thought_token_ids"):
             raise ValueError(f"{pretrained} is a {type(self.model).__name__}, which has no latent thoughts.")
         self.thought = list(self.model.config.thought_token_ids)
+        if isinstance(self.tokenizer.chat_template, str):
+            self.tokenizer.chat_template = without_latent_thought(self.tokenizer.chat_template)
 
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
         """Without the opening marker that some templates end with: it is part of the thought."""

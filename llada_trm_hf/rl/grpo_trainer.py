@@ -20,6 +20,7 @@ from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
 from ..data import latent_thinking_prompt
 from ..data.rows import fingerprint
+from ..data.thoughts import tokenizer_to_save
 from ..inspection.non_finite import non_finite_weights
 from ..models import LatentThinkingForCausalLM
 from ..training.base_trainer import BaseTrainer
@@ -70,6 +71,8 @@ class LatentGRPOTrainer(BaseTrainer, GRPOTrainer):
                 f"With noise_std={model.config.noise_std} answers have no probability of their own, since thoughts "
                 f"differ from pass to pass: set model.config.noise_std = 0."
             )
+        if processing_class is not None:
+            processing_class = tokenizer_to_save(processing_class, model.config)
         # TRL would load the reference from the model's name, with a second backbone.
         beta, args.beta = args.beta, 0.0
         super().__init__(

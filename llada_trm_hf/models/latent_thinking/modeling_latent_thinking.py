@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from ..backbone_wrapper import BackboneWrapper, input_device
 from .configuration_latent_thinking import LatentThinkingConfig
@@ -29,6 +29,8 @@ from .latent_passes import LatentPasses, LatentThinkingOutput
 from .latent_thinker import LatentThinker
 from .sequence_trm import SequenceTRM, SequenceTRMConfig
 from .thought_tokens import thought_token_ids
+
+logger = logging.get_logger(__name__)
 
 
 class LatentThinkingGenerationMixin(GenerationMixin):
@@ -49,11 +51,19 @@ class LatentThinkingGenerationMixin(GenerationMixin):
     ) -> Any:
         """
         As in transformers, except that the latent token is never generated. Takes the arguments of `forward` as well:
-        `enable_latent_thinking`, `max_reasoning_steps`.
+        `enable_latent_thinking`, `max_reasoning_steps`. Warns once of prompts without any thought.
         """
         if kwargs.get("enable_latent_thinking") is not False:
             never = _NeverThisToken(self.config.latent_token_id)
             logits_processor = LogitsProcessorList([*(logits_processor or ()), never])
+        tokens = kwargs.get("input_ids") if inputs is None else inputs
+        is_asked = kwargs.get("enable_latent_thinking") is None and isinstance(tokens, torch.Tensor)
+        if is_asked and not (tokens == self.config.latent_token_id).any():
+            logger.warning_once(
+                "The prompt has no thought in it, so the backbone answers alone. Messages get one from the chat "
+                "template saved with the model, texts from latent_thinking_prompt of llada-trm-hf; "
+                "enable_latent_thinking=False says that none is wanted."
+            )
         return super().generate(inputs, generation_config, logits_processor, **kwargs)
 
     def prepare_inputs_for_generation(
