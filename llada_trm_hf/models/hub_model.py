@@ -8,9 +8,10 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
+from functools import wraps
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -21,6 +22,7 @@ REFINERS: dict[str, type[PreTrainedModel]] = {}
 
 _HERE = Path(__file__).resolve().parent
 _REGISTRY_FILE = "registered_models.py"
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 _RELATIVE_IMPORT = re.compile(r"from\s+\.[\w.]*")
 
 
@@ -105,6 +107,24 @@ class HubModel:
         config.auto_map.update(
             {name: f"{module_name(model_class)}.{model_class.__name__}" for name in self.auto_classes}
         )
+
+
+def with_device_hooks(method: _Method) -> _Method:
+    """
+    Decorator for a method that uses its module's weights and is called from outside instead of `forward`: on a model
+    that accelerate has dispatched or offloaded, the hook around `forward`, which brings weights and inputs to the
+    device, runs around this method too. `forward` itself must not call it.
+    """
+
+    @wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        hook = getattr(self, "_hf_hook", None)
+        if hook is None:
+            return method(self, *args, **kwargs)
+        args, kwargs = hook.pre_forward(self, *args, **kwargs)
+        return hook.post_forward(self, method(self, *args, **kwargs))
+
+    return wrapper  # type: ignore[return-value]
 
 
 # --- The code of a class, flat ---
