@@ -86,7 +86,10 @@ class LatentPasses:
                 "use_cache": use_cache,
             }
             inputs = {name: value for name, value in inputs.items() if value is not None}
-            return _as_output(*lm_head_inputs(self.backbone, {**inputs, **kwargs}, num_logits))
+            states, outputs = _as_output(*lm_head_inputs(self.backbone, {**inputs, **kwargs}, num_logits))
+            if self.training and torch.is_grad_enabled() and enable_latent_thinking is not False:
+                states, outputs.logits = self._with_zero_gradients(states, outputs.logits)
+            return states, outputs
         assert input_ids is not None
         if position_ids is None and attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -104,6 +107,16 @@ class LatentPasses:
         states, outputs = self._run(batch, past_key_values, use_cache, num_logits, max_reasoning_steps, kwargs)
         outputs.reasoning_steps, outputs.halt_probability = batch.steps, batch.halt_probability
         return states, outputs
+
+    def _with_zero_gradients(self, *results: torch.Tensor | None) -> tuple[Any, ...]:
+        """
+        The same values, through which the thinker's weights get zeros for gradients: where another process of
+        `DistributedDataParallel` has thoughts in its batch, it waits for gradients of this one.
+        """
+        weights = [parameter for parameter in self.thinker.parameters() if parameter.requires_grad]
+        if not weights:
+            return results
+        return tuple(None if result is None else _ZeroGradients.apply(result, *weights) for result in results)
 
     def _find_thoughts(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
@@ -208,6 +221,19 @@ class LatentPasses:
         batch.embeddings = batch.embeddings.index_put((rows[:, None], places), latents)
         batch.steps[rows, numbers] = thought.num_steps.to(rows.device)
         batch.halt_probability[rows, numbers] = thought.halt_probability.detach().to(batch.halt_probability)
+
+
+class _ZeroGradients(torch.autograd.Function):
+    """A tensor as it is, which hangs on `weights` without being changed by them."""
+
+    @staticmethod
+    def forward(ctx: Any, result: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*weights)
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return gradients[0], *map(torch.zeros_like, ctx.saved_tensors)
 
 
 def _as_output(states: torch.Tensor, outputs: Any) -> tuple[torch.Tensor, LatentThinkingOutput]:
