@@ -163,7 +163,8 @@ tokenizer = AutoTokenizer.from_pretrained("model")
 answer = pipeline("text-generation", model="model", tokenizer=tokenizer, trust_remote_code=True)
 messages, settings = json.load(open("messages.json")), {"max_new_tokens": 6, "do_sample": False}
 texts = [answer(messages, **settings)[0]["generated_text"][-1]["content"]]
-texts += [row[0]["generated_text"][-1]["content"] for row in answer([messages, messages[:2]], batch_size=2, **settings)]
+batch = answer([messages, messages[:2]], batch_size=2, **settings)
+texts += [row[0]["generated_text"][-1]["content"] for row in batch]
 off = {"tokenizer_encode_kwargs": {"enable_thinking": False}}
 texts.append(answer(messages, **settings, **off)[0]["generated_text"][-1]["content"])
 texts.append(answer("1+2=", return_full_text=False, **settings)[0]["generated_text"])

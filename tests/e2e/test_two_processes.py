@@ -54,7 +54,7 @@ def test_two_processes_train_backbone_and_head(tmp_path):
 
 
 # A batch with a thought, and one without, of the same size.
-THOUGHT_OR_NOT = [[tokens(6, 1) + THOUGHT + tokens(4, 2)], [tokens(9, 3) + [CLOSE] + tokens(6, 4)]]
+THOUGHT_OR_NOT = [[tokens(6, 1) + THOUGHT + tokens(4, 2)], [[*tokens(9, 3), CLOSE, *tokens(6, 4)]]]
 
 
 def new_thinker():
