@@ -73,6 +73,9 @@ class LatentPasses:
         The states `[B, L, D]` the LM head reads, and the output with logits at the last `num_logits` positions. The
         other arguments are those of `forward`.
         """
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(name) is None and getattr(self.config, name):
+                kwargs[name] = getattr(self.config, name)
         layout = None
         if enable_latent_thinking is not False and input_ids is not None:
             layout = self._find_thoughts(input_ids, attention_mask, past_key_values)
@@ -241,14 +244,17 @@ def _as_output(states: torch.Tensor, outputs: Any) -> tuple[torch.Tensor, Latent
     return states, LatentThinkingOutput(**{name: outputs.get(name) for name in names})
 
 
-def _join(
-    parts: list[tuple[torch.Tensor, ...] | None], num_keys: int | None = None
-) -> tuple[torch.Tensor, ...] | None:
-    """Joins each layer's states `[B, l, D]` of consecutive passes; with `num_keys`, weights `[B, heads, l, keys]`."""
+def _join(parts: list[tuple[torch.Tensor | None, ...] | None], num_keys: int | None = None) -> tuple[Any, ...] | None:
+    """
+    Joins each layer's states `[B, l, D]` of consecutive passes; with `num_keys`, weights `[B, heads, l, keys]`. A
+    layer that was not asked for is None in each.
+    """
     given = [part for part in parts if part]
     if not given:
         return None
+    layers = [None if layer[0] is None else layer for layer in zip(*given)]
     if num_keys is None:
-        return tuple(torch.cat(layer, dim=1) for layer in zip(*given))
+        return tuple(None if layer is None else torch.cat(layer, dim=1) for layer in layers)
     pad = nn.functional.pad
-    return tuple(torch.cat([pad(p, (0, num_keys - p.shape[-1])) for p in layer], dim=2) for layer in zip(*given))
+    padded = ([pad(p, (0, num_keys - p.shape[-1])) for p in layer] if layer else None for layer in layers)
+    return tuple(None if layer is None else torch.cat(layer, dim=2) for layer in padded)
