@@ -41,7 +41,6 @@ _LAZY = {
         "checking_program",
         "difference_chains",
         "latent_thinking_prompt",
-        "latent_thinking_tokenizer",
         "load_reasoning_dataset",
         "load_text_dataset",
         "prompt_tokens",

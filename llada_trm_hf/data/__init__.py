@@ -8,7 +8,6 @@ from .thoughts import (
     LatentAnswerCollator,
     ThoughtFormat,
     latent_thinking_prompt,
-    latent_thinking_tokenizer,
     tokenize_latent_answers,
 )
 from .tokenization import (
@@ -29,7 +28,6 @@ __all__ = [
     "checking_program",
     "difference_chains",
     "latent_thinking_prompt",
-    "latent_thinking_tokenizer",
     "load_reasoning_dataset",
     "load_text_dataset",
     "prompt_tokens",

@@ -1,23 +1,17 @@
 """Thoughts in tokens: prompt, opening marker, thought, closing marker; and latent thoughts with their answers."""
 
-import copy
-import json
-import os
-import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from string import Template
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..models import LatentThinkingConfig
+from ..models.latent_thinking.thinking_chat_template import thought_texts, without_latent_thought
 from .tokenization import end_of_sequence
 
 COMPLETE = "complete"
@@ -160,7 +154,7 @@ def latent_thinking_prompt(
     Raises:
         ValueError: for an empty prompt, or messages without a chat template.
     """
-    start, latents, end = _thought_texts(tokenizer, config)
+    start, latents, end = thought_texts(tokenizer, config)
     thoughts = ThoughtFormat(tokenizer, start, end)
     if tokenize:
         context, _ = thoughts.prompt(prompt)
@@ -168,128 +162,6 @@ def latent_thinking_prompt(
             raise ValueError("The prompt is empty: there is nothing to think about.")
         return context + config.thought_token_ids
     return thoughts.context_text(prompt)[0] + start + latents + end
-
-
-def _thought_texts(tokenizer: PreTrainedTokenizerBase, config: LatentThinkingConfig) -> tuple[str, str, str]:
-    """The opening marker, the latents and the closing marker of a thought."""
-    start, end = (tokenizer.decode(ids) for ids in (config.think_start_token_ids, config.think_end_token_ids))
-    return start, tokenizer.convert_ids_to_tokens(config.latent_token_id) * config.num_latents, end
-
-
-# --- The chat template of a latent thinker ---
-
-# The language model's own template is a block of the new one. Written where it stands, its {% generation %} tags go on
-# marking the assistant's tokens; called, it gives its text, of which an open or empty thought is cut off.
-_FIRST_LINE = "{#- Ends the prompt with a latent thought, unless enable_thinking is false. -#}"
-_BLOCK, _END_OF_BLOCK = "{%+ block language_model +%}", "{%+ endblock language_model %}"
-_THOUGHT = Template(
-    """
-{%- if add_generation_prompt and (enable_thinking is undefined or enable_thinking) %}
-    {%- set enable_thinking, has_switch = true, $has_switch %}
-    {%- set think_start, think_latents, think_end = $start, $latents, $end %}
-    {%- set prompt = self.language_model() %}
-    {%- set body = prompt.rstrip() %}
-    {%- set opened = body.removesuffix(think_end).rstrip() %}
-    {%- set is_empty_thought = body.endswith(think_end) and opened.endswith(think_start) %}
-    {%- if body.endswith(think_start) %}
-        {%- set prompt = body.removesuffix(think_start) %}
-    {%- elif is_empty_thought and not has_switch %}
-        {%- set prompt = opened.removesuffix(think_start) %}
-    {%- endif %}
-    {{- prompt }}
-    {%- if not (is_empty_thought and has_switch) %}
-        {{- think_start + think_latents + think_end }}
-    {%- endif %}
-{%- else -%}"""
-)
-_LAST_LINE = """
-{%- endif -%}
-"""
-
-
-def latent_thinking_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, config: LatentThinkingConfig
-) -> PreTrainedTokenizerBase:
-    """
-    A copy of `tokenizer` whose chat template ends prompts (`add_generation_prompt=True`) with a latent thought, as
-    `latent_thinking_prompt` writes it. Saved with the model, it makes `pipeline("text-generation")` think about
-    messages with transformers alone. `apply_chat_template(..., enable_thinking=False)` is the template it had. Without
-    a chat template there are no messages: the tokenizer is returned as it is.
-
-    An opening marker that the template ends with is part of the thought. So is an empty thought, unless the template
-    has a switch, `enable_thinking`, of its own: then the conversation asked for it (SmolLM3's `/no_think`).
-
-    Raises:
-        ValueError: if the tokens of a prompt with a thought differ from those the model reads, because the tokenizer
-            merges a marker of several tokens with what stands before it.
-    """
-    if not tokenizer.chat_template:
-        return tokenizer
-    tokenizer, given = copy.deepcopy(tokenizer), tokenizer.chat_template
-    texts = _thought_texts(tokenizer, config)
-    if isinstance(given, dict):
-        tokenizer.chat_template = {name: _with_latent_thought(template, texts) for name, template in given.items()}
-    else:
-        tokenizer.chat_template = _with_latent_thought(given, texts)
-    probe = [{"role": "user", "content": "What is 1 + 1?"}]
-    found = tokenizer.apply_chat_template(probe, add_generation_prompt=True, return_dict=False)
-    expected = latent_thinking_prompt(probe, tokenizer, config)
-    if found != expected:
-        ends = [
-            tokenizer.convert_ids_to_tokens(ids[-len(config.thought_token_ids) - 1 :]) for ids in (found, expected)
-        ]
-        raise ValueError(
-            f"With the thought {''.join(texts)!r} after it, a prompt of this chat template ends with the tokens "
-            f"{ends[0]} instead of {ends[1]}: the tokenizer merges them. Add the markers as tokens of their own, or "
-            f"end the template's generation prompt with a line break or a special token."
-        )
-    return tokenizer
-
-
-def tokenizer_to_save(tokenizer: PreTrainedTokenizerBase, config: LatentThinkingConfig) -> PreTrainedTokenizerBase:
-    """`latent_thinking_tokenizer`; where there is none, `tokenizer` itself, with a warning that says why."""
-    try:
-        return latent_thinking_tokenizer(tokenizer, config)
-    except ValueError as error:
-        warnings.warn(f"The chat template stays without a latent thought. {error}", stacklevel=2)
-        return tokenizer
-
-
-def latent_thinking_template_files(folder: str | os.PathLike) -> dict[str, bytes]:
-    """
-    The files with the chat templates of `latent_thinking_tokenizer` for the model and the tokenizer in `folder`, by
-    their path in it; none without a tokenizer, a chat template or a whole model, or with `tokenizer_to_save`'s
-    warning.
-    """
-    config_dict = PreTrainedConfig.get_config_dict(folder)[0]
-    is_model = "AutoModelForCausalLM" in config_dict.get("auto_map", {"AutoModelForCausalLM": ""})
-    is_thinker = config_dict.get("model_type") == LatentThinkingConfig.model_type and is_model
-    if not is_thinker or not Path(folder, "tokenizer_config.json").is_file():
-        return {}
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ours = tokenizer_to_save(tokenizer, LatentThinkingConfig.from_pretrained(folder))
-    if ours is tokenizer:
-        return {}
-    with tempfile.TemporaryDirectory() as new_folder:
-        ours.save_pretrained(new_folder)
-        paths = Path(new_folder).rglob("*.jinja")
-        return {path.relative_to(new_folder).as_posix(): path.read_bytes() for path in paths}
-
-
-def without_latent_thought(template: str) -> str:
-    """The language model's own chat template, of one of `latent_thinking_tokenizer`; another is returned as it is."""
-    if not template.startswith(_FIRST_LINE):
-        return template
-    return template.partition(_BLOCK)[2].rpartition(_END_OF_BLOCK)[0]
-
-
-def _with_latent_thought(template: str, thought: tuple[str, str, str]) -> str:
-    # Jinja drops a template's last line break, but none in the middle.
-    template = without_latent_thought(template).removesuffix("\n").removesuffix("\r")
-    literals = {name: json.dumps(text, ensure_ascii=False) for name, text in zip(("start", "latents", "end"), thought)}
-    has_switch = "true" if "enable_thinking" in template else "false"
-    head = _FIRST_LINE + _THOUGHT.substitute(literals, has_switch=has_switch)
-    return head + _BLOCK + template + _END_OF_BLOCK + _LAST_LINE
 
 
 def tokenize_latent_answers(

@@ -10,8 +10,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
-from ..data.thoughts import without_latent_thought
 from ..generation import MaskedDiffusionGenerationConfig, MaskedDiffusionGenerationMixin
+from ..models.latent_thinking.thinking_chat_template import without_latent_thought
 from .likelihood import is_greedy_response, likelihood_bounds
 
 

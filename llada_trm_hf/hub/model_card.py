@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from ..data.thoughts import latent_thinking_template_files
+from ..models.latent_thinking.thinking_chat_template import latent_thinking_template_files
 from .training_record import TrainingRecord, read_json, read_training_record
 
 TEMPLATE = str(Path(__file__).with_name("MODEL_CARD.md"))

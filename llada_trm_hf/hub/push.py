@@ -15,9 +15,9 @@ from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_imports
 
-from ..data.thoughts import latent_thinking_template_files
 from ..generation.generate import generate
 from ..models.hub_model import write_code
+from ..models.latent_thinking.thinking_chat_template import latent_thinking_template_files
 from .legacy import import_legacy
 from .model_card import CUSTOM_GENERATE_CARD, model_card, read_config
 from .training_record import TRAINING_SETTINGS_FILE, read_json

@@ -20,9 +20,9 @@ from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
 from ..data import latent_thinking_prompt
 from ..data.rows import fingerprint
-from ..data.thoughts import tokenizer_to_save
 from ..inspection.non_finite import non_finite_weights
 from ..models import LatentThinkingForCausalLM
+from ..models.latent_thinking.thinking_chat_template import tokenizer_to_save
 from ..training.base_trainer import BaseTrainer
 from .arguments import LatentGRPOTrainingArguments
 from .rewards import PassRates

@@ -5,8 +5,8 @@ from typing import Any
 from torch import nn
 
 from ..data import LatentAnswerCollator
-from ..data.thoughts import tokenizer_to_save
 from ..models import LatentThinkingForCausalLM
+from ..models.latent_thinking.thinking_chat_template import tokenizer_to_save
 from .arguments import LatentAnswerTrainingArguments
 from .base_trainer import BaseTrainer
 

@@ -14,8 +14,8 @@ from latent_thinking_models import make_lm, make_model
 from lm_eval.tasks import TaskManager
 from tiny_training import new_backbone
 
-from llada_trm_hf import LLaDAForMaskedDiffusion
-from llada_trm_hf.data import byte_tokenizer, latent_thinking_prompt, latent_thinking_tokenizer
+from llada_trm_hf import LLaDAForMaskedDiffusion, latent_thinking_tokenizer
+from llada_trm_hf.data import byte_tokenizer, latent_thinking_prompt
 from llada_trm_hf.evaluation import harness as adapters  # noqa: F401  (registers them)
 from llada_trm_hf.evaluation.likelihood import is_greedy_response, likelihood_bounds, response_masks
 from llada_trm_hf.models.latent_thinking.thought_tokens import thought_token_ids

@@ -16,7 +16,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llada_trm_hf import latent_thinking_prompt, latent_thinking_tokenizer, thought_token_ids
 from llada_trm_hf.data import byte_tokenizer
-from llada_trm_hf.data.thoughts import latent_thinking_template_files, tokenizer_to_save
+from llada_trm_hf.models.latent_thinking.thinking_chat_template import (
+    latent_thinking_template_files,
+    tokenizer_to_save,
+)
 from llada_trm_hf.models.latent_thinking.thought_tokens import find_thoughts
 
 THOUGHT = "<think><|latent|><|latent|><|latent|></think>"
