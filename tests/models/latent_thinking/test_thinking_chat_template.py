@@ -29,7 +29,15 @@ TURNS = (
 )
 PROMPT = "{% if add_generation_prompt %}[assistant]BODY{% endif %}"
 SWITCH = "{{ '' if enable_thinking | default(true) and '/no_think' not in messages[0].content else 'EMPTY' }}"
+MACRO = (
+    "{%- set close = ']' %}{% macro turn(m) %}[{{ m.role + close + m.content }}{% endmacro %}"
+    "{% set state = namespace(turns=0) %}{% for m in messages %}{% set state.turns = state.turns + 1 %}"
+    "{% if m.role == 'assistant' %}[assistant]{% generation %}{{ m.content }}{% endgeneration %}{% else %}"
+    "{{ turn(m) }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt and state.turns %}[assistant{{ close }}{% endif %}"
+)
 TEMPLATES = {
+    "macro": MACRO,
     "plain": TURNS + PROMPT.replace("BODY", ""),
     "line break": TURNS + PROMPT.replace("BODY", "\n    ") + "\n",
     "opens a thought": TURNS + PROMPT.replace("BODY", "<think>{{ '\\n' }}"),
