@@ -22,7 +22,6 @@ REFINERS: dict[str, type[PreTrainedModel]] = {}
 
 _HERE = Path(__file__).resolve().parent
 _REGISTRY_FILE = "registered_models.py"
-_Method = TypeVar("_Method", bound=Callable[..., Any])
 _RELATIVE_IMPORT = re.compile(r"from\s+\.[\w.]*")
 
 
@@ -267,6 +266,8 @@ def check_heads(config: PreTrainedConfig) -> None:
 
 
 # --- Offloading ---
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def with_device_hooks(method: _Method) -> _Method:
