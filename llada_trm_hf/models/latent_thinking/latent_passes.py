@@ -113,8 +113,8 @@ class LatentPasses:
 
     def _with_zero_gradients(self, *results: torch.Tensor | None) -> tuple[Any, ...]:
         """
-        The same values, through which the thinker's weights get zeros for gradients: where another process of
-        `DistributedDataParallel` has thoughts in its batch, it waits for gradients of this one.
+        The same values; their backward pass gives the thinker's weights zeros for gradients. Where the batch of another
+        process of `DistributedDataParallel` has thoughts, it waits for gradients from this one.
         """
         weights = [parameter for parameter in self.thinker.parameters() if parameter.requires_grad]
         if not weights:
@@ -227,7 +227,7 @@ class LatentPasses:
 
 
 class _ZeroGradients(torch.autograd.Function):
-    """A tensor as it is, which hangs on `weights` without being changed by them."""
+    """A tensor as it is, whose backward pass gives `weights` zeros for gradients."""
 
     @staticmethod
     def forward(ctx: Any, result: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
