@@ -113,8 +113,8 @@ class LatentPasses:
 
     def _with_zero_gradients(self, *results: torch.Tensor | None) -> tuple[Any, ...]:
         """
-        The same values; their backward pass gives the thinker's weights zeros for gradients. Where the batch of another
-        process of `DistributedDataParallel` has thoughts, it waits for gradients from this one.
+        The same values; their backward pass gives the thinker's weights zeros for gradients. Where the batch of
+        another process of `DistributedDataParallel` has thoughts, it waits for gradients from this one.
         """
         weights = [parameter for parameter in self.thinker.parameters() if parameter.requires_grad]
         if not weights:
