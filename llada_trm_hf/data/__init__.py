@@ -4,7 +4,12 @@ from .arithmetic import difference_chains
 from .code_tests import checking_program
 from .masking import MaskedDiffusionCollator
 from .reasoning import load_reasoning_dataset
-from .thoughts import LatentAnswerCollator, ThoughtFormat, latent_thinking_prompt, tokenize_latent_answers
+from .thoughts import (
+    LatentAnswerCollator,
+    ThoughtFormat,
+    latent_thinking_prompt,
+    tokenize_latent_answers,
+)
 from .tokenization import (
     TextCollator,
     byte_tokenizer,

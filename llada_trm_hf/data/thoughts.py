@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from ..models import LatentThinkingConfig
+from ..models.latent_thinking.thinking_chat_template import thought_texts, without_latent_thought
 from .tokenization import end_of_sequence
 
 COMPLETE = "complete"
@@ -43,8 +44,9 @@ class ThoughtFormat:
     Turns prompts and traces into tokens.
 
     A chat template writes the problem as a user's message, with thinking enabled; without one the prompt is the
-    problem's own text. The opening marker follows, unless the template ends with it. Markers are tokenized by
-    themselves: one token where the tokenizer knows them, else several, which a trace must hold exactly.
+    problem's own text. The opening marker follows, in place of one, or of an empty thought, that the template ends
+    with. Markers are tokenized by themselves: one token where the tokenizer knows them, else several, which a trace
+    must hold exactly.
 
     Raises:
         ValueError: if a marker is empty or has no tokens, or both are the same.
@@ -72,15 +74,19 @@ class ThoughtFormat:
         if self.tokenizer.chat_template:
             messages = [{"role": "user", "content": problem}] if isinstance(problem, str) else problem
             options = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": True}
-            text = self.tokenizer.apply_chat_template(messages, **options)
+            template = without_latent_thought(self.tokenizer.get_chat_template())
+            text = self.tokenizer.apply_chat_template(messages, chat_template=template, **options)
         elif isinstance(problem, str):
             text = problem
         else:
             raise ValueError("The tokenizer has no chat template for messages: pass the prompt as a text.")
         body = text.rstrip()
-        if not body.endswith(self.think_start):
-            return text, ""
-        return body.removesuffix(self.think_start), text[len(body) :]
+        if body.endswith(self.think_start):
+            return body.removesuffix(self.think_start), text[len(body) :]
+        opened = body.removesuffix(self.think_end).rstrip()
+        if body.endswith(self.think_end) and opened.endswith(self.think_start):  # a thought that was left empty
+            return opened.removesuffix(self.think_start), ""
+        return text, ""
 
     def trace(self, row: Mapping[str, Any]) -> tuple[ThoughtTokens | None, str]:
         """
@@ -148,15 +154,14 @@ def latent_thinking_prompt(
     Raises:
         ValueError: for an empty prompt, or messages without a chat template.
     """
-    start, end = (tokenizer.decode(ids) for ids in (config.think_start_token_ids, config.think_end_token_ids))
+    start, latents, end = thought_texts(tokenizer, config)
     thoughts = ThoughtFormat(tokenizer, start, end)
     if tokenize:
         context, _ = thoughts.prompt(prompt)
         if not context:
             raise ValueError("The prompt is empty: there is nothing to think about.")
         return context + config.thought_token_ids
-    latent = tokenizer.convert_ids_to_tokens(config.latent_token_id)
-    return thoughts.context_text(prompt)[0] + start + latent * config.num_latents + end
+    return thoughts.context_text(prompt)[0] + start + latents + end
 
 
 def tokenize_latent_answers(

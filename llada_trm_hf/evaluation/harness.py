@@ -11,6 +11,7 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from ..generation import MaskedDiffusionGenerationConfig, MaskedDiffusionGenerationMixin
+from ..models.latent_thinking.thinking_chat_template import without_latent_thought
 from .likelihood import is_greedy_response, likelihood_bounds
 
 
@@ -88,6 +89,8 @@ class LatentThinkingLM(HFLM):
         if not hasattr(self.model.config, "thought_token_ids"):
             raise ValueError(f"{pretrained} is a {type(self.model).__name__}, which has no latent thoughts.")
         self.thought = list(self.model.config.thought_token_ids)
+        if isinstance(self.tokenizer.chat_template, str):
+            self.tokenizer.chat_template = without_latent_thought(self.tokenizer.chat_template)
 
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
         """Without the opening marker that some templates end with: it is part of the thought."""

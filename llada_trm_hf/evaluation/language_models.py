@@ -140,6 +140,7 @@ class CausalResponder(Responder):
         super().__init__(model, tokenizer)
         name, settings = type(model).__name__, dict(settings)
         self.enable_thinking: bool | None = settings.pop("enable_thinking", None)
+        self.can_think = isinstance(model, LatentThinkingForCausalLM)
         if useless := settings.keys() - CAUSAL_SETTINGS:
             raise ValueError(f"{name} is a causal language model: {', '.join(sorted(useless))} means nothing to it.")
         if not model.can_generate():
@@ -163,7 +164,7 @@ class CausalResponder(Responder):
         model.generation_config = GenerationConfig()
 
     def prompt(self, problem: str) -> list[int]:
-        if isinstance(self.model, LatentThinkingForCausalLM) and self.enable_thinking is not False:
+        if self.can_think and self.enable_thinking is not False:
             tokens = latent_thinking_prompt(problem, self.tokenizer, self.model.config)
             assert isinstance(tokens, list)
             return tokens
@@ -171,6 +172,8 @@ class CausalResponder(Responder):
 
     def _generate(self, batch: Any) -> list[Response]:
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        if self.can_think:
+            inputs["enable_latent_thinking"] = self.enable_thinking
         sequences = self.model.generate(**inputs, generation_config=self.generation_config)
         answers = [_up_to_end(tokens, self.end_tokens) for tokens in sequences[:, inputs["input_ids"].shape[1] :]]
         texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from ..models.latent_thinking.thinking_chat_template import latent_thinking_template_files
 from .training_record import TrainingRecord, read_json, read_training_record
 
 TEMPLATE = str(Path(__file__).with_name("MODEL_CARD.md"))
@@ -86,6 +87,7 @@ def model_card(
         refiner=refiner,
         tokenizer_name=repo_id if tokenizer else base,
         has_chat_template=bool(tokenizer.get("chat_template")) or Path(folder, "chat_template.jinja").is_file(),
+        writes_thought=bool(latent_thinking_template_files(folder)),
         settings=_settings(record),
         results={name.replace("_", " "): _number(value) for name, value in record.metrics.items()},
         results_step=record.metrics_step,

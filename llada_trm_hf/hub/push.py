@@ -17,6 +17,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 from ..generation.generate import generate
 from ..models.hub_model import write_code
+from ..models.latent_thinking.thinking_chat_template import latent_thinking_template_files
 from .legacy import import_legacy
 from .model_card import CUSTOM_GENERATE_CARD, model_card, read_config
 from .training_record import TRAINING_SETTINGS_FILE, read_json
@@ -114,7 +115,8 @@ def files_to_publish(
 ) -> dict[str, str | bytes]:
     """
     The files of `folder` that are uploaded, without contacting the Hub. Of its Python files only those that `auto_map`
-    names, and what they import. A README.md is uploaded as it is; without one a card is made from the checkpoint.
+    names, and what they import. The chat template of a latent thinker is that of `latent_thinking_tokenizer`. A
+    README.md is uploaded as it is; without one a card is made from the checkpoint.
 
     Args:
         folder, repo_id, description, revision, base_model: see `model_card`; the config names `base_model` too.
@@ -136,6 +138,7 @@ def files_to_publish(
     paths = [path for pattern in UPLOADED for path in folder.glob(pattern)]
     paths += [folder / name for name in code | tokenizer_code]
     contents: dict[str, str | bytes] = {p.relative_to(folder).as_posix(): str(p) for p in paths if p.is_file()}
+    contents |= latent_thinking_template_files(folder)
     if base_model is not None:
         config["backbone_name_or_path"] = base_model
         contents["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()

@@ -18,6 +18,7 @@ from .latent_thinking.latent_passes import LatentThinkingOutput
 from .latent_thinking.latent_thinker import LatentThinker, LatentThought
 from .latent_thinking.modeling_latent_thinking import LatentThinkingForCausalLM
 from .latent_thinking.sequence_trm import SequenceTRM, SequenceTRMConfig, SequenceTRMOutput, SequenceTRMReasoning
+from .latent_thinking.thinking_chat_template import latent_thinking_tokenizer
 from .latent_thinking.thought_tokens import thought_token_ids
 from .llada.configuration_llada import LLaDAConfig
 from .llada.modeling_llada import LLaDAForMaskedDiffusion, LLaDAModel
@@ -86,6 +87,7 @@ __all__ = [
     "SequenceTRMReasoning",
     "SlotTRMRefiner",
     "SlotTRMRefinerConfig",
+    "latent_thinking_tokenizer",
     "register_refiner",
     "thought_token_ids",
 ]

@@ -8,9 +8,10 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
+from functools import wraps
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -264,3 +265,26 @@ def check_heads(config: PreTrainedConfig) -> None:
     for whole, part in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")):
         if getattr(config, whole) % getattr(config, part):
             raise ValueError(f"{whole}={getattr(config, whole)} is not a multiple of {part}={getattr(config, part)}.")
+
+
+# --- Offloading ---
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def with_device_hooks(method: _Method) -> _Method:
+    """
+    Decorator for a method that uses its module's weights and is called from outside instead of `forward`: on a model
+    that accelerate has dispatched or offloaded, the hook around `forward`, which brings weights and inputs to the
+    device, runs around this method too. `forward` itself must not call it.
+    """
+
+    @wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        hook = getattr(self, "_hf_hook", None)
+        if hook is None:
+            return method(self, *args, **kwargs)
+        args, kwargs = hook.pre_forward(self, *args, **kwargs)
+        return hook.post_forward(self, method(self, *args, **kwargs))
+
+    return wrapper  # type: ignore[return-value]

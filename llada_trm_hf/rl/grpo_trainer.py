@@ -22,6 +22,7 @@ from ..data import latent_thinking_prompt
 from ..data.rows import fingerprint
 from ..inspection.non_finite import non_finite_weights
 from ..models import LatentThinkingForCausalLM
+from ..models.latent_thinking.thinking_chat_template import tokenizer_to_save
 from ..training.base_trainer import BaseTrainer
 from .arguments import LatentGRPOTrainingArguments
 from .rewards import PassRates
@@ -70,6 +71,8 @@ class LatentGRPOTrainer(BaseTrainer, GRPOTrainer):
                 f"With noise_std={model.config.noise_std} answers have no probability of their own, since thoughts "
                 f"differ from pass to pass: set model.config.noise_std = 0."
             )
+        if processing_class is not None:
+            processing_class = tokenizer_to_save(processing_class, model.config)
         # TRL would load the reference from the model's name, with a second backbone.
         beta, args.beta = args.beta, 0.0
         super().__init__(

@@ -6,6 +6,7 @@ from torch import nn
 
 from ..data import LatentAnswerCollator
 from ..models import LatentThinkingForCausalLM
+from ..models.latent_thinking.thinking_chat_template import tokenizer_to_save
 from .arguments import LatentAnswerTrainingArguments
 from .base_trainer import BaseTrainer
 
@@ -20,12 +21,14 @@ class LatentAnswerTrainer(BaseTrainer):
 
     Args:
         train_dataset, eval_dataset: of `tokenize_latent_answers`.
-        kwargs: as in `Trainer`.
+        kwargs: as in `Trainer`. A `processing_class` is saved as `latent_thinking_tokenizer` makes it.
     """
 
     args: LatentAnswerTrainingArguments
 
     def __init__(self, model: LatentThinkingForCausalLM, args: LatentAnswerTrainingArguments, **kwargs: Any):
+        if kwargs.get("processing_class") is not None:
+            kwargs["processing_class"] = tokenizer_to_save(kwargs["processing_class"], model.config)
         collator = LatentAnswerCollator(model.config.get_text_config().pad_token_id or 0)
         super().__init__(model=model, args=args, data_collator=collator, **kwargs)
 

@@ -5,9 +5,12 @@ import json
 import pytest
 import torch
 from conftest import ROOT, launch_two_processes, metrics, run_two_processes
+from latent_thinking_models import CLOSE, THOUGHT, make_model, tokens
 from safetensors.torch import load_file
 from sharded_training import MODES, NAMES, STEPS, train_all
 from tiny_training import new_hybrid, trainer
+from torch import distributed, multiprocessing
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from llada_trm_hf.cli.main import main
@@ -49,6 +52,62 @@ def test_two_processes_train_backbone_and_head(tmp_path):
     flags = "--recipe finetune --eval_steps 3 --eval_split test[:37] --gradient_accumulation_steps 2"
     flags += " --use_ema --ema_decay 0.5 --use_muon --muon_learning_rate 3e-3"
     compare(tmp_path, flags, evaluated=["eval_expected_calibration_error"])
+
+
+# A batch with a thought, and one without, of the same size.
+THOUGHT_OR_NOT = [[tokens(6, 1) + THOUGHT + tokens(4, 2)], [[*tokens(9, 3), CLOSE, *tokens(6, 4)]]]
+
+
+def new_thinker():
+    """As the recipes train one: the halting head has nothing to learn from answers."""
+    model = make_model().train()
+    model.thinker.trm.halt_head.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def answer_loss(model, number):
+    input_ids = torch.tensor(THOUGHT_OR_NOT[number])
+    labels = input_ids.clone()
+    labels[:, :-4] = -100
+    return model(input_ids=input_ids, labels=labels).loss
+
+
+def take_step(model, loss):
+    loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.sub_(0.5 * parameter.grad)
+                parameter.grad = None
+
+
+def thinker_weights(model):
+    return torch.cat([parameter.detach().flatten() for parameter in model.thinker.parameters()])
+
+
+def train_on_one_of_two(rank, folder):
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    model = new_thinker()
+    parallel = DistributedDataParallel(model)
+    for _ in range(2):
+        take_step(model, answer_loss(parallel, rank))
+    torch.save(thinker_weights(model), folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_thoughts_on_one_of_two_processes(tmp_path):
+    """`DistributedDataParallel` waits for a gradient of every weight, also from the batch without a thought."""
+    multiprocessing.start_processes(train_on_one_of_two, (tmp_path,), nprocs=2, start_method="fork")
+    model = new_thinker()
+    for _ in range(2):
+        take_step(model, (answer_loss(model, 0) + answer_loss(model, 1)) / 2)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert (thinker_weights(model) - thinker_weights(new_thinker())).abs().max() > 1e-3
+    assert torch.equal(*found)
+    torch.testing.assert_close(found[0], thinker_weights(model), atol=1e-6, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from latent_thinking_models import make_lm, make_model
 from lm_eval.tasks import TaskManager
 from tiny_training import new_backbone
 
-from llada_trm_hf import LLaDAForMaskedDiffusion
+from llada_trm_hf import LLaDAForMaskedDiffusion, latent_thinking_tokenizer
 from llada_trm_hf.data import byte_tokenizer, latent_thinking_prompt
 from llada_trm_hf.evaluation import harness as adapters  # noqa: F401  (registers them)
 from llada_trm_hf.evaluation.likelihood import is_greedy_response, likelihood_bounds, response_masks
@@ -216,16 +216,16 @@ def test_harness_of_a_model_with_thoughts(tasks, tmp_path):
         assert float(sample["resps"][0][0]) == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("ending", ["", "<think>", "<think>\\n"])
-def test_harness_of_a_latent_thinker_with_a_chat_template(tasks, tmp_path, ending):
-    """The harness answers what `latent_thinking_prompt` asks, whether or not the template opens the thought."""
+@pytest.mark.parametrize(("ending", "whole"), [("", False), ("<think>", False), ("<think>\\n", False), ("", True)])
+def test_harness_of_a_latent_thinker_with_a_chat_template(tasks, tmp_path, ending, whole):
+    """The harness answers what `latent_thinking_prompt` asks, whether the template opens the thought, or writes it."""
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>", "<|latent|>"]})
     tokenizer.chat_template = f"{{% for m in messages %}}[{{{{ m['content'] }}}}]{{% endfor %}}{{{{ '{ending}' }}}}"
     names = ("pad_token_id", "eos_token_id", "bos_token_id")
     backbone = make_lm(vocab_size=len(tokenizer), **{name: getattr(tokenizer, name) for name in names})
     model = make_model(backbone=backbone, **thought_token_ids(tokenizer))
-    for part in (model, tokenizer):
+    for part in (model, latent_thinking_tokenizer(tokenizer, model.config) if whole else tokenizer):
         part.save_pretrained(tmp_path)
     options = {"batch_size": 4, "apply_chat_template": True}
     samples = harness("latent_thinking", f"pretrained={tmp_path}", tasks, ["local_generate"], **options)

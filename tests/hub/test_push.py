@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import runpy
 import sys
 import time
@@ -15,11 +16,18 @@ import transformers
 from conftest import ROOT
 from hub_http_server import TOKEN, model_hub, sha256
 from huggingface_hub import ModelCard, hf_hub_download
+from latent_thinking_models import backbone_for, make_model, new_tokenizer
 from safetensors.torch import load_file, save
 from tiny_training import new_backbone, new_hybrid, trainer
 from transformers import AutoModel, AutoModelForMaskedLM
 
-from llada_trm_hf import DimensionCompressor, DimensionCompressorConfig
+from llada_trm_hf import (
+    DimensionCompressor,
+    DimensionCompressorConfig,
+    latent_thinking_prompt,
+    latent_thinking_tokenizer,
+    thought_token_ids,
+)
 from llada_trm_hf.cli.main import main
 from llada_trm_hf.hub import import_legacy, push_checkpoint
 from llada_trm_hf.recipes.run_setup import train_and_save
@@ -101,6 +109,29 @@ def test_no_code_but_what_auto_map_reaches(hub, tmp_path, capsys):
     imported.unlink()
     assert push(folder) == 2
     assert f"lacks {imported.name}" in capsys.readouterr().err
+
+
+def test_chat_template_of_a_latent_thinker(hub, tmp_path, capsys):
+    """A checkpoint with the language model's own tokenizer: the thought is written in what is uploaded, and its card's
+    code thinks."""
+    folder, tokenizer = tmp_path / "model", new_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    model = make_model(backbone=backbone_for(tokenizer), **thought_token_ids(tokenizer))
+    for part in (model, tokenizer):
+        part.save_pretrained(folder)
+    assert push(folder) == 0
+    assert (folder / "chat_template.jinja").read_text() == tokenizer.chat_template
+    files = hub.files("user/model")
+    template = files["chat_template.jinja"].decode()
+    assert template == latent_thinking_tokenizer(tokenizer, model.config).chat_template
+    (folder / "chat_template.jinja").write_text(template)
+    (code,) = re.findall(r"```python\n(.*?)```", files["README.md"].decode(), re.DOTALL)
+    assert "enable_thinking=False" in files["README.md"].decode()
+    capsys.readouterr()
+    exec(compile(code.replace("user/model", str(folder)), "card", "exec"), {})
+    ids = latent_thinking_prompt("What is 12 * 7?", tokenizer, model.config)
+    expected = model.generate(torch.tensor([ids]), max_new_tokens=64)[0]
+    assert capsys.readouterr().out.strip() == tokenizer.decode(expected, skip_special_tokens=True).strip()
 
 
 def test_custom_generate(hub, checkpoint, capsys):

@@ -19,6 +19,7 @@ from latent_thinking_models import (
 )
 from safetensors import safe_open
 from tiny_training import StopAt
+from transformers import AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 
 from llada_trm_hf.cli.main import main
@@ -119,6 +120,16 @@ def test_answers_are_those_of_the_model_as_it_generates(tmp_path):
     answers, _ = trainer._generate_single_turn(prompts, None, {}, 1)
     assert answers == expected
     assert model.training
+
+
+def test_the_chat_template_that_is_saved_writes_the_thought(tmp_path):
+    model, tokenizer = speaking_model()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    grpo(model, tokenizer, tmp_path).save_model()
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    messages = [{"role": "user", "content": "5="}]
+    ids = saved.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ids == [*tokenizer("[5=]")["input_ids"], *model.config.thought_token_ids]
 
 
 def test_log_probabilities_are_those_of_the_answers_and_the_ratio_is_one(tmp_path):

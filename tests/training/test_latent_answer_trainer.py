@@ -138,9 +138,15 @@ def test_checkpoints_leave_out_a_frozen_backbone(speaking, samples, tmp_path):
     with pytest.raises(ValueError, match="would lose what the backbone learns"):
         LatentAnswerTrainer(model, settings, train_dataset=samples)
     model.backbone.requires_grad_(False)
+    tokenizer.chat_template = template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
     trainer = LatentAnswerTrainer(model, settings, train_dataset=samples, processing_class=tokenizer)
     trainer.train()
     trainer.save_model()
+    messages = [{"role": "user", "content": "39="}]
+    saved = AutoTokenizer.from_pretrained(tmp_path / "run")
+    ids = saved.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ids == [*tokenizer("[39=]")["input_ids"], *model.config.thought_token_ids]
+    assert tokenizer.chat_template == template
     with safe_open(tmp_path / "run/model.safetensors", "pt") as file:
         assert all(name.startswith("thinker.") for name in file.keys())  # noqa: SIM118 (it is no dictionary)
     loaded = LatentThinkingForCausalLM.from_pretrained(tmp_path / "run").eval()

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from ..hub_model import HubModel
+from ..hub_model import HubModel, with_device_hooks
 
 
 class DimensionCompressorConfig(PreTrainedConfig):
@@ -99,13 +99,21 @@ class DimensionCompressor(HubModel, PreTrainedModel):
             rows = torch.empty(self.weight.shape, dtype=torch.float32, device=self.weight.device)
             init.copy_(self.weight, nn.init.orthogonal_(rows))
 
+    @with_device_hooks
     def compress(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[..., D]` to `[..., D']`, in the dtype of the weight."""
+        return self._compress(hidden_states)
+
+    @with_device_hooks
+    def decompress(self, compressed: torch.Tensor) -> torch.Tensor:
+        """`[..., D']` to `[..., D]`."""
+        return self._decompress(compressed)
+
+    def _compress(self, hidden_states: torch.Tensor) -> torch.Tensor:
         self._check_width(hidden_states)
         return nn.functional.linear(hidden_states.to(self.weight.dtype), self.weight)
 
-    def decompress(self, compressed: torch.Tensor) -> torch.Tensor:
-        """`[..., D']` to `[..., D]`."""
+    def _decompress(self, compressed: torch.Tensor) -> torch.Tensor:
         return compressed.to(self.weight.dtype) @ self.weight
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> CompressorOutput:
@@ -120,8 +128,8 @@ class DimensionCompressor(HubModel, PreTrainedModel):
         if attention_mask is not None:
             real = _check_mask(hidden_states, attention_mask)[..., None]
             hidden_states = hidden_states.masked_fill(~real, 0.0)
-        compressed = self.compress(hidden_states)
-        reconstructed = self.decompress(compressed)
+        compressed = self._compress(hidden_states)
+        reconstructed = self._decompress(compressed)
         dtype = torch.promote_types(reconstructed.dtype, torch.float32)
         error = reconstructed.to(dtype) - hidden_states.to(dtype)
         if attention_mask is None:
@@ -143,9 +151,11 @@ class DimensionCompressor(HubModel, PreTrainedModel):
             batches: hidden states `[..., D]`, or pairs of them and a mask `[...]` that is 0 for padding.
 
         Raises:
-            ValueError: for hidden states of another width, a NaN or infinity at a real token, no data, or fewer
-                samples than `D'`. The weight is unchanged then.
+            ValueError: for hidden states of another width, a NaN or infinity at a real token, no data, fewer samples
+                than `D'`, or an offloaded compressor. The weight is unchanged then.
         """
+        if self.weight.is_meta:
+            raise ValueError("The weight is offloaded: fit the compressor on a device, and offload it afterwards.")
         size, rank = self.config.hidden_size, self.config.compressed_size
         # Row D holds the number of samples, so that one reduction carries everything.
         totals = torch.zeros(size + 1, size, dtype=torch.float64, device=self.weight.device)

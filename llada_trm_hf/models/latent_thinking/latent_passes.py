@@ -73,6 +73,9 @@ class LatentPasses:
         The states `[B, L, D]` the LM head reads, and the output with logits at the last `num_logits` positions. The
         other arguments are those of `forward`.
         """
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(name) is None and getattr(self.config, name):
+                kwargs[name] = getattr(self.config, name)
         layout = None
         if enable_latent_thinking is not False and input_ids is not None:
             layout = self._find_thoughts(input_ids, attention_mask, past_key_values)
@@ -86,7 +89,10 @@ class LatentPasses:
                 "use_cache": use_cache,
             }
             inputs = {name: value for name, value in inputs.items() if value is not None}
-            return _as_output(*lm_head_inputs(self.backbone, {**inputs, **kwargs}, num_logits))
+            states, outputs = _as_output(*lm_head_inputs(self.backbone, {**inputs, **kwargs}, num_logits))
+            if self.training and torch.is_grad_enabled() and enable_latent_thinking is not False:
+                states, outputs.logits = self._with_zero_gradients(states, outputs.logits)
+            return states, outputs
         assert input_ids is not None
         if position_ids is None and attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -104,6 +110,16 @@ class LatentPasses:
         states, outputs = self._run(batch, past_key_values, use_cache, num_logits, max_reasoning_steps, kwargs)
         outputs.reasoning_steps, outputs.halt_probability = batch.steps, batch.halt_probability
         return states, outputs
+
+    def _with_zero_gradients(self, *results: torch.Tensor | None) -> tuple[Any, ...]:
+        """
+        The same values; their backward pass gives the thinker's weights zeros for gradients. Where the batch of
+        another process of `DistributedDataParallel` has thoughts, it waits for gradients from this one.
+        """
+        weights = [parameter for parameter in self.thinker.parameters() if parameter.requires_grad]
+        if not weights:
+            return results
+        return tuple(None if result is None else _ZeroGradients.apply(result, *weights) for result in results)
 
     def _find_thoughts(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
@@ -210,19 +226,35 @@ class LatentPasses:
         batch.halt_probability[rows, numbers] = thought.halt_probability.detach().to(batch.halt_probability)
 
 
+class _ZeroGradients(torch.autograd.Function):
+    """A tensor as it is, whose backward pass gives `weights` zeros for gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, result: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*weights)
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return gradients[0], *map(torch.zeros_like, ctx.saved_tensors)
+
+
 def _as_output(states: torch.Tensor, outputs: Any) -> tuple[torch.Tensor, LatentThinkingOutput]:
     names = ("logits", "past_key_values", "hidden_states", "attentions")
     return states, LatentThinkingOutput(**{name: outputs.get(name) for name in names})
 
 
-def _join(
-    parts: list[tuple[torch.Tensor, ...] | None], num_keys: int | None = None
-) -> tuple[torch.Tensor, ...] | None:
-    """Joins each layer's states `[B, l, D]` of consecutive passes; with `num_keys`, weights `[B, heads, l, keys]`."""
+def _join(parts: list[tuple[torch.Tensor | None, ...] | None], num_keys: int | None = None) -> tuple[Any, ...] | None:
+    """
+    Joins each layer's states `[B, l, D]` of consecutive passes; with `num_keys`, weights `[B, heads, l, keys]`. A
+    layer that was not asked for is None in each.
+    """
     given = [part for part in parts if part]
     if not given:
         return None
+    layers = [None if layer[0] is None else layer for layer in zip(*given)]
     if num_keys is None:
-        return tuple(torch.cat(layer, dim=1) for layer in zip(*given))
+        return tuple(None if layer is None else torch.cat(layer, dim=1) for layer in layers)
     pad = nn.functional.pad
-    return tuple(torch.cat([pad(p, (0, num_keys - p.shape[-1])) for p in layer], dim=2) for layer in zip(*given))
+    padded = ([pad(p, (0, num_keys - p.shape[-1])) for p in layer] if layer else None for layer in layers)
+    return tuple(None if layer is None else torch.cat(layer, dim=2) for layer in padded)

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from ..backbone_wrapper import BackboneWrapper, input_device
 from .configuration_latent_thinking import LatentThinkingConfig
@@ -29,6 +29,8 @@ from .latent_passes import LatentPasses, LatentThinkingOutput
 from .latent_thinker import LatentThinker
 from .sequence_trm import SequenceTRM, SequenceTRMConfig
 from .thought_tokens import thought_token_ids
+
+logger = logging.get_logger(__name__)
 
 
 class LatentThinkingGenerationMixin(GenerationMixin):
@@ -49,12 +51,28 @@ class LatentThinkingGenerationMixin(GenerationMixin):
     ) -> Any:
         """
         As in transformers, except that the latent token is never generated. Takes the arguments of `forward` as well:
-        `enable_latent_thinking`, `max_reasoning_steps`.
+        `enable_latent_thinking`, `max_reasoning_steps`. Warns once of prompts without any thought.
         """
         if kwargs.get("enable_latent_thinking") is not False:
             never = _NeverThisToken(self.config.latent_token_id)
             logits_processor = LogitsProcessorList([*(logits_processor or ()), never])
+        tokens = kwargs.get("input_ids") if inputs is None else inputs
+        is_open = kwargs.get("enable_latent_thinking") is None
+        if is_open and isinstance(tokens, torch.Tensor) and not bool((tokens == self.config.latent_token_id).any()):
+            logger.warning_once(
+                "The prompt has no thought in it, so the backbone answers alone. Messages get one from the chat "
+                "template saved with the model, texts from latent_thinking_prompt of llada-trm-hf; "
+                "enable_latent_thinking=False says that none is wanted."
+            )
         return super().generate(inputs, generation_config, logits_processor, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises ValueError, and so does `generate_batch`, which calls it: there is none for latent thinking."""
+        raise ValueError(
+            "Continuous batching feeds a model parts of prompts, many in one row, but a latent thought reads its "
+            "whole prompt: pad the prompts on the left and call generate, or backbone.generate_batch for answers "
+            "without thoughts."
+        )
 
     def prepare_inputs_for_generation(
         self,
@@ -114,6 +132,7 @@ class LatentThinkingModel(nn.Module):
         super().__init__()
         self._causal_lm = (causal_lm,)  # not as a sub-module: it owns the weights
 
+    @can_return_tuple
     def forward(self, input_ids: torch.Tensor | None = None, **inputs: Any) -> BaseModelOutputWithPast:
         """`last_hidden_state` `[B, L, D]` and the cache. The arguments are those of the causal language model."""
         states, outputs = self._causal_lm[0].encode(input_ids, num_logits=0, **inputs)
@@ -286,10 +305,18 @@ class LatentThinkingForCausalLM(LatentThinkingGenerationMixin, LatentPasses, Bac
         assert logits is not None
         if isinstance(logits_to_keep, torch.Tensor):
             logits = logits[:, logits_to_keep]  # they could stand anywhere, so there are all
-        outputs.logits = logits
+        loss = None
         if labels is not None or "shift_labels" in for_loss:
-            outputs.loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **for_loss)
-        return outputs
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **for_loss)
+        return LatentThinkingOutput(  # anew: what is set later comes last in a tuple
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            reasoning_steps=outputs.reasoning_steps,
+            halt_probability=outputs.halt_probability,
+        )
 
 
 def _check_backbone(backbone: PreTrainedModel) -> None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from ..hub_model import HubModel, check_at_least_one
+from ..hub_model import HubModel, check_at_least_one, with_device_hooks
 from ..rotary import Rotary, rotary_embedding
 from .sequence_trm_layers import LLM_TRM_EPS, PackedSequences, SequenceTRMNetwork
 
@@ -331,6 +331,7 @@ class SequenceTRM(HubModel, PreTrainedModel):
 
     # --- Inference ---
 
+    @with_device_hooks
     def reason(
         self,
         context: torch.Tensor,

@@ -218,6 +218,42 @@ def test_loss_and_gradients_equal_those_of_the_plain_loop(any_model, rows):
     assert all(p.grad is None for name, p in parameters.items() if name not in trained)
 
 
+@pytest.mark.parametrize("freeze_backbone", [True, False])
+@pytest.mark.parametrize("headless", [True, False])
+def test_a_batch_without_a_thought_gives_zero_gradients(freeze_backbone, headless):
+    """Where the thinker has nothing to do, its weights get zeros, and everything else stays as it is."""
+    model = make_model(freeze_backbone=freeze_backbone).train()
+    with torch.no_grad():
+        model.thinker.projector.weight[0, 0] = torch.nan  # it is not read
+    model.thinker.compressor.requires_grad_(False)
+    input_ids, mask = pad_rows([tokens(5, 1), tokens(8, 2)])
+
+    def loss_of(each):
+        if headless:
+            return each.base_model(input_ids, attention_mask=mask).last_hidden_state.square().mean()
+        return each(input_ids, attention_mask=mask, labels=input_ids).loss
+
+    expected = loss_of(model.backbone if not headless else make_model(freeze_backbone=freeze_backbone).train())
+    loss = loss_of(model)
+    assert torch.equal(loss, expected)
+    loss.backward()
+    for name, parameter in model.thinker.named_parameters():
+        if name.startswith("compressor"):
+            assert parameter.grad is None
+        else:
+            assert torch.equal(parameter.grad, torch.zeros_like(parameter)), name
+    if freeze_backbone:
+        assert all(parameter.grad is None for parameter in model.backbone.parameters())
+        assert not loss_of(model.eval()).requires_grad
+        return
+    found = [parameter.grad.clone() for parameter in model.backbone.parameters() if parameter.grad is not None]
+    assert found
+    model.zero_grad()
+    loss_of(model.eval()).backward()
+    for one, other in zip(found, (p.grad for p in model.backbone.parameters() if p.grad is not None), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_loss_of_kept_positions_and_shares_of_a_batch(model):
     input_ids, mask, labels = labelled(ROWS, side="left")
     full = model(input_ids, attention_mask=mask, labels=labels, use_cache=False)
