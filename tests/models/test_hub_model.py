@@ -528,7 +528,8 @@ def test_trainer_pushes_with_its_metrics(published):
 
 def test_nothing_waits_for_a_person(published):
     """transformers asks, and waits 15 seconds for the answer, wherever code is found that nobody said to trust."""
-    assert PAUSE in published["said"] and "Do you wish to run the custom code?" not in published["said"]
+    printed = [result.get("printed", "") for result in published["found"].values()]  # what the cards' code prints
+    assert "wish to run the custom code" not in " ".join([published["said"], *printed])
 
 
 def test_no_token_anywhere(published):
