@@ -31,7 +31,7 @@ from .checkpoint_files import check_repo_id, files_to_publish
 from .legacy import import_legacy
 from .license import keep_license, license_of, read_metadata, with_license, with_metadata
 from .model_card import CARD_FIELDS, CUSTOM_GENERATE_CARD
-from .readme_file import README, is_first_process, is_generated, sign
+from .readme_file import README, is_first_process, is_generated, read_readme, sign
 
 RETRY_DELAYS = (1, 2, 4)  # seconds
 # What `from_pretrained` may load in place of the weights that are uploaded, if an earlier upload left it.
@@ -96,7 +96,8 @@ def push_model(
         if not isinstance(model, BackboneWrapper):
             raise ValueError(f"save_backbone=False needs a model with a backbone, got a {type(model).__name__}.")
         saving["save_backbone"] = False
-    tags = [*(model.model_tags or ()), *(arguments.pop("tags", None) or ())]
+    tags = arguments.pop("tags", None) or ()
+    tags = [*(model.model_tags or ()), *([tags] if isinstance(tags, str) else tags)]
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, **saving)
         return push_folder(folder, repo_id, token=token, tags=tags, **arguments)
@@ -131,11 +132,14 @@ def push_custom_generate(
 def export_custom_generate(folder: str | os.PathLike, repo_id: str | None = None) -> None:
     """
     Writes masked-diffusion generation into `folder`, as transformers loads it: `custom_generate/generate.py`, the
-    files it imports, and a card, whose code loads it from `repo_id` (by default the folder).
+    files it imports, and a card, whose code loads it from `repo_id` (by default the folder), unless there is a
+    README.md that a person wrote or changed.
     """
     write_code(Path(folder, "custom_generate"), generate)
-    card = CUSTOM_GENERATE_CARD.read_text(encoding="utf-8").replace("{{ repo_id }}", repo_id or os.fspath(folder))
-    Path(folder, "README.md").write_text(card, encoding="utf-8")
+    readme = read_readme(folder)
+    if readme is None or is_generated(readme):
+        card = CUSTOM_GENERATE_CARD.read_text(encoding="utf-8").replace("{{ repo_id }}", repo_id or os.fspath(folder))
+        Path(folder, README).write_text(sign(ModelCard(card)), encoding="utf-8")
 
 
 def custom_generate_files(repo_id: str) -> dict[str, str | bytes]:

@@ -108,7 +108,7 @@ class HubModel:
             tags = self.model_tags  # type: ignore[attr-defined]
             hooks["save_card"](save_directory, tags=tags)
             if push_to_hub:
-                hooks["push_folder"](save_directory, tags=tags, **upload)
+                hooks["push_folder"](save_directory, **{"tags": tags, **upload})
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """

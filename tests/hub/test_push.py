@@ -97,6 +97,12 @@ def test_custom_generate(hub, checkpoint, capsys):
     assert main(["push", "--custom_generate", "user/generate", "--private", "--revision", "v2"]) == 0
     assert set(hub.files("user/generate", "v2")) == listed | {".gitattributes"}
     assert hub.repositories["user/generate"].private and "/commit/" in capsys.readouterr().out
+    assert main(["push", "--custom_generate", "user/generate", "--revision", "v2"]) == 0
+    assert hub.num_commits("user/generate") == 1  # the same again
+    commit_readme(hub, "Mine.\n", "user/generate")
+    assert main(["push", "--custom_generate", "user/generate"]) == 0
+    assert hub.files("user/generate")["README.md"] == b"Mine.\n" and len(hub.files("user/generate")) > 3
+    capsys.readouterr()
     for arguments, found in (
         (["--custom_generate", "user/generate", "--checkpoint", str(checkpoint)], "--checkpoint"),
         (["--custom_generate", "user/generate", "--repo", "user/model"], "--repo"),
@@ -280,7 +286,7 @@ def test_what_push_to_hub_is_told(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
     model = DimensionCompressor(DimensionCompressorConfig(hidden_size=64, compressed_size=16))
     model.add_model_tags("of the model")
-    told = {"token": TOKEN, "private": True, "revision": "second", "tags": ["more"], "license": "mit"}
+    told = {"token": TOKEN, "private": True, "revision": "second", "tags": "more", "license": "mit"}
     told |= {"commit_message": "Compressor", "commit_description": "At length.", "base_model": "user/lm"}
     pushed = model.push_to_hub("model", description="My words.", **told)  # the owner is the token's
     repository = hub.repositories["user/model"]
