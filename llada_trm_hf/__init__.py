@@ -6,6 +6,7 @@ their names are first used.
 """
 
 import importlib
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from .models import __all__ as _models
 from .generation import *  # noqa: F403
 from .generation import __all__ as _generation
 from . import inspection  # draws traces, and reports in debug mode
+from .models.hub_model import HUB_HOOKS
 # ruff: isort: on
 
 if TYPE_CHECKING:
@@ -93,8 +95,20 @@ _LAZY = {
         "set_trainable",
     ),
 }
+# Saving and pushing a model import `hub`.
+_HUB_HOOKS = {"save_card": "readme_file", "push_model": "push", "push_folder": "push"}
 _FOLDER_OF = {name: folder for folder, names in _LAZY.items() for name in names}
 __all__ = [*_models, *_generation, *_FOLDER_OF, *_LAZY, "inspection"]
+
+
+def _hub_hook(module: str, name: str) -> Callable[..., Any]:
+    def hook(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(f".hub.{module}", __name__), name)(*args, **kwargs)
+
+    return hook
+
+
+HUB_HOOKS.update({name: _hub_hook(module, name) for name, module in _HUB_HOOKS.items()})
 
 
 def __getattr__(name: str) -> Any:

@@ -4,13 +4,17 @@ import csv
 import os
 import subprocess
 import sys
+import time
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+import transformers
+from hub_http_server import TOKEN, model_hub
 from tiny_training import new_samples
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING
@@ -84,6 +88,21 @@ def tiny_backbone(make_backbone):
 @pytest.fixture
 def tiny_hybrid(make_hybrid):
     return make_hybrid()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub that this process takes for the real one."""
+    with model_hub() as server:
+        resolve = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", resolve)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # it remembers the address
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
@@ -28,17 +28,22 @@ METADATA = {
     "datasets": list,
     "model-index": list,
     **dict.fromkeys(("base_model", "base_model_relation", "library_name", "pipeline_tag"), str),
+    **dict.fromkeys(("license", "license_name", "license_link", "model_name"), str),
 }
 
 
 @dataclass
 class Repository:
-    """`commits`: id -> path -> contents; `branches`: name -> id; `large`: the paths that came as large files."""
+    """
+    `commits`: id -> path -> contents; `branches`: name -> id, pull requests (`refs/pr/N`) too; `large`: the paths that
+    came as large files; `messages`: id -> summary and description.
+    """
 
     private: bool
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     large: set[str] = field(default_factory=set)
+    messages: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def commit(self, branch: str, files: dict[str, bytes]) -> str:
         name = hashlib.sha1(f"{id(self)} {len(self.commits)}".encode()).hexdigest()
@@ -101,6 +106,7 @@ class _Refused(Exception):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or a body waits, after its headers, until the client has acknowledged them: 40 ms
     server: ModelHub
 
     def log_message(self, *_: Any) -> None:
@@ -281,11 +287,20 @@ class _Handler(BaseHTTPRequestHandler):
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.server.objects[value["oid"]]
                 repository.large.add(value["path"])
+            elif line["key"] == "deletedFile":
+                if value["path"] not in files:
+                    raise _Refused(400, message=f"There is no {value['path']} to delete")
+                del files[value["path"]]
+        answer = {}
+        if parse_qs(urlsplit(self.path).query).get("create_pr") == ["1"]:
+            number = 1 + sum(name.startswith("refs/pr/") for name in repository.branches)
+            branch, answer = f"refs/pr/{number}", {"pullRequestUrl": f"{self.server.url}/{name}/discussions/{number}"}
         commit = repository.commit(branch, files)
+        repository.messages[commit] = (header["summary"], header["description"])
         if when == "after":
             return self.cut()
         url = f"{self.server.url}/{name}/commit/{commit}"
-        return self.reply({"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
+        return self.reply({"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": "", **answer})
 
     # --- Downloading ---
 

@@ -39,6 +39,7 @@ def dataset_hub(repositories: dict[str, dict[str, bytes]]) -> Iterator[DatasetHu
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or a body waits, after its headers, until the client has acknowledged them: 40 ms
     server: DatasetHub
 
     def log_message(self, *_: Any) -> None:

@@ -4,7 +4,8 @@ import logging
 import os
 
 from ..hub import onnx, push_checkpoint, push_custom_generate
-from ..hub.push import custom_generate_files, files_to_publish, folder_of
+from ..hub.checkpoint_files import files_to_publish
+from ..hub.push import custom_generate_files, folder_of
 from .command import CommandParser
 
 
@@ -15,16 +16,21 @@ def push(arguments: list[str]) -> None:
     add("--checkpoint", help="folder of a model, or an older compressor.pt or trm.pt, which is converted")
     add("--repo", help="owner/name; created if it does not exist")
     add("--custom_generate", metavar="REPO", help="upload masked-diffusion generation, for other models, instead")
-    add("--private", action="store_true", help="make a new repository private")
+    add("--private", action="store_true", default=None, help="make a new repository private")
     add("--description", help="a paragraph for the model card")
     add("--revision", help="branch, created if it does not exist")
     add("--base_model", help="owner/name of the model it builds on, if the checkpoint names none, or a folder")
+    add("--license", help="of the card, as the Hub names it (apache-2.0); by default that of the model it builds on")
+    add("--tags", nargs="+", help="more tags for the card")
+    add("--commit_message", help="by default, Upload model")
+    add("--create_pr", action="store_true", help="open a pull request instead of committing")
     add("--dry_run", action="store_true", help="list what would be uploaded, without contacting the Hub")
     options = parser.parse_args(arguments)
-    card = {"description": options.description, "revision": options.revision, "base_model": options.base_model}
+    card = {name: getattr(options, name) for name in ("description", "revision", "base_model", "license", "tags")}
+    commit = {"commit_message": options.commit_message, "create_pr": options.create_pr}
     if options.custom_generate is not None:
-        for_checkpoints = ("checkpoint", "repo", "description", "base_model")
-        refused = [f"--{name}" for name in for_checkpoints if getattr(options, name) is not None]
+        for_checkpoints = ("checkpoint", "repo", "description", "base_model", "license", "tags", *commit)
+        refused = [f"--{name}" for name in for_checkpoints if getattr(options, name) not in (None, False)]
         if refused:
             parser.error(f"--custom_generate uploads no checkpoint: leave out {', '.join(refused)}")
         if options.dry_run:
@@ -37,7 +43,8 @@ def push(arguments: list[str]) -> None:
         with folder_of(options.checkpoint) as folder:
             _print_sizes(files_to_publish(folder, options.repo, **card))
     else:
-        print(push_checkpoint(options.checkpoint, options.repo, options.private, **card).commit_url)
+        pushed = push_checkpoint(options.checkpoint, options.repo, options.private, **card, **commit)
+        print(pushed.pr_url or pushed.commit_url)
 
 
 def export_onnx(arguments: list[str]) -> None:

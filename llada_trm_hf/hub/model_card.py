@@ -1,8 +1,11 @@
 """The model card of a checkpoint's folder. It says nothing that the folder does not."""
 
+import json
 import math
 import os
+from collections.abc import Iterable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,11 +13,17 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..models.latent_thinking.thinking_chat_template import latent_thinking_template_files
+from .license import LICENSE_FIELDS, license_of, with_license
 from .training_record import TrainingRecord, read_json, read_training_record
 
 TEMPLATE = str(Path(__file__).with_name("MODEL_CARD.md"))
 CUSTOM_GENERATE_CARD = Path(__file__).with_name("CUSTOM_GENERATE_CARD.md")
 LIBRARY = "llada-trm-hf"
+# The metadata that a card is given here; others are a person's.
+CARD_FIELDS = {
+    *("base_model", "base_model_relation", "datasets", "library_name", "model-index", "model_name", "pipeline_tag"),
+    *("tags", *LICENSE_FIELDS),
+}
 
 
 class _Kind(NamedTuple):
@@ -43,6 +52,8 @@ def model_card(
     description: str | None = None,
     revision: str | None = None,
     base_model: str | None = None,
+    license: str | None = None,
+    tags: Iterable[str] | None = None,
 ) -> ModelCard:
     """
     The card of the model in `folder`, from the template `MODEL_CARD.md`, its config and what training left there.
@@ -53,6 +64,9 @@ def model_card(
         description: your own paragraph.
         revision: the branch it will be on, if not the default one.
         base_model: the repository of the model it builds on; by default the one its config names.
+        license: its identifier on the Hub, such as `apache-2.0`; by default that of the model it builds on, if that
+            one's card is in its folder or in the cache.
+        tags: more of them.
 
     Raises:
         FileNotFoundError, ValueError: without a config, and for a JSON file that holds no object.
@@ -63,18 +77,19 @@ def model_card(
     base = base_model or _base_model(config)
     tokenizer = read_json(Path(folder, "tokenizer_config.json"))
     has_backbone, model_name = config.get("backbone_in_checkpoint", True), Path(repo_id).name
-    return ModelCard.from_template(
+    card = ModelCard.from_template(
         ModelCardData(
             library_name="transformers",
             pipeline_tag=kind.pipeline_tag,
             base_model=base,
             base_model_relation=None if has_backbone or not base else "adapter",
             datasets=[record.data["hub_name"]] if record.data.get("hub_name") else None,
-            tags=[*kind.tags, str(config.get("model_type")), LIBRARY],
+            tags=[*kind.tags, str(config.get("model_type")), *(tags or ()), LIBRARY],
             model_name=model_name,
             eval_results=_eval_results(kind, record),
         ),
         template_path=TEMPLATE,
+        quoted=partial(json.dumps, ensure_ascii=False),
         kind=kind.name,
         auto_class=kind.auto_class,
         model_name=model_name,
@@ -94,6 +109,8 @@ def model_card(
         weights_step=record.weights_step,
         results_data=_dataset(record.data, "eval_split"),
     )
+    fields = license_of(base_model) or license_of(config.get("backbone_name_or_path"))
+    return with_license(card, {"license": license} if license else fields)
 
 
 def read_config(folder: str | os.PathLike) -> dict[str, Any]:

@@ -1,15 +1,19 @@
 """What a training run leaves beside the weights: its settings, how long it took, what the last evaluation found."""
 
+from __future__ import annotations
+
 import json
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import transformers
-from transformers import PreTrainedModel, TrainingArguments
 
 from .files import write_text
+
+if TYPE_CHECKING:  # the card of a model that is saved needs neither, and the second takes a second
+    from transformers import PreTrainedModel, TrainingArguments
 
 TRAINING_SETTINGS_FILE = "training_settings.json"
 # Logged by an evaluation, but not about the model.

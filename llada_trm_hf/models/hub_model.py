@@ -20,8 +20,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 BACKBONES: dict[str, type[PreTrainedModel]] = {}
 REFINERS: dict[str, type[PreTrainedModel]] = {}
 
+# What `save_pretrained` and `push_to_hub` do beyond transformers, filled where the package is imported: "save_card",
+# "push_model" and "push_folder" of its `hub`. Empty in the code that travels with a checkpoint.
+HUB_HOOKS: dict[str, Callable[..., Any]] = {}
+
 _HERE = Path(__file__).resolve().parent
 _REGISTRY_FILE = "registered_models.py"
+_SAVE_ARGUMENTS = {*inspect.signature(PreTrainedModel.save_pretrained).parameters} - {"token"}  # that is for pushing
 _RELATIVE_IMPORT = re.compile(r"from\s+\.[\w.]*")
 
 
@@ -76,18 +81,53 @@ class HubModel:
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
         save_original_format: bool = False,
+        push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
         """
         As in transformers, except that tensors keep this package's names unless `save_original_format=True` asks for
-        those of the official checkpoints. (The HF Trainer resumes by the names in memory.)
+        those of the official checkpoints. (The HF Trainer resumes by the names in memory.) Where the package is
+        imported, a model card is written too, but never over a README.md that a person wrote or changed, and
+        `push_to_hub=True` uploads as `push_to_hub` does.
         """
+        has_adapters = getattr(self, "_hf_peft_config_loaded", False)
+        hooks = {} if has_adapters else HUB_HOOKS  # adapters are saved alone, as PEFT does
+        upload: dict[str, Any] = {}
+        if push_to_hub and hooks:
+            upload = {name: kwargs.pop(name) for name in list(kwargs) if name not in _SAVE_ARGUMENTS}
         if is_main_process:
             os.makedirs(save_directory, exist_ok=True)
             self.export_code(save_directory)
         super().save_pretrained(  # type: ignore[misc]
-            save_directory, is_main_process=is_main_process, save_original_format=save_original_format, **kwargs
+            save_directory,
+            is_main_process=is_main_process,
+            save_original_format=save_original_format,
+            push_to_hub=push_to_hub and not hooks,
+            **kwargs,
         )
+        if hooks and is_main_process:
+            tags = self.model_tags  # type: ignore[attr-defined]
+            hooks["save_card"](save_directory, tags=tags)
+            if push_to_hub:
+                hooks["push_folder"](save_directory, **{"tags": tags, **upload})
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """
+        As in transformers. Where the package is imported, it uploads what `llada-trm push` does, a complete model with
+        its card and nothing else, in one commit.
+
+        Args:
+            repo_id: `owner/name`, or the name alone for a repository of your own.
+            kwargs: those of transformers (`private`, `revision`, `create_pr`, `commit_message`, `commit_description`,
+                `token`, `tags`, `max_shard_size`); with the package also `description`, `license` and `base_model` for
+                the card, and `save_backbone=False` for the trained part of a hybrid or a latent thinker alone.
+
+        Raises:
+            ValueError: without a token, and for a model that nobody else could load.
+        """
+        if "push_model" in HUB_HOOKS and not getattr(self, "_hf_peft_config_loaded", False):
+            return HUB_HOOKS["push_model"](self, repo_id, **kwargs)
+        return super().push_to_hub(repo_id, **kwargs)  # type: ignore[misc]
 
     def export_code(self, folder: str | os.PathLike) -> None:
         """Writes the Python files of the model and its config into `folder`, and fills `config.auto_map`."""

@@ -199,10 +199,10 @@ class LatentGRPOTrainer(BaseTrainer, GRPOTrainer):
         with _evaluation_mode(model):
             return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 
-    def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
+    def create_model_card(self, model_name: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Only once the model is in the output folder: TRL asks for a card before every checkpoint."""
         if os.path.isfile(os.path.join(self.args.output_dir, "config.json")):
-            super().create_model_card(model_name, **kwargs)
+            super().create_model_card(model_name, *args, **kwargs)
 
     def _origin_of_non_finite(self, *batch: Any) -> str:
         return "Look at the rewards: the answers were sampled from finite probabilities."

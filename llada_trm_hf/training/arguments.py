@@ -27,7 +27,9 @@ class CommonTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = HfArg(default=False, help="Off: the collator needs columns the model does not.")
     logging_nan_inf_filter: bool = HfArg(default=False, help="Off: a loss of NaN stops the run, and is not hidden.")
     hub_strategy: HubStrategy | str = HfArg(
-        default="end", help="Only 'end': push_to_hub uploads the finished model, not the checkpoints before it."
+        default="end",
+        help="What push_to_hub uploads: 'end' the finished model, 'every_save' that of each checkpoint too, "
+        "'checkpoint' and 'all_checkpoints' also what it takes to resume.",
     )
     early_stopping_patience: int | None = HfArg(
         default=None, help="Stop after this many evaluations without a better metric_for_best_model."
@@ -47,12 +49,6 @@ class CommonTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
-        strategy = HubStrategy(self.hub_strategy)
-        if self.push_to_hub and strategy != HubStrategy.END:
-            raise ValueError(
-                f"hub_strategy must be 'end', got {strategy.value!r}: earlier uploads would lack the model's code and "
-                f"hold pickles. Upload a checkpoint with llada-trm push."
-            )
         no_metric = self.eval_strategy == "no" or self.metric_for_best_model is None
         if self.early_stopping_patience is not None and no_metric:
             raise ValueError(

@@ -2,21 +2,29 @@
 
 import os
 from collections import defaultdict
+from concurrent.futures import Future
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import CommitInfo, HfApi
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress, logging
 
-from ..hub import model_card
-from ..hub.push import files_to_publish, publish
+from ..hub.checkpoint_files import files_to_publish
+from ..hub.push import publish
+from ..hub.readme_file import save_card
 from ..hub.training_record import write_training_settings
 from ..inspection import NonFiniteWatch
 from ..inspection.non_finite import non_finite_weights
 from .arguments import CommonTrainingArguments
 from .callbacks import CSVMetricsCallback, ProfilerCallback
+
+logger = logging.get_logger(__name__)
 
 
 class BaseTrainer(Trainer):
@@ -116,14 +124,41 @@ class BaseTrainer(Trainer):
                 logs[name] = round(mean.item(), 6)
         super().log(logs, start_time)
 
-    def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
-        """Writes the package's card to the output folder; ValueError for arguments that only `Trainer`'s card has."""
+    def save_state(self) -> None:
+        """As in `Trainer`; the results also go into the card."""
+        super().save_state()
+        self._save_card(self.args.output_dir)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Writes the package's card to the output folder, unless a person wrote or changed the README.md there;
+        ValueError for arguments that only `Trainer`'s card has.
+        """
         _refuse_for_card(kwargs)
         if self.is_world_process_zero():
-            folder = self.args.output_dir
-            self.save_state()
-            repo_id = self.hub_model_id or model_name or os.path.basename(os.path.abspath(folder))
-            model_card(folder, repo_id, revision=self.args.hub_revision).save(os.path.join(folder, "README.md"))
+            super().save_state()
+            self._save_card(self.args.output_dir, model_name, license, tags)
+
+    def _save_card(
+        self,
+        folder: str,
+        model_name: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        if self.is_world_process_zero():
+            repo_id = self.hub_model_id or model_name
+            save_card(folder, repo_id, self.args.hub_revision, license, self._card_tags(tags))
+
+    def _card_tags(self, tags: str | list[str] | None) -> list[str]:
+        more = [tags] if isinstance(tags, str) else tags or []
+        return [*(getattr(self.model, "model_tags", None) or []), *more]
 
     def push_to_hub(
         self,
@@ -133,6 +168,8 @@ class BaseTrainer(Trainer):
         revision: str | None = None,
         private: bool | None = None,
         model_name: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
         **kwargs: Any,
     ) -> Any:
         """
@@ -140,7 +177,8 @@ class BaseTrainer(Trainer):
         Returns a `CommitInfo`, or a `Future` of it unless `blocking`; None in all processes but the first.
         """
         _refuse_for_card(kwargs)
-        private = bool(self.args.hub_private_repo if private is None else private)
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        private = self.args.hub_private_repo if private is None else private
         token, revision = token or self.args.hub_token, revision or self.args.hub_revision
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
@@ -148,9 +186,42 @@ class BaseTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         self.save_state()
-        uploads = files_to_publish(self.args.output_dir, self.hub_model_id, revision=revision, new_card=True)
+        files = files_to_publish(
+            self.args.output_dir, self.hub_model_id, revision=revision, license=license, tags=self._card_tags(tags)
+        )
+        self._finish_current_push()
         upload = publish if blocking else partial(HfApi().run_as_future, publish)
-        return upload(uploads, self.hub_model_id, private, revision, token, commit_message or "Upload model")
+        return upload(files, self.hub_model_id, private, revision, token, commit_message, license=license)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """
+        As in `Trainer`, but uploads what `push_to_hub` does, from the checkpoint, in the background. With a
+        `hub_strategy` of `checkpoint` or `all_checkpoints`, what it takes to resume goes into a folder beside it.
+        """
+        strategy = HubStrategy(self.args.hub_strategy)
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+            return
+        push = getattr(self, "push_in_progress", None)
+        running = push is not None and not push.is_done()
+        # A checkpoint must not be deleted while it is uploaded, nor two commits be made at once.
+        if running and not self.args.hub_always_push and self.args.save_total_limit is None:
+            return
+        self._finish_current_push()
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        job = HfApi().run_as_future(self._publish_checkpoint, checkpoint_folder, strategy, self.state.global_step)
+        job.add_done_callback(_report_failure)
+        self.push_in_progress = PushInProgress([job])
+
+    def _publish_checkpoint(self, folder: str, strategy: HubStrategy, step: int) -> CommitInfo:
+        args, revision = self.args, self.args.hub_revision
+        files = files_to_publish(folder, self.hub_model_id, revision=revision, tags=self._card_tags(None))
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else os.path.basename(folder)
+            for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+                if path.name != TRAINING_ARGS_NAME:  # a pickle that resuming does not read
+                    files[f"{name}/{path.relative_to(folder).as_posix()}"] = str(path)
+        message = f"Training in progress, step {step}"
+        return publish(files, self.hub_model_id, args.hub_private_repo, revision, args.hub_token, message)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self._save_backbone:
@@ -163,7 +234,9 @@ class BaseTrainer(Trainer):
             finally:
                 del self.model.save_pretrained
         if self.args.should_save:
-            write_training_settings(output_dir or self.args.output_dir, self.model, self.args, self.data_description)
+            folder = output_dir or self.args.output_dir
+            write_training_settings(folder, self.model, self.args, self.data_description)
+            self._save_card(folder)
 
 
 def _check_backbone_can_be_left_out(model: Any) -> None:
@@ -180,6 +253,12 @@ def _refuse_for_card(fields: dict[str, Any]) -> None:
     unused = [name for name, value in fields.items() if value]
     if unused:
         raise ValueError(f"The card is made from the checkpoint: leave out {', '.join(unused)}.")
+
+
+def _report_failure(upload: Future) -> None:
+    """Training goes on without the Hub, but not without a word."""
+    if not upload.cancelled() and upload.exception() is not None:
+        logger.warning(f"A checkpoint could not be uploaded: {upload.exception()}")
 
 
 class _EarlyStopping(EarlyStoppingCallback):

@@ -6,7 +6,6 @@ import os
 import re
 import runpy
 import sys
-import time
 from pathlib import Path
 
 import huggingface_hub
@@ -14,11 +13,12 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT
-from hub_http_server import TOKEN, model_hub, sha256
+from hub_http_server import TOKEN, Repository, sha256
 from huggingface_hub import ModelCard, hf_hub_download
 from latent_thinking_models import backbone_for, make_model, new_tokenizer
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save
-from tiny_training import new_backbone, new_hybrid, trainer
+from tiny_training import TOKENIZER, new_backbone, new_hybrid, trainer
 from transformers import AutoModel, AutoModelForMaskedLM
 
 from llada_trm_hf import (
@@ -30,22 +30,8 @@ from llada_trm_hf import (
 )
 from llada_trm_hf.cli.main import main
 from llada_trm_hf.hub import import_legacy, push_checkpoint
+from llada_trm_hf.models import hub_model
 from llada_trm_hf.recipes.run_setup import train_and_save
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A Hub that this process takes for the real one."""
-    with model_hub() as server:
-        resolve = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", resolve)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # it remembers the address
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)
-        yield server
 
 
 @pytest.fixture
@@ -73,6 +59,7 @@ def test_dry_run_lists_what_is_uploaded_and_contacts_nobody(hub, checkpoint, cap
     (checkpoint / "checkpoint-10").mkdir()
     (checkpoint / "checkpoint-10" / "model.safetensors").write_bytes(b"")
     (checkpoint / "ema_state.safetensors").write_bytes(b"")
+    (checkpoint / "README.md").unlink()  # the rest does not need one
     before = {path: path.stat().st_mtime_ns for path in checkpoint.glob("**/*")}
     assert push(checkpoint, "--dry_run") == 0
     assert hub.requests == []
@@ -141,6 +128,12 @@ def test_custom_generate(hub, checkpoint, capsys):
     assert main(["push", "--custom_generate", "user/generate", "--private", "--revision", "v2"]) == 0
     assert set(hub.files("user/generate", "v2")) == listed | {".gitattributes"}
     assert hub.repositories["user/generate"].private and "/commit/" in capsys.readouterr().out
+    assert main(["push", "--custom_generate", "user/generate", "--revision", "v2"]) == 0
+    assert hub.num_commits("user/generate") == 1  # the same again
+    commit_readme(hub, "Mine.\n", "user/generate")
+    assert main(["push", "--custom_generate", "user/generate"]) == 0
+    assert hub.files("user/generate")["README.md"] == b"Mine.\n" and len(hub.files("user/generate")) > 3
+    capsys.readouterr()
     for arguments, found in (
         (["--custom_generate", "user/generate", "--checkpoint", str(checkpoint)], "--checkpoint"),
         (["--custom_generate", "user/generate", "--repo", "user/model"], "--repo"),
@@ -236,7 +229,8 @@ def test_trainer_with_push_to_hub(hub, samples, tmp_path):
     left_out = {"training_args.bin", "trainer_state.json", "training_metrics.csv"}
     assert not left_out & set(files) and all((tmp_path / "out" / name).exists() for name in left_out)
     assert all(str(tmp_path).encode() not in contents for contents in files.values())
-    assert not (tmp_path / "out/README.md").exists()
+    assert (tmp_path / "out/README.md").read_bytes() == files["README.md"]
+    assert not (tmp_path / "out/checkpoint-2/README.md").exists()
     assert push(tmp_path / "out", "--revision", "again") == 0
     again = hub.files("user/model", "again")
     assert set(again) == set(files) and {path for path in files if files[path] != again[path]} == {"README.md"}
@@ -244,10 +238,8 @@ def test_trainer_with_push_to_hub(hub, samples, tmp_path):
     run.create_model_card()
     run.push_to_hub(revision="v2")  # the card in the folder is for another branch
     assert b'revision="v2"' in hub.files("user/model", "v2")["README.md"]
-    with pytest.raises(ValueError, match=r"The card is made from the checkpoint: leave out license"):
-        run.push_to_hub(license="mit")
-    with pytest.raises(ValueError, match=r"hub_strategy must be 'end', got 'every_save'"):
-        trainer(new_hybrid(), tmp_path / "other", samples, push_to_hub=True, hub_strategy="every_save")
+    with pytest.raises(ValueError, match=r"The card is made from the checkpoint: leave out language"):
+        run.push_to_hub(language="en")
 
 
 def test_older_files_are_converted(hub, tmp_path):
@@ -287,6 +279,338 @@ def test_malicious_file_is_not_executed(hub, tmp_path, capsys, key):
     assert not (tmp_path / "executed").exists() and hub.requests == []
     torch.load(tmp_path / "old.pt", weights_only=False)  # which shows that the attack works
     assert (tmp_path / "executed").exists()
+
+
+# --- Models that push themselves ---
+
+
+def test_models_and_the_command_line_upload_the_same(hub, tmp_path):
+    model = new_hybrid()
+    model.save_pretrained(tmp_path / "command")
+    assert main(["push", "--checkpoint", str(tmp_path / "command"), "--repo", "user/command"]) == 0
+    model.push_to_hub("user/method")
+    model.save_pretrained(tmp_path / "saved", push_to_hub=True)  # to a repository of the token's, named as the folder
+    expected = hub.files("user/command")
+    for name in ("method", "saved"):
+        files = hub.files(f"user/{name}")
+        card = files["README.md"].replace(name.encode(), b"command")
+        assert hub.num_commits(f"user/{name}") == 1
+        assert (
+            ModelCard(card.decode()).text.split("<!--")[0]
+            == (ModelCard(expected["README.md"].decode()).text.split("<!--")[0])
+        )
+        assert {**files, "README.md": b""} == {**expected, "README.md": b""}
+    TOKENIZER.push_to_hub("user/method")
+    after = hub.files("user/method")
+    assert (
+        after["README.md"]
+        == hub.repositories["user/method"].commits[[*hub.repositories["user/method"].commits][1]]["README.md"]
+    )
+    assert "tokenizer.json" in after
+    model.push_to_hub("user/method", description="Fitted.")  # still known as the package's
+    assert b"Fitted." in hub.files("user/method")["README.md"]
+    assert "tokenizer.json" in hub.files("user/method")
+
+
+def test_what_push_to_hub_is_told(hub, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    model = DimensionCompressor(DimensionCompressorConfig(hidden_size=64, compressed_size=16))
+    model.add_model_tags("of the model")
+    told = {"token": TOKEN, "private": True, "revision": "second", "tags": "more", "license": "mit"}
+    told |= {"commit_message": "Compressor", "commit_description": "At length.", "base_model": "user/lm"}
+    pushed = model.push_to_hub("model", description="My words.", **told)  # the owner is the token's
+    repository = hub.repositories["user/model"]
+    assert repository.private and repository.messages[pushed.oid] == ("Compressor", "At length.")
+    assert "README.md" not in hub.files("user/model") and repository.branches["second"] == pushed.oid
+    card = ModelCard(hub.files("user/model", "second")["README.md"].decode())
+    assert card.data.license == "mit" and card.data.base_model == "user/lm"
+    assert {"more", "of the model"} < set(card.data.tags)
+    assert "My words." in card.text and '"user/model", revision="second", trust_remote_code' in card.text
+
+
+def test_pull_request(hub, checkpoint, capsys):
+    assert push(checkpoint) == 0
+    before = dict(hub.repositories["user/model"].branches)
+    model = DimensionCompressor(DimensionCompressorConfig(hidden_size=64, compressed_size=8))
+    opened = model.push_to_hub("user/model", create_pr=True)
+    assert opened.pr_url == f"{hub.url}/user/model/discussions/1"
+    assert {**before, "refs/pr/1": opened.oid} == hub.repositories["user/model"].branches
+    assert json.loads(hub.files("user/model", "refs/pr/1")["config.json"])["compressed_size"] == 8
+    model.push_to_hub("user/model", revision="refs/pr/1", description="More.")  # onto it
+    assert b"More." in hub.files("user/model", "refs/pr/1")["README.md"]
+    capsys.readouterr()
+    assert push(checkpoint, "--create_pr", "--description", "x", "--commit_message", "Mine") == 0
+    assert capsys.readouterr().out.strip() == f"{hub.url}/user/model/discussions/2"
+    repository = hub.repositories["user/model"]
+    assert repository.messages[repository.branches["refs/pr/2"]] == ("Mine", "")
+    assert repository.branches["main"] == before["main"]
+    hub.cut_commits = ["after"]
+    with pytest.raises(huggingface_hub.errors.HTTPError):
+        push_checkpoint(checkpoint, "user/model", description="y", create_pr=True)
+    assert "refs/pr/3" in repository.branches and "refs/pr/4" not in repository.branches
+
+
+def test_trained_part_alone(hub, tmp_path):
+    backbone, hybrid = new_backbone(), new_hybrid()
+    backbone.push_to_hub("user/backbone")
+    hybrid.config.backbone_name_or_path = "user/backbone"
+    hybrid.push_to_hub("user/head", save_backbone=False)
+    held = load_file(hf_hub_download("user/head", "model.safetensors", cache_dir=tmp_path))
+    assert held and all(name.startswith("refiner.") for name in held)
+    card = ModelCard(hub.files("user/head")["README.md"].decode())
+    assert card.data.to_dict()["base_model_relation"] == "adapter" and card.data.base_model == "user/backbone"
+    assert hybrid.config.backbone_in_checkpoint
+    loaded = AutoModelForMaskedLM.from_pretrained("user/head", cache_dir=tmp_path)
+    tokens = torch.arange(10, 20)[None]
+    torch.testing.assert_close(loaded(tokens).logits, hybrid.eval()(tokens).logits)
+
+
+def test_what_push_to_hub_refuses(hub, tmp_path, monkeypatch):
+    """Before anything is sent, in one sentence."""
+    model, hybrid = DimensionCompressor(DimensionCompressorConfig(hidden_size=64, compressed_size=16)), new_hybrid()
+    hybrid.config.backbone_name_or_path = str(tmp_path)
+    broken = new_hybrid()
+    next(broken.refiner.parameters()).data[0] = torch.nan
+    for pushed, arguments, error, message in (
+        (model, {"privat": True}, TypeError, "privat"),
+        (model, {"save_backbone": False}, ValueError, "needs a model with a backbone, got a DimensionCompressor"),
+        (hybrid, {"save_backbone": False}, ValueError, "names a folder of this machine"),
+        (broken, {}, ValueError, r"NaN or infinite numbers in 1 tensors: refiner\."),
+        (model, {"token": False}, ValueError, "hf auth login"),
+        (model, {"base_model": "nobody"}, ValueError, "owner/name"),
+    ):
+        with pytest.raises(error, match=message) as raised:
+            pushed.push_to_hub("user/model", **arguments)
+        assert "\n" not in str(raised.value)
+    for name in ("us er/model", "a/b/c", "", "-/x--y"):
+        with pytest.raises(ValueError):
+            model.push_to_hub(name)
+        if name:
+            with pytest.raises(ValueError):
+                model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id=name)
+    assert hub.requests == []
+
+
+def test_one_process_of_several_uploads(hub, monkeypatch, tmp_path):
+    model = DimensionCompressor(DimensionCompressorConfig(hidden_size=64, compressed_size=16))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.distributed, "is_initialized", lambda: True)
+        patch.setattr(torch.distributed, "get_rank", lambda *_: 1)
+        assert model.push_to_hub("user/model") is None and hub.requests == []
+        model.save_pretrained(tmp_path / "model", push_to_hub=True)
+        assert hub.requests == []
+    assert model.push_to_hub("user/model").oid == hub.repositories["user/model"].branches["main"]
+
+
+def test_without_the_package_transformers_pushes(hub, monkeypatch):
+    """As the code that travels does."""
+    monkeypatch.setattr(hub_model, "HUB_HOOKS", {})
+    DimensionCompressor(DimensionCompressorConfig(hidden_size=64, compressed_size=16)).push_to_hub("user/model")
+    files = hub.files("user/model")
+    assert {"model.safetensors", "config.json", "README.md", "dimension_compressor.py"} < set(files)
+    assert b"llada-trm-hf" not in files["README.md"]
+
+
+# --- The card that is there ---
+
+
+def commit_readme(hub, text, name="user/model"):
+    repository = hub.repositories.setdefault(name, Repository(private=False))
+    files = repository.commits.get(repository.branches.get("main"), {})
+    repository.commit("main", {**files, "README.md": text.encode()})
+
+
+def test_a_persons_card_on_the_hub_stays(hub, checkpoint, capsys):
+    assert push(checkpoint) == 0
+    changed = hub.files("user/model")["README.md"].decode().replace("A linear", "My linear")
+    for text in ("---\ntags: [mine]\n---\nMine.\n", "Mine, without metadata.", changed, "---\ntags: [\n---\nMine."):
+        commit_readme(hub, text)
+        model = DimensionCompressor(DimensionCompressorConfig(hidden_size=64, compressed_size=8))
+        model.push_to_hub("user/model", revision="new")
+        assert hub.files("user/model", "new")["README.md"].decode() == text
+        assert json.loads(hub.files("user/model", "new")["config.json"])["compressed_size"] == 8
+        assert "it stays" in capsys.readouterr().err
+        del hub.repositories["user/model"].branches["new"]
+    (checkpoint / "README.md").write_text("---\ntags: [newer]\n---\nNewer.\n")  # meant for there
+    assert push(checkpoint) == 0
+    assert hub.files("user/model")["README.md"].endswith(b"Newer.\n")
+
+
+def test_metadata_of_a_new_repository_stay(hub, checkpoint):
+    """Which the page that makes one writes, without a text."""
+    commit_readme(hub, "---\nlicense: cc-by-4.0\nlanguage: de\n---\n")
+    assert push(checkpoint) == 0
+    card = ModelCard(hub.files("user/model")["README.md"].decode())
+    assert (card.data.license, card.data.language, card.data.library_name) == ("cc-by-4.0", "de", "transformers")
+    assert "A linear compressor" in card.text
+    assert push(checkpoint) == 0 and hub.num_commits("user/model") == 1  # (`commit_readme` made the first)
+
+
+def test_license(hub, tmp_path, monkeypatch):
+    """Given, else of the card that is replaced, else of the base model, for which the Hub is asked; else none."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    commit_readme(hub, "---\nlicense: other\nlicense_name: x\nlicense_link: TERMS\n---\n# LM\n", "user/lm")
+    commit_readme(hub, "---\nlicense: mit\n---\n# LM\n", "user/free")
+
+    def pushed(base="user/lm", **arguments):
+        torch.manual_seed(0)
+        config = DimensionCompressorConfig(hidden_size=64, compressed_size=16, backbone_name_or_path=base)
+        DimensionCompressor(config).push_to_hub("user/model", **arguments)
+        data = ModelCard(hub.files("user/model")["README.md"].decode()).data.to_dict()
+        return {name: value for name, value in data.items() if name.startswith("license")}
+
+    assert pushed(base="user/private") == {}
+    of_base = {"license": "other", "license_name": "x", "license_link": f"{hub.url}/user/lm/blob/main/TERMS"}
+    assert pushed() == of_base
+    commits, before = hub.num_commits("user/model"), hub.files("user/model")["README.md"].decode()
+    assert pushed() == of_base  # now from the cache
+    assert hub.files("user/model")["README.md"].decode() == before and hub.num_commits("user/model") == commits
+    assert pushed(license="apache-2.0") == {"license": "apache-2.0"}
+    assert pushed() == {"license": "apache-2.0"}
+    assert pushed(base="user/free") == {"license": "mit"}  # what was said of another base model is not kept
+    assert pushed(base=None) == {}
+    assert pushed(base=None, license="cc-by-4.0") == pushed(base=None) == {"license": "cc-by-4.0"}
+    ModelCard(hub.files("user/model")["README.md"].decode()).validate()
+
+
+def test_license_on_the_command_line(hub, checkpoint, capsys):
+    assert push(checkpoint, "--license", "apache-2.0", "--tags", "one", "two") == 0
+    card = ModelCard(hub.files("user/model")["README.md"].decode())
+    assert card.data.license == "apache-2.0" and {"one", "two"} < set(card.data.tags)
+    (checkpoint / "README.md").write_text("---\ntags: [mine]\n---\nMine.\n")
+    assert push(checkpoint, "--license", "mit") == 2
+    assert "put the license there" in capsys.readouterr().err
+
+
+# --- Weights ---
+
+
+def test_weights_of_an_earlier_upload_do_not_hide_the_new_ones(hub, tmp_path):
+    """Of one file and several, in both orders; `from_pretrained` takes `model.safetensors` where there is one."""
+    torch.manual_seed(0)
+    for number, size in enumerate(("1GB", "20KB", "50KB", "1GB")):
+        if size == "50KB":  # and the answer to the commit is lost
+            hub.cut_commits = ["after"]
+        model = new_backbone()
+        model.push_to_hub("user/model", max_shard_size=size, description=str(number))
+        loaded = AutoModelForMaskedLM.from_pretrained("user/model", cache_dir=tmp_path / str(number))
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor), name
+        files = hub.files("user/model")
+        index = json.loads(files.get("model.safetensors.index.json", b"{}")).get("weight_map")
+        held = {path for path in files if path.endswith(".safetensors")}
+        assert held == (set(index.values()) if index else {"model.safetensors"})
+        assert (len(held) > 1) == (size != "1GB")
+    assert hub.num_commits("user/model") == 4
+
+
+def spoil_index(folder):
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.missing.weight"] = sorted(index["weight_map"].values())[0]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def spoil_number(folder, value):
+    path = sorted(folder.glob("model-*.safetensors"))[1]
+    tensors = load_file(path)
+    next(iter(tensors.values())).view(-1)[3] = value
+    path.write_bytes(save(tensors, {"format": "pt"}))
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda folder: os.truncate(sorted(folder.glob("model-*"))[0], 5000), "is damaged"),
+        (lambda folder: os.truncate(sorted(folder.glob("model-*"))[0], 0), "is damaged"),
+        (spoil_index, "lacks model.missing.weight"),
+        (lambda folder: spoil_number(folder, torch.nan), "holds NaN or infinite numbers in 1 tensors"),
+        (lambda folder: spoil_number(folder, -torch.inf), "holds NaN or infinite numbers in 1 tensors"),
+    ],
+)
+def test_damaged_weights(hub, tmp_path, capsys, spoil, message):
+    new_backbone().save_pretrained(tmp_path, max_shard_size="50KB")
+    assert push(tmp_path, "--dry_run") == 0
+    capsys.readouterr()
+    spoil(tmp_path)
+    assert push(tmp_path) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1 and hub.requests == []
+
+
+# --- Trainers ---
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
+def test_uploads_while_training(hub, samples, tmp_path, strategy):
+    """The model of each checkpoint by the same path; what it takes to resume only where that is asked for."""
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "save_total_limit": 1}
+    pushing = {"push_to_hub": True, "hub_strategy": strategy, "hub_model_id": "model", "hub_token": TOKEN}
+    pushing |= {"hub_private_repo": True, "hub_revision": "runs", "hub_always_push": True}
+    run = trainer(new_hybrid(), tmp_path / "out", samples, **settings, **pushing)
+    run.train()
+    repository = hub.repositories["user/model"]
+    assert repository.private and set(hub.files("user/model")) == {".gitattributes"}
+    messages = [repository.messages[commit][0] for commit in repository.commits if commit in repository.messages]
+    assert messages == ["Training in progress, step 2", "Training in progress, step 4"]
+    files = hub.files("user/model", "runs")
+    root = {path for path in files if "/" not in path}
+    assert {Path(path).suffix for path in root} == {".json", ".md", ".py", ".safetensors", ""}
+    assert not any(path.endswith("training_args.bin") for path in files)
+    assert b'revision="runs"' in files["README.md"] and b"| steps | 4 |" in files["README.md"]
+    folders = {path.split("/")[0] for path in files if "/" in path}
+    expected = {"every_save": set(), "checkpoint": {"last-checkpoint"}}
+    assert folders == expected.get(strategy, {"checkpoint-2", "checkpoint-4"})
+    if strategy == "checkpoint":
+        for path in (path for path in files if "/" in path):
+            (tmp_path / "checkpoint-4" / path.split("/")[1]).parent.mkdir(exist_ok=True)
+            (tmp_path / "checkpoint-4" / path.split("/")[1]).write_bytes(files[path])
+        resumed = trainer(new_hybrid(), tmp_path / "again", samples, max_steps=6)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+        straight = trainer(new_hybrid(), tmp_path / "straight", samples, max_steps=6)
+        straight.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-4"))
+        for name, tensor in straight.model.state_dict().items():
+            assert torch.equal(resumed.model.state_dict()[name], tensor), name
+    run.push_to_hub(tags="finished")
+    assert repository.messages[repository.branches["runs"]][0] == "End of training"
+
+
+def test_training_goes_on_without_the_hub(hub, samples, tmp_path, caplog):
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "hub_always_push": True}
+    pushing = {"push_to_hub": True, "hub_strategy": "every_save", "hub_model_id": "model", "hub_token": TOKEN}
+    run = trainer(new_hybrid(), tmp_path / "out", samples, **settings, **pushing)
+    hub.cut_commits = ["refuse", "refuse"]
+    transformers.logging.enable_propagation()
+    try:
+        run.train()
+    finally:
+        transformers.logging.disable_propagation()
+    assert run.state.global_step == 2 and hub.num_commits("user/model") == 0
+    assert caplog.text.count("A checkpoint could not be uploaded") == 2
+
+
+def test_trainer_pushes_an_adapter(hub, samples, tmp_path):
+    """With the card that PEFT writes; of a base that only this machine has, nothing is sent."""
+    new_backbone().save_pretrained(tmp_path / "backbone")
+    backbone = AutoModelForMaskedLM.from_pretrained(tmp_path / "backbone")
+    adapted = get_peft_model(backbone, LoraConfig(target_modules=["q_proj"], r=2))
+    run = trainer(adapted, tmp_path / "out", samples, max_steps=1, hub_model_id="model", hub_token=TOKEN)
+    run.train()
+    with pytest.raises(ValueError, match="names a folder of this machine"):
+        run.push_to_hub()
+    assert set(hub.files("user/model")) == {".gitattributes"}
+    push_checkpoint(tmp_path / "out", "user/model", base_model="user/backbone")
+    files = hub.files("user/model")
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json"} < set(files)
+    assert {Path(path).suffix for path in files} <= {".json", ".md", ".jinja", ".safetensors", ""}
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.library_name, card.data.base_model) == ("peft", "user/backbone")
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "user/backbone"
+    assert all(str(tmp_path).encode() not in contents for contents in files.values())
+    with pytest.raises(ValueError, match=r"the card of an adapter is PEFT's"):
+        push_checkpoint(tmp_path / "out", "user/model", base_model="user/backbone", license="mit")
+    os.remove(tmp_path / "out/adapter_model.safetensors")
+    assert push(tmp_path / "out") == 2
 
 
 # --- What is refused ---

@@ -251,7 +251,7 @@ def wishes(folder):
     }
     return {
         "phases": [models, later],
-        "cards": NAMES,
+        "cards": [*NAMES, "direct"],
         "other cards": [GENERATE],
         "custom_generate": custom_generate,
         "inputs": str(folder / "inputs.pt"),
@@ -398,6 +398,10 @@ def test_models_and_trainers_push_themselves(published):
         assert {Path(path).suffix for path in files} <= {".json", ".md", ".py", ".safetensors", ""}, name
 
 
+def test_card_of_a_model_that_pushed_itself_runs(published):
+    assert re.fullmatch(r"tensor\(\[\[.*\]\]\)\s*", published["found"]["direct"]["printed"], re.DOTALL)
+
+
 def test_newer_code_and_the_older_again(published):
     """In one process: code is that of its commit, or of its folder as it is then, whatever was loaded before."""
     found = published["found"]
@@ -476,7 +480,7 @@ def test_another_base_is_refused(published, name):
     )
 
 
-@pytest.mark.parametrize("name", [*NAMES, "trained"])
+@pytest.mark.parametrize("name", [*NAMES, "trained", "direct"])
 def test_card_is_valid(published, monkeypatch, name):
     """By what huggingface_hub checks: its own client-side round trip, and `validate` against the server."""
     hub = published["hub"]
@@ -520,6 +524,12 @@ def test_trainer_pushes_with_its_metrics(published):
     assert "| data | openai/gsm8k, train |" in card.text and "| learning rate | 0.003 |" in card.text
     assert f"| steps | {TRAINED_STEPS} |" in card.text and f"| loss | {last['eval_loss']:.4g} |" in card.text
     assert 'from_pretrained("user/trained", revision="runs", trust_remote_code=True)' in card.text
+
+
+def test_nothing_waits_for_a_person(published):
+    """transformers asks, and waits 15 seconds for the answer, wherever code is found that nobody said to trust."""
+    printed = [result.get("printed", "") for result in published["found"].values()]  # what the cards' code prints
+    assert "wish to run the custom code" not in " ".join([published["said"], *printed])
 
 
 def test_no_token_anywhere(published):
