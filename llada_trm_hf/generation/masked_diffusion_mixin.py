@@ -146,6 +146,24 @@ class MaskedDiffusionGenerationMixin:
         """An empty cache for `_transformer`."""
         return BlockKVCache(self.config.get_text_config().num_hidden_layers)  # type: ignore[attr-defined]
 
+    @property
+    def prepare_inputs_for_generation(self) -> Callable[..., Any]:
+        """
+        What PEFT looks for in a model of `task_type="CAUSAL_LM"`. Nothing here calls it, for a step has the whole
+        canvas as its input. PEFT's prompt learning puts its own in this place for the time of a generation, and would
+        be ignored: ValueError.
+        """
+        return _no_next_token
+
+    @prepare_inputs_for_generation.setter
+    def prepare_inputs_for_generation(self, function: Callable[..., Any]) -> None:
+        if function is not _no_next_token:
+            raise ValueError(
+                "Prompt learning (prompt tuning, prefix tuning, P-tuning) adds to the inputs of a model that generates "
+                "token by token, and masked diffusion computes its whole canvas in every step: use LoRA, IA3 or "
+                "another adapter inside the layers."
+            )
+
     def adjust_generation_fn(
         self,
         generation_config: MaskedDiffusionGenerationConfig | None,
@@ -321,6 +339,10 @@ class GenerationRecorder:
             history=None if self.history is None else torch.stack(self.history),
             refinement_trace=self.trace,
         )
+
+
+def _no_next_token(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    raise ValueError("A masked-diffusion model has no next token to prepare for: call its own generate.")
 
 
 def check_prompt(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
-from .hub_model import BACKBONES, HubModel, model_type_of
+from .hub_model import BACKBONES, HubModel, adapter_and_base, model_type_of
 
 # Arguments of `from_pretrained` that say where files come from.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -169,6 +169,7 @@ class BackboneWrapper(HubModel):
     config_class: Any
     backbone: PreTrainedModel
     state_dict: Any
+    _hf_peft_config_loaded: bool
 
     # What a class adds: how its backbone is loaded; its recursive module, from a checkpoint where the module's name is
     # the prefix of its tensors, with the loading info; and its `generation_config` from a checkpoint.
@@ -208,12 +209,26 @@ class BackboneWrapper(HubModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """
         Loads a checkpoint. One without backbone (`save_pretrained(dir, save_backbone=False)`) is put together with the
-        backbone its config names; `dtype`, `device_map`, `quantization_config` then apply to that backbone.
+        backbone its config names; `dtype`, `device_map`, `quantization_config` then apply to that backbone. A folder
+        of PEFT adapters is loaded with the checkpoint it names.
         """
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        saved = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub) if config is None else config
+        adapter_arguments = dict(kwargs.get("adapter_kwargs") or {})
+        # An Auto class has found the adapters' checkpoint already, and says where the adapters are.
+        adapter, base = adapter_arguments.pop("_adapter_model_path", None), pretrained_model_name_or_path
+        of_base = hub
+        if adapter is None:
+            adapter, base = adapter_and_base(base, **hub)
+            if base != pretrained_model_name_or_path:  # a revision is the adapters'
+                of_base = {name: hub[name] for name in ("cache_dir", "local_files_only", "token") if name in hub}
+        saved = cls.config_class.from_pretrained(base, **of_base) if config is None else config
         if not saved.backbone_in_checkpoint:
-            return cls._from_recursive_checkpoint(pretrained_model_name_or_path, saved, hub, kwargs)
+            loaded = cls._from_recursive_checkpoint(base, saved, of_base, kwargs)
+            if adapter is not None:
+                model = loaded[0] if isinstance(loaded, tuple) else loaded
+                name = kwargs.get("adapter_name")
+                model.load_adapter(str(adapter), name, adapter_kwargs={**hub, **adapter_arguments})
+            return loaded
         if "experts_implementation" in kwargs:
             kwargs["experts_implementation"] = for_the_backbone_only(kwargs["experts_implementation"])
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
@@ -231,7 +246,7 @@ class BackboneWrapper(HubModel):
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in fields}
         config = cls.config_class.from_dict({**config.to_dict(), **overrides})
         # Which commit of which files was found for this repository (an Auto class adds it) is not for the backbone's.
-        elsewhere = {"adapter_kwargs", "code_revision", "force_download", "revision", "subfolder"}
+        elsewhere = {"adapter_kwargs", "adapter_name", "code_revision", "force_download", "revision", "subfolder"}
         kwargs = {name: kwargs[name] for name in kwargs if name not in elsewhere and not name.startswith("_")}
         backbone = cls._load_backbone(config.backbone_name_or_path, **kwargs)
         found, expected = backbone.config.get_text_config(), config.get_text_config()
@@ -252,6 +267,7 @@ class BackboneWrapper(HubModel):
             **hub,
         )
         config.backbone_config = backbone.config
+        config.name_or_path = str(path)  # which adapters name as their base
         whole: Any = cls
         model = whole(config, backbone=backbone, **{cls.recursive_module: part.to(input_device(backbone))}).eval()
         model._load_generation_config(path, **hub)
@@ -273,7 +289,7 @@ class BackboneWrapper(HubModel):
         Raises:
             ValueError: without the backbone, if the config does not say where it came from.
         """
-        if not save_backbone:
+        if not save_backbone and not self._hf_peft_config_loaded:  # else only adapters are saved
             if not self.config.backbone_name_or_path:
                 raise ValueError(
                     "save_backbone=False needs to know where the backbone comes from: set "

@@ -4,6 +4,7 @@ import ast
 import difflib
 import importlib
 import inspect
+import json
 import os
 import re
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME, find_adapter_config_file, is_peft_available
 
 # The masked-diffusion families and the refiners by `model_type`, filled by `registered_models.py` and
 # `register_refiner`. (Not by config class: remote code may load the same class twice, from two files.)
@@ -46,8 +48,10 @@ class HubModel:
         at random, and so are tensors of another shape.
 
         Raises:
-            ValueError: naming the tensors.
+            ValueError: naming the tensors, or for PEFT adapters that do not say which model they belong to.
         """
+        if pretrained_model_name_or_path is not None and os.path.isdir(pretrained_model_name_or_path):
+            adapter_and_base(pretrained_model_name_or_path)
         wants_info = kwargs.pop("output_loading_info", False)
         may_differ = kwargs.pop("ignore_mismatched_sizes", False)
         model, info = super().from_pretrained(  # type: ignore[misc]
@@ -81,7 +85,7 @@ class HubModel:
         As in transformers, except that tensors keep this package's names unless `save_original_format=True` asks for
         those of the official checkpoints. (The HF Trainer resumes by the names in memory.)
         """
-        if is_main_process:
+        if is_main_process and not getattr(self, "_hf_peft_config_loaded", False):  # else only adapters are saved
             os.makedirs(save_directory, exist_ok=True)
             self.export_code(save_directory)
         super().save_pretrained(  # type: ignore[misc]
@@ -105,6 +109,34 @@ class HubModel:
         config.auto_map.update(
             {name: f"{module_name(model_class)}.{model_class.__name__}" for name in self.auto_classes}
         )
+
+
+# --- Adapters ---
+
+
+def adapter_and_base(path: Any, **place: Any) -> tuple[Any, Any]:
+    """
+    The folder or repository of PEFT adapters that `path` is, or None, and that of their model, by default `path`.
+
+    Args:
+        place: says where files come from, `cache_dir`, `revision`, `token`, ...
+
+    Raises:
+        ValueError: for adapters that do not say which model they belong to.
+    """
+    file = find_adapter_config_file(path, **place) if is_peft_available() else None
+    if file is None:
+        return None, path
+    if os.path.isfile(os.path.join(path, CONFIG_NAME)):  # adapters beside their model
+        return path, path
+    base = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"{path} holds adapters, and its adapter_config.json names no base model: build the model as it was before "
+            f"training and use PeftModel.from_pretrained(model, folder). Adapters name it if it was loaded from a "
+            f"folder or repository."
+        )
+    return path, base
 
 
 # --- The code of a class, flat ---

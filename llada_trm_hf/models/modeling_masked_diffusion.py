@@ -288,6 +288,8 @@ class MaskedDiffusionLM(MaskedDiffusionGenerationMixin, MaskedDiffusionPreTraine
             `loss` (scalar, float32) and `logits` `[B, L, V]`, or of the shape `logits_to_keep` asks for. Logits at
             position `i` predict the token at position `i`; nothing is shifted.
         """
+        if labels is not None:
+            refuse_prefix_cache(past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -339,6 +341,16 @@ def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Te
     return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
 
 
+def refuse_prefix_cache(past_key_values: Cache | BlockKVCache | None) -> None:
+    """Raises ValueError for a transformers cache, such as PEFT's prefix tuning passes: `generate` has its own."""
+    if isinstance(past_key_values, Cache):
+        raise ValueError(
+            f"past_key_values is a {type(past_key_values).__name__}, as PEFT's prefix tuning passes it, and generation "
+            f"by masked diffusion would not know it. Of prompt learning nothing works here: use LoRA, IA3 or another "
+            f"adapter inside the layers."
+        )
+
+
 class MaskedTargets(NamedTuple):
     """
     What the masked-diffusion loss needs of a batch, at its `M` masked and labelled tokens in row-major order.
@@ -374,7 +386,10 @@ def masked_targets(
     this is the pre-training objective, with the response labelled the supervised fine-tuning objective.
     """
     if input_ids is None:
-        raise ValueError("labels need input_ids: the loss counts the positions that hold the mask token.")
+        raise ValueError(
+            "labels need input_ids: the loss counts the positions that hold the mask token. PEFT's prompt tuning and "
+            "P-tuning pass embeddings instead: use LoRA, IA3 or another adapter inside the layers."
+        )
     if mask_token_id is None:
         raise ValueError("labels need the mask token: set model.config.mask_token_id, the id the model trained with.")
     if labels.shape != input_ids.shape:

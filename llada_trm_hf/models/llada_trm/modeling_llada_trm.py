@@ -29,6 +29,7 @@ from ..modeling_masked_diffusion import (
     MaskedTargets,
     masked_diffusion_loss,
     masked_targets,
+    refuse_prefix_cache,
     score_tokens,
     select_positions,
 )
@@ -196,6 +197,7 @@ class LLaDATRMForMaskedDiffusion(
             enable_refinement: `False` gives exactly the backbone.
             output_refinement_trace, output_hidden_states: see [`LLaDATRMOutput`].
         """
+        refuse_prefix_cache(past_key_values)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
