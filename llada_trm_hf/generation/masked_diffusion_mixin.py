@@ -159,7 +159,7 @@ class MaskedDiffusionGenerationMixin:
     def prepare_inputs_for_generation(self, function: Callable[..., Any]) -> None:
         if function is not _no_next_token:
             raise ValueError(
-                "Prompt learning (prompt tuning, prefix tuning, P-tuning) adds to the inputs of a model that generates "
+                "Prompt learning (prompt tuning, prefix tuning, P-tuning) adds to what a model reads that generates "
                 "token by token, and masked diffusion computes its whole canvas in every step: use LoRA, IA3 or "
                 "another adapter inside the layers."
             )

@@ -132,9 +132,9 @@ def adapter_and_base(path: Any, **place: Any) -> tuple[Any, Any]:
     base = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
         raise ValueError(
-            f"{path} holds adapters, and its adapter_config.json names no base model: build the model as it was before "
-            f"training and use PeftModel.from_pretrained(model, folder). Adapters name it if it was loaded from a "
-            f"folder or repository."
+            f"{path} holds adapters, and its adapter_config.json names no base model: build the model as it was "
+            f"before training and use PeftModel.from_pretrained(model, folder). Adapters name it if it was loaded "
+            f"from a folder or repository."
         )
     return path, base
 

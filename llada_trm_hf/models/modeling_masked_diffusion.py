@@ -345,8 +345,8 @@ def refuse_prefix_cache(past_key_values: Cache | BlockKVCache | None) -> None:
     """Raises ValueError for a transformers cache, such as PEFT's prefix tuning passes: `generate` has its own."""
     if isinstance(past_key_values, Cache):
         raise ValueError(
-            f"past_key_values is a {type(past_key_values).__name__}, as PEFT's prefix tuning passes it, and generation "
-            f"by masked diffusion would not know it. Of prompt learning nothing works here: use LoRA, IA3 or another "
+            f"past_key_values is a {type(past_key_values).__name__}, as PEFT's prefix tuning passes it, and masked "
+            f"diffusion would not generate with it. Prompt learning does not work here: use LoRA, IA3 or another "
             f"adapter inside the layers."
         )
 

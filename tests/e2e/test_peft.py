@@ -143,7 +143,7 @@ def test_adapters_on_a_checkpoint_without_backbone(tmp_path, tokens, noisy):
 def test_adapters_that_name_no_base_model_say_so(tmp_path, tokens, noisy):
     """Those of a hybrid that was never saved."""
     get_peft_model(new_hybrid(), lora("hybrid")).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="names no base model.*PeftModel.from_pretrained"):
+    with pytest.raises(ValueError, match=r"names no base model.*PeftModel.from_pretrained"):
         LLaDATRMForMaskedDiffusion.from_pretrained(tmp_path)
 
 
@@ -186,9 +186,9 @@ def test_prompt_learning_is_refused_before_it_trains_and_generates(kind, name, t
     sizes = {"num_layers": 2, "token_dim": 32, "num_attention_heads": 4}
     config = kind(task_type="CAUSAL_LM", num_virtual_tokens=3, **sizes)
     model = get_peft_model(MODELS[name](), config)
-    with pytest.raises(ValueError, match="[Pp]rompt (learning|tuning).*use LoRA"):
+    with pytest.raises(ValueError, match=r"[Pp]rompt (learning|tuning).* use LoRA"):
         model.train()(input_ids=noisy, labels=tokens)
-    with pytest.raises(ValueError, match="[Pp]rompt (learning|tuning).*use LoRA"):
+    with pytest.raises(ValueError, match=r"[Pp]rompt (learning|tuning).* use LoRA"):
         model.eval().generate(input_ids=tokens, max_new_tokens=4)
 
 
