@@ -358,7 +358,7 @@ class BackboneWrapper(HubModel):
 
     @classmethod
     def _load_named_backbone(cls, config: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
-        """The backbone that `config` names, quantised as it was, unless it is in its own checkpoint or `kwargs` say."""
+        """The backbone that `config` names: quantised as its own checkpoint is, or as `kwargs` say, or as it was."""
         quantization = _quantization_of(config.backbone_config)
         if quantization is not None and "quantization_config" not in kwargs:
             own = config_dict_of(config.backbone_name_or_path, kwargs)
@@ -404,5 +404,5 @@ class BackboneWrapper(HubModel):
 
 def _quantization_of(backbone_config: PreTrainedConfig) -> dict[str, Any] | None:
     """How a backbone with this config is quantised, as in a config file."""
-    quantization = getattr(backbone_config, "quantization_config", None)
+    quantization: Any = getattr(backbone_config, "quantization_config", None)
     return quantization.to_dict() if hasattr(quantization, "to_dict") else quantization

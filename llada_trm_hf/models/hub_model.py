@@ -13,6 +13,8 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, find_adapter_config_file, is_peft_available
 
@@ -84,7 +86,11 @@ class HubModel:
         """
         As in transformers, except that tensors keep this package's names unless `save_original_format=True` asks for
         those of the official checkpoints. (The HF Trainer resumes by the names in memory.)
+
+        Raises:
+            ValueError: for quantised weights that cannot be saved, before anything is written.
         """
+        _check_weights_can_be_saved(self, kwargs.get("state_dict"), save_original_format)
         if is_main_process and not getattr(self, "_hf_peft_config_loaded", False):  # else only adapters are saved
             os.makedirs(save_directory, exist_ok=True)
             self.export_code(save_directory)
@@ -109,6 +115,23 @@ class HubModel:
         config.auto_map.update(
             {name: f"{module_name(model_class)}.{model_class.__name__}" for name in self.auto_classes}
         )
+
+
+def _check_weights_can_be_saved(model: Any, state_dict: dict[str, Any] | None, save_original_format: bool) -> None:
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        weights = dict(model.named_parameters()) if state_dict is None else state_dict
+        for name, weight in weights.items():
+            if is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor):
+                raise ValueError(
+                    f"{name} is a {type(weight.data).__name__}, quantised after loading, which no checkpoint could "
+                    f"tell: load the model with quantization_config instead."
+                )
+    elif not quantizer.is_serializable():
+        method = getattr(quantizer.quantization_config.quant_method, "value", "this method")
+        raise ValueError(f"Weights quantised by {method} cannot be saved: save the model before, or a part without.")
+    elif save_original_format:
+        raise ValueError("Quantised weights have no official format: leave out save_original_format.")
 
 
 # --- Adapters ---

@@ -47,6 +47,11 @@ class CommonTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor} would replace the model's own loss by the "
+                f"Trainer's, over all labels: leave it out."
+            )
         strategy = HubStrategy(self.hub_strategy)
         if self.push_to_hub and strategy != HubStrategy.END:
             raise ValueError(
