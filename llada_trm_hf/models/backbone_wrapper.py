@@ -340,6 +340,8 @@ class BackboneWrapper(HubModel):
         dtype, recursive_dtype = kwargs.get("dtype", "auto"), getattr(config, f"{cls.recursive_module}_dtype")
         if recursive_dtype and (dtype == "auto" or recursive_dtype == "float32"):
             dtype = recursive_dtype
+        if hasattr(config.backbone_config, "quantization_config"):
+            del config.backbone_config.quantization_config  # a recursive module with this config is not quantised
         with only_errors_logged():
             part, info = cls._load_recursive_module(
                 path,
