@@ -124,7 +124,7 @@ def _check_weights_can_be_saved(model: Any, state_dict: dict[str, Any] | None, s
         for name, weight in weights.items():
             if is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor):
                 raise ValueError(
-                    f"{name} is a {type(weight.data).__name__}, quantised after loading, which no checkpoint could "
+                    f"{name} is a {type(weight).__name__}, quantised after loading, which no checkpoint could "
                     f"tell: load the model with quantization_config instead."
                 )
     elif not quantizer.is_serializable():
