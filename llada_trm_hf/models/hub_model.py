@@ -13,7 +13,6 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, find_adapter_config_file, is_peft_available
@@ -122,7 +121,8 @@ def _check_weights_can_be_saved(model: Any, state_dict: dict[str, Any] | None, s
     if quantizer is None:
         weights = dict(model.named_parameters()) if state_dict is None else state_dict
         for name, weight in weights.items():
-            if is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor):
+            is_of_torch = type(weight).__module__.startswith("torch.")  # a DTensor, which transformers gathers
+            if is_traceable_wrapper_subclass(weight) and not is_of_torch:
                 raise ValueError(
                     f"{name} is a {type(weight).__name__}, quantised after loading, which no checkpoint could "
                     f"tell: load the model with quantization_config instead."
