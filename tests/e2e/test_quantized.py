@@ -8,7 +8,7 @@ from bitsandbytes.nn import Int8Params, Params4bit
 from conftest import randomise
 from latent_thinking_models import LATENT, THOUGHT, make_lm, make_model, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_training import TOKENIZER, losses, new_backbone, trainer
+from tiny_training import SIZES, TOKENIZER, losses, new_backbone, trainer
 from torch import nn
 from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BitsAndBytesConfig, TorchAoConfig
@@ -17,6 +17,8 @@ from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 from llada_trm_hf import (
     LatentThinkingForCausalLM,
     LLaDAForMaskedDiffusion,
+    LLaDAMoEConfig,
+    LLaDAMoEForMaskedDiffusion,
     LLaDATRMForMaskedDiffusion,
     RecursiveRefinementHeadConfig,
 )
@@ -89,6 +91,25 @@ def test_backbones(tmp_path, backbone_folder, noisy, kind, device):
         loaded = loader.from_pretrained(tmp_path / "saved", device_map={"": device})
         assert quantized_linears(loaded, kind) == quantized_linears(quantized, kind)
         torch.testing.assert_close(logits(loaded, noisy), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_of_a_mixture_of_experts_the_linear_layers_are_quantised(tmp_path, noisy):
+    torch.manual_seed(0)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = LLaDAMoEConfig(**SIZES | experts, vocab_size=300, mask_token_id=TOKENIZER.mask_token_id, pad_token_id=0)
+    LLaDAMoEForMaskedDiffusion(config).save_pretrained(tmp_path / "moe")
+    quantization = QUANTIZATIONS["int8"][0]()
+    hybrid = LLaDATRMForMaskedDiffusion.from_backbone(
+        str(tmp_path / "moe"), chunk_size=5, quantization_config=quantization
+    )
+    found, _ = quantized_linears(hybrid, "int8")
+    assert {name.split(".")[4] for name in found} == {"self_attn"} and len(found) == 8
+    hybrid.save_pretrained(tmp_path / "saved")
+    loaded = LLaDATRMForMaskedDiffusion.from_pretrained(tmp_path / "saved")
+    for name, weight in hybrid.state_dict().items():
+        if "experts" in name:
+            assert torch.equal(loaded.state_dict()[name], weight)
+    torch.testing.assert_close(logits(loaded, noisy), logits(hybrid, noisy), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("device", DEVICES)
