@@ -19,6 +19,7 @@ EXTRAS = {
     "eval": ["lm-eval>=0.4.13", "accelerate>=1.10", "peft>=0.18", "scipy>=1.13"],
     "onnx": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
     "demo": ["matplotlib>=3.9"],
+    "quantize": ["torchao>=0.18", "bitsandbytes>=0.50", "accelerate>=1.10"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["train"],
@@ -26,6 +27,7 @@ EXTRAS["dev"] = [
     *EXTRAS["rl"],
     *EXTRAS["eval"],
     *EXTRAS["onnx"],
+    *EXTRAS["quantize"],
     "mypy>=1.15",
     "pytest>=8.3",
     "pytest-xdist>=3.6",

@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """
 Latent recursion for language models, Hugging Face-native.
 
@@ -6,9 +7,16 @@ their names are first used.
 """
 
 import importlib
+import logging
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+# transformers imports torchao where it is installed, which then logs what it has no use for on this machine.
+_NOISY = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+_LEVELS = [logger.level for logger in _NOISY]
+for _logger in _NOISY:
+    _logger.setLevel(logging.ERROR)
 
 # ruff: isort: off
 from .models import *  # noqa: F403 (before generation, which imports one of its files)
@@ -18,6 +26,9 @@ from .generation import __all__ as _generation
 from . import inspection  # draws traces, and reports in debug mode
 from .models.hub_model import HUB_HOOKS
 # ruff: isort: on
+
+for _logger, _level in zip(_NOISY, _LEVELS):
+    _logger.setLevel(_level)
 
 if TYPE_CHECKING:
     from .data import *  # noqa: F403

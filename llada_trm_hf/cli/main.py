@@ -3,6 +3,7 @@
 import dis
 import importlib
 import json
+import logging
 import sys
 import traceback
 from typing import Any
@@ -48,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"llada-trm: unknown command {command!r}; one of {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, used or not
     module, _, function = COMMANDS[command][0].partition(":")
     try:
         getattr(importlib.import_module(f".{module}", __package__), function)(arguments[1:])

@@ -1,6 +1,7 @@
 """The KV cache of block-wise diffusion decoding (Fast-dLLM, arXiv 2505.22618)."""
 
 import torch
+from transformers.cache_utils import Cache
 
 
 class BlockKVCache:
@@ -53,3 +54,24 @@ class BlockKVCache:
             renewed = self.renewed[:, None, :, None] if dim == 2 else self.renewed[..., None]
             states = torch.where(renewed, states, cached.index_select(dim, self.columns))
         return cached.index_copy_(dim, self.columns, states)
+
+
+def columns_of_tokens(hidden_states: torch.Tensor, past_key_values: Cache | BlockKVCache | None) -> torch.Tensor:
+    """Where in the sequence the tokens of `hidden_states` `[B, L, D]` stand: `[L]`."""
+    if isinstance(past_key_values, Cache):
+        start = past_key_values.get_seq_length()
+    elif past_key_values is not None and past_key_values.columns is not None:
+        return past_key_values.columns
+    else:
+        start = 0
+    return torch.arange(hidden_states.shape[1], device=hidden_states.device) + start
+
+
+def refuse_prefix_cache(past_key_values: Cache | BlockKVCache | None) -> None:
+    """Raises ValueError for a transformers cache, such as PEFT's prefix tuning passes: `generate` has its own."""
+    if isinstance(past_key_values, Cache):
+        raise ValueError(
+            f"past_key_values is a {type(past_key_values).__name__}, as PEFT's prefix tuning passes it, and masked "
+            f"diffusion would not generate with it. Prompt learning does not work here: use LoRA, IA3 or another "
+            f"adapter inside the layers."
+        )

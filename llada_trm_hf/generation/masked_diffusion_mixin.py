@@ -169,6 +169,24 @@ class MaskedDiffusionGenerationMixin:
         """An empty cache for `_transformer`."""
         return BlockKVCache(self.config.get_text_config().num_hidden_layers)  # type: ignore[attr-defined]
 
+    @property
+    def prepare_inputs_for_generation(self) -> Callable[..., Any]:
+        """
+        What PEFT looks for in a model of `task_type="CAUSAL_LM"`. Nothing here calls it, for a step has the whole
+        canvas as its input. PEFT's prompt learning puts its own in this place for the time of a generation, and would
+        be ignored: ValueError.
+        """
+        return _no_next_token
+
+    @prepare_inputs_for_generation.setter
+    def prepare_inputs_for_generation(self, function: Callable[..., Any]) -> None:
+        if function is not _no_next_token:
+            raise ValueError(
+                "Prompt learning (prompt tuning, prefix tuning, P-tuning) adds to what a model reads that generates "
+                "token by token, and masked diffusion computes its whole canvas in every step: use LoRA, IA3 or "
+                "another adapter inside the layers."
+            )
+
     def adjust_generation_fn(
         self,
         generation_config: MaskedDiffusionGenerationConfig | None,
@@ -372,6 +390,10 @@ class GenerationRecorder:
     def _per_token(self, name: str) -> tuple[torch.Tensor, ...] | None:
         """For each new token `[B, V]`; None if not asked for, or if there is no new token."""
         return self.kept[name][:, :-1].unbind(1) or None if name in self.kept else None
+
+
+def _no_next_token(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    raise ValueError("A masked-diffusion model has no next token to prepare for: call its own generate.")
 
 
 def check_prompt(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:

@@ -4,14 +4,17 @@ checkpoints with and without it.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers import AutoQuantizationConfig, HfQuantizer
+from transformers.utils import logging
 
-from .hub_model import BACKBONES, HubModel, model_type_of
+from .hub_model import BACKBONES, HubModel, adapter_and_base, model_type_of
 
 # Arguments of `from_pretrained` that say where files come from.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -59,15 +62,24 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     return auto_class.from_config(config)
 
 
+def config_dict_of(name_or_path: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The config file of a folder or repository, with those of `arguments` that say where files come from."""
+    place = {name: arguments[name] for name in ("cache_dir", "local_files_only", "token") if name in arguments}
+    return PreTrainedConfig.get_config_dict(name_or_path, **place)[0]
+
+
 def load_backbone(name_or_path: Any, **kwargs: Any) -> PreTrainedModel:
     """
     A masked-diffusion model from a folder or repository: one of the native families in the official or in this
-    package's layout, or any model `AutoModelForMaskedLM` or `AutoModelForCausalLM` knows.
+    package's layout, or any model `AutoModelForMaskedLM` or `AutoModelForCausalLM` knows. With a `config`, the one it
+    is of, whatever the folder's own.
     """
     if os.path.isabs(name_or_path) and not os.path.isdir(name_or_path):
         raise FileNotFoundError(f"There is no folder {name_or_path}.")
-    place = {name: kwargs[name] for name in ("cache_dir", "local_files_only", "token") if name in kwargs}
-    model_type = model_type_of(PreTrainedConfig.get_config_dict(name_or_path, **place)[0]) or ""
+    if "config" in kwargs:
+        model_type = kwargs["config"].model_type
+    else:
+        model_type = model_type_of(config_dict_of(name_or_path, kwargs)) or ""
     if model_type == "llada_trm":
         raise ValueError(f"{name_or_path} is a hybrid already, not a backbone: load it with from_pretrained.")
     if model_type in BACKBONES:
@@ -152,6 +164,46 @@ def lm_head_inputs(model: PreTrainedModel, inputs: dict[str, Any], num_logits: i
 # --- Checkpoints ---
 
 
+@contextmanager
+def only_errors_logged() -> Iterator[None]:
+    """Within it, transformers logs no warnings."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+class BackboneQuantizer(HfQuantizer):
+    """
+    The quantizer of a model's backbone, as that of the whole model, whose other parts are as they are. It knows the
+    backbone's tensors by their own names, since that is how the backbone is loaded again.
+    """
+
+    def __init__(self, quantizer: HfQuantizer):
+        super().__init__(quantizer.quantization_config, pre_quantized=quantizer.pre_quantized)
+        self.quantizer = quantizer
+
+    def is_serializable(self) -> bool:
+        return self.quantizer.is_serializable()
+
+    @property
+    def is_trainable(self) -> bool:
+        return self.quantizer.is_trainable
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        state_dict, metadata = self.quantizer.get_state_dict_and_metadata(model.backbone)
+        if state_dict is None:  # it has nothing to change
+            state_dict = model.backbone.state_dict()
+        others = {name: value for name, value in model.state_dict().items() if not name.startswith("backbone.")}
+        return {**{f"backbone.{name}": value for name, value in state_dict.items()}, **others}, metadata
+
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        self.quantizer.dequantize(model.backbone, dtype)
+        return model
+
+
 class BackboneWrapper(HubModel):
     """
     Mixin for a `PreTrainedModel` made of a `backbone` and a recursive module, whose constructor takes both by name.
@@ -169,6 +221,7 @@ class BackboneWrapper(HubModel):
     config_class: Any
     backbone: PreTrainedModel
     state_dict: Any
+    _hf_peft_config_loaded: bool
 
     # What a class adds: how its backbone is loaded; its recursive module, from a checkpoint where the module's name is
     # the prefix of its tensors, with the loading info; and its `generation_config` from a checkpoint.
@@ -204,16 +257,53 @@ class BackboneWrapper(HubModel):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.backbone.set_output_embeddings(value)
 
+    # Of a quantised backbone, what PEFT, accelerate and `save_pretrained` ask the whole model for. Not `is_quantized`:
+    # the Trainer then refuses to train anything but adapters.
+
+    @property
+    def hf_quantizer(self) -> BackboneQuantizer | None:
+        quantizer = getattr(self.backbone, "hf_quantizer", None)
+        # (Saved without its backbone, the model has nothing quantised.)
+        return BackboneQuantizer(quantizer) if quantizer is not None and self.config.backbone_in_checkpoint else None
+
+    @property
+    def quantization_method(self) -> Any:
+        return getattr(self.backbone, "quantization_method", None)
+
+    @property
+    def is_loaded_in_4bit(self) -> bool:
+        return getattr(self.backbone, "is_loaded_in_4bit", False)
+
+    @property
+    def is_loaded_in_8bit(self) -> bool:
+        return getattr(self.backbone, "is_loaded_in_8bit", False)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """
         Loads a checkpoint. One without backbone (`save_pretrained(dir, save_backbone=False)`) is put together with the
-        backbone its config names; `dtype`, `device_map`, `quantization_config` then apply to that backbone.
+        backbone its config names; `dtype` and `device_map` then apply to that backbone. It is quantised as it was when
+        the checkpoint was saved, or as `quantization_config` says (`None`: not); the recursive module never is. A
+        folder of PEFT adapters is loaded with the checkpoint it names.
         """
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        saved = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub) if config is None else config
-        if not saved.backbone_in_checkpoint:
-            return cls._from_recursive_checkpoint(pretrained_model_name_or_path, saved, hub, kwargs)
+        adapter_arguments = dict(kwargs.get("adapter_kwargs") or {})
+        # An Auto class has found the adapters' checkpoint already, and says where the adapters are.
+        adapter, base = adapter_arguments.pop("_adapter_model_path", None), pretrained_model_name_or_path
+        of_base = hub
+        if adapter is None:
+            adapter, base = adapter_and_base(base, **hub)
+            if base != pretrained_model_name_or_path:  # a revision is the adapters'
+                of_base = {name: hub[name] for name in ("cache_dir", "local_files_only", "token") if name in hub}
+        saved = cls.config_class.from_pretrained(base, **of_base) if config is None else config
+        quantized = kwargs.get("quantization_config") or _quantization_of(saved.backbone_config)
+        if quantized or not saved.backbone_in_checkpoint:
+            loaded = cls._from_parts(base, saved, of_base, kwargs)
+            if adapter is not None:
+                model = loaded[0] if isinstance(loaded, tuple) else loaded
+                name = kwargs.get("adapter_name")
+                model.load_adapter(str(adapter), name, adapter_kwargs={**hub, **adapter_arguments})
+            return loaded
         if "experts_implementation" in kwargs:
             kwargs["experts_implementation"] = for_the_backbone_only(kwargs["experts_implementation"])
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
@@ -224,16 +314,21 @@ class BackboneWrapper(HubModel):
         return loaded
 
     @classmethod
-    def _from_recursive_checkpoint(cls, path: Any, config: Any, hub: dict[str, Any], kwargs: dict[str, Any]) -> Any:
-        """Loads the recursive module from `path` and the backbone from where `config` says."""
+    def _from_parts(cls, path: Any, config: Any, hub: dict[str, Any], kwargs: dict[str, Any]) -> Any:
+        """Loads the recursive module from `path`, and the backbone from there too or from where `config` says."""
         wants_info = kwargs.pop("output_loading_info", False)
         fields = config_fields(cls.config_class)
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in fields}
         config = cls.config_class.from_dict({**config.to_dict(), **overrides})
         # Which commit of which files was found for this repository (an Auto class adds it) is not for the backbone's.
-        elsewhere = {"adapter_kwargs", "code_revision", "force_download", "revision", "subfolder"}
+        elsewhere = {"adapter_kwargs", "adapter_name", "code_revision", "force_download", "revision", "subfolder"}
         kwargs = {name: kwargs[name] for name in kwargs if name not in elsewhere and not name.startswith("_")}
-        backbone = cls._load_backbone(config.backbone_name_or_path, **kwargs)
+        if config.backbone_in_checkpoint:
+            of_backbone = {"config": config.backbone_config, "key_mapping": {r"^backbone\.": ""}, **hub}
+            with only_errors_logged():  # of either part, the other's tensors are unexpected
+                backbone = cls._load_backbone(path, **{**kwargs, **of_backbone})
+        else:
+            backbone = cls._load_named_backbone(config, kwargs)
         found, expected = backbone.config.get_text_config(), config.get_text_config()
         for name in ("hidden_size", "vocab_size"):
             if getattr(found, name) != getattr(expected, name):
@@ -243,19 +338,35 @@ class BackboneWrapper(HubModel):
                     f"backbone_name_or_path to name the right one."
                 )
         dtype, recursive_dtype = kwargs.get("dtype", "auto"), getattr(config, f"{cls.recursive_module}_dtype")
-        part, info = cls._load_recursive_module(
-            path,
-            config,
-            key_mapping={rf"^{cls.recursive_module}\.": ""},
-            output_loading_info=True,
-            dtype=recursive_dtype if recursive_dtype and (dtype == "auto" or recursive_dtype == "float32") else dtype,
-            **hub,
-        )
-        config.backbone_config = backbone.config
+        if recursive_dtype and (dtype == "auto" or recursive_dtype == "float32"):
+            dtype = recursive_dtype
+        if hasattr(config.backbone_config, "quantization_config"):
+            del config.backbone_config.quantization_config  # a recursive module with this config is not quantised
+        with only_errors_logged():
+            part, info = cls._load_recursive_module(
+                path,
+                config,
+                key_mapping={rf"^{cls.recursive_module}\.": ""},
+                output_loading_info=True,
+                dtype=dtype,
+                **hub,
+            )
+        config.backbone_config, config.backbone_in_checkpoint = backbone.config, True  # in memory there is one
+        config.name_or_path = str(path)  # which adapters name as their base
         whole: Any = cls
         model = whole(config, backbone=backbone, **{cls.recursive_module: part.to(input_device(backbone))}).eval()
         model._load_generation_config(path, **hub)
         return (model, info) if wants_info else model
+
+    @classmethod
+    def _load_named_backbone(cls, config: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
+        """The backbone that `config` names: quantised as its own checkpoint is, or as `kwargs` say, or as it was."""
+        quantization = _quantization_of(config.backbone_config)
+        if quantization is not None and "quantization_config" not in kwargs:
+            own = config_dict_of(config.backbone_name_or_path, kwargs)
+            if not own.get("quantization_config"):
+                kwargs = {**kwargs, "quantization_config": AutoQuantizationConfig.from_dict(quantization)}
+        return cls._load_backbone(config.backbone_name_or_path, **kwargs)
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -273,7 +384,7 @@ class BackboneWrapper(HubModel):
         Raises:
             ValueError: without the backbone, if the config does not say where it came from.
         """
-        if not save_backbone:
+        if not save_backbone and not self._hf_peft_config_loaded:  # else only adapters are saved
             if not self.config.backbone_name_or_path:
                 raise ValueError(
                     "save_backbone=False needs to know where the backbone comes from: set "
@@ -291,3 +402,9 @@ class BackboneWrapper(HubModel):
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         finally:
             self.config.backbone_in_checkpoint = True
+
+
+def _quantization_of(backbone_config: PreTrainedConfig) -> dict[str, Any] | None:
+    """How a backbone with this config is quantised, as in a config file."""
+    quantization: Any = getattr(backbone_config, "quantization_config", None)
+    return quantization.to_dict() if hasattr(quantization, "to_dict") else quantization

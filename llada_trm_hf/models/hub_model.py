@@ -4,6 +4,7 @@ import ast
 import difflib
 import importlib
 import inspect
+import json
 import os
 import re
 import sys
@@ -13,7 +14,9 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME, find_adapter_config_file, is_peft_available
 
 # The masked-diffusion families and the refiners by `model_type`, filled by `registered_models.py` and
 # `register_refiner`. (Not by config class: remote code may load the same class twice, from two files.)
@@ -52,8 +55,10 @@ class HubModel:
         at random, and so are tensors of another shape.
 
         Raises:
-            ValueError: naming the tensors.
+            ValueError: naming the tensors, or for PEFT adapters that do not say which model they belong to.
         """
+        if pretrained_model_name_or_path is not None and os.path.isdir(pretrained_model_name_or_path):
+            adapter_and_base(pretrained_model_name_or_path)
         wants_info = kwargs.pop("output_loading_info", False)
         may_differ = kwargs.pop("ignore_mismatched_sizes", False)
         model, info = super().from_pretrained(  # type: ignore[misc]
@@ -89,13 +94,17 @@ class HubModel:
         those of the official checkpoints. (The HF Trainer resumes by the names in memory.) Where the package is
         imported, a model card is written too, but never over a README.md that a person wrote or changed, and
         `push_to_hub=True` uploads as `push_to_hub` does.
+
+        Raises:
+            ValueError: for quantised weights that cannot be saved, before anything is written.
         """
-        has_adapters = getattr(self, "_hf_peft_config_loaded", False)
-        hooks = {} if has_adapters else HUB_HOOKS  # adapters are saved alone, as PEFT does
+        _check_weights_can_be_saved(self, kwargs.get("state_dict"), save_original_format)
+        has_adapters = getattr(self, "_hf_peft_config_loaded", False)  # they are saved alone, as PEFT does
+        hooks = {} if has_adapters else HUB_HOOKS
         upload: dict[str, Any] = {}
         if push_to_hub and hooks:
             upload = {name: kwargs.pop(name) for name in list(kwargs) if name not in _SAVE_ARGUMENTS}
-        if is_main_process:
+        if is_main_process and not has_adapters:
             os.makedirs(save_directory, exist_ok=True)
             self.export_code(save_directory)
         super().save_pretrained(  # type: ignore[misc]
@@ -148,6 +157,52 @@ class HubModel:
         config.auto_map.update(
             {name: f"{module_name(model_class)}.{model_class.__name__}" for name in self.auto_classes}
         )
+
+
+def _check_weights_can_be_saved(model: Any, state_dict: dict[str, Any] | None, save_original_format: bool) -> None:
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        weights = dict(model.named_parameters()) if state_dict is None else state_dict
+        for name, weight in weights.items():
+            is_of_torch = type(weight).__module__.startswith("torch.")  # a DTensor, which transformers gathers
+            if is_traceable_wrapper_subclass(weight) and not is_of_torch:
+                raise ValueError(
+                    f"{name} is a {type(weight).__name__}, quantised after loading, which no checkpoint could "
+                    f"tell: load the model with quantization_config instead."
+                )
+    elif not quantizer.is_serializable():
+        method = getattr(quantizer.quantization_config.quant_method, "value", "this method")
+        raise ValueError(f"Weights quantised by {method} cannot be saved: save the model before, or a part without.")
+    elif save_original_format:
+        raise ValueError("Quantised weights have no official format: leave out save_original_format.")
+
+
+# --- Adapters ---
+
+
+def adapter_and_base(path: Any, **place: Any) -> tuple[Any, Any]:
+    """
+    The folder or repository of PEFT adapters that `path` is, or None, and that of their model, by default `path`.
+
+    Args:
+        place: says where files come from, `cache_dir`, `revision`, `token`, ...
+
+    Raises:
+        ValueError: for adapters that do not say which model they belong to.
+    """
+    file = find_adapter_config_file(path, **place) if is_peft_available() else None
+    if file is None:
+        return None, path
+    if os.path.isfile(os.path.join(path, CONFIG_NAME)):  # adapters beside their model
+        return path, path
+    base = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"{path} holds adapters, and its adapter_config.json names no base model: build the model as it was "
+            f"before training and use PeftModel.from_pretrained(model, folder). Adapters name it if it was loaded "
+            f"from a folder or repository."
+        )
+    return path, base
 
 
 # --- The code of a class, flat ---

@@ -3,6 +3,7 @@ What the masked-diffusion families share: a Llama-like transformer without causa
 masked token at once, and the objective it learns by (LLaDA, arXiv 2502.09992).
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,10 +20,10 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, eag
 from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from ..generation.block_kv_cache import BlockKVCache
+from ..generation.block_kv_cache import BlockKVCache, columns_of_tokens, refuse_prefix_cache
 from ..generation.masked_diffusion_mixin import MaskedDiffusionGenerationMixin
 from .hub_model import HubModel
-from .rotary import FullPrecisionRotaryEmbedding, Rotary, rotate
+from .rotary import FullPrecisionRotaryEmbedding, Rotary, positions_of_real_tokens, rotate
 
 # With a vocabulary of 126k, float32 logits of this many tokens are 258 MB.
 TOKENS_AT_ONCE = 512
@@ -219,27 +220,6 @@ class MaskedDiffusionTransformer(MaskedDiffusionPreTrainedModel):
         return self.output_class(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
-def columns_of_tokens(hidden_states: torch.Tensor, past_key_values: Cache | BlockKVCache | None) -> torch.Tensor:
-    """Where in the sequence the tokens of `hidden_states` `[B, L, D]` stand: `[L]`."""
-    if isinstance(past_key_values, Cache):
-        start = past_key_values.get_seq_length()
-    elif past_key_values is not None and past_key_values.columns is not None:
-        return past_key_values.columns
-    else:
-        start = 0
-    return torch.arange(hidden_states.shape[1], device=hidden_states.device) + start
-
-
-def positions_of_real_tokens(columns: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """
-    The number of each token in `columns` `[L]` among its row's real tokens, `[B or 1, L]`, so that padding anywhere
-    changes nothing.
-    """
-    if attention_mask is None or attention_mask.ndim != 2:
-        return columns[None]
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, columns]
-
-
 # --- The LM head and the objective ---
 
 
@@ -288,6 +268,7 @@ class MaskedDiffusionLM(MaskedDiffusionGenerationMixin, MaskedDiffusionPreTraine
             `loss` (scalar, float32) and `logits` `[B, L, V]`, or of the shape `logits_to_keep` asks for. Logits at
             position `i` predict the token at position `i`; nothing is shifted.
         """
+        check_loss_arguments(self, labels, p_mask, past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -339,6 +320,21 @@ def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Te
     return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
 
 
+def check_loss_arguments(model: PreTrainedModel, labels: Any, p_mask: Any, past_key_values: Any) -> None:
+    """Raises ValueError for arguments of `model.forward` by which it would train on another loss than its own."""
+    taken = "The Trainer takes labels away for label_smoothing_factor and compute_loss_func: leave those out."
+    if labels is not None:
+        refuse_prefix_cache(past_key_values)
+    elif p_mask is not None:
+        raise ValueError(f"p_mask without labels: the model has to compute its loss itself. {taken}")
+    elif model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"{type(model).__name__} is in training mode and gets no labels, so that it has no loss: what trains on "
+            f"its logits has to leave out unmasked tokens, and a refiner's own losses are missing. {taken}",
+            stacklevel=3,
+        )
+
+
 class MaskedTargets(NamedTuple):
     """
     What the masked-diffusion loss needs of a batch, at its `M` masked and labelled tokens in row-major order.
@@ -372,22 +368,36 @@ def masked_targets(
 
     The weight of a token is `1 / (p_mask * n * B)` with `n` the labelled tokens of its row. With every token labelled
     this is the pre-training objective, with the response labelled the supervised fine-tuning objective.
+
+    Raises:
+        ValueError: for a batch with labels and no mask at all, as collators of causal language models make it. With
+            `p_mask` it is a draw like any other, of loss 0.
     """
     if input_ids is None:
-        raise ValueError("labels need input_ids: the loss counts the positions that hold the mask token.")
+        raise ValueError(
+            "labels need input_ids: the loss counts the positions that hold the mask token. PEFT's prompt tuning and "
+            "P-tuning pass embeddings instead: use LoRA, IA3 or another adapter inside the layers."
+        )
     if mask_token_id is None:
         raise ValueError("labels need the mask token: set model.config.mask_token_id, the id the model trained with.")
     if labels.shape != input_ids.shape:
         raise ValueError(f"labels have shape {tuple(labels.shape)}, input_ids {tuple(input_ids.shape)}.")
     labelled = labels != -100
     positions = labelled & (input_ids == mask_token_id)
+    tokens = labels[positions]
+    if not len(tokens) and p_mask is None and labelled.any():
+        raise ValueError(
+            f"No labelled token of input_ids is the mask token ({mask_token_id}), so that nothing would be learned: "
+            f"use MaskedDiffusionTrainer or MaskedDiffusionCollator instead of a collator for causal language models. "
+            f"Where tokens are masked at random, pass p_mask, the probability: then a batch may be without."
+        )
     num_labelled = labelled.sum(-1, keepdim=True)
     if p_mask is None:
         p_mask = positions.sum(-1, keepdim=True) / num_labelled.clamp(min=1)
     elif p_mask.ndim == 1:
         p_mask = p_mask[:, None]
     weights = 1.0 / (p_mask.float() * num_labelled * labels.shape[0])
-    return MaskedTargets(positions, labels[positions], weights.expand_as(positions)[positions])
+    return MaskedTargets(positions, tokens, weights.expand_as(positions)[positions])
 
 
 def masked_diffusion_loss(losses: torch.Tensor, targets: MaskedTargets) -> torch.Tensor:

@@ -34,6 +34,16 @@ def rotary_embedding(positions: torch.Tensor, head_dim: int, dtype: torch.dtype)
     return angles.cos(), angles.sin()
 
 
+def positions_of_real_tokens(columns: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """
+    The number of each token in `columns` `[L]` among its row's real tokens, `[B or 1, L]`, so that padding anywhere
+    changes nothing.
+    """
+    if attention_mask is None or attention_mask.ndim != 2:
+        return columns[None]
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, columns]
+
+
 class FullPrecisionRotaryEmbedding(LlamaRotaryEmbedding):
     """
     The angles of a backbone, by its config's `rope_parameters`. Cosine and sine stay in float32: LLaDA rotates in full

@@ -49,6 +49,11 @@ class CommonTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor} would replace the model's own loss by the "
+                f"Trainer's, over all labels: leave it out."
+            )
         no_metric = self.eval_strategy == "no" or self.metric_for_best_model is None
         if self.early_stopping_patience is not None and no_metric:
             raise ValueError(

@@ -252,6 +252,19 @@ def test_module_entry_point_and_exit_code():
     assert "the following arguments are required: --checkpoint" in result.stderr
 
 
+def test_what_optional_packages_log_stays_off_stderr():
+    """torchao and bitsandbytes, where they are installed, say which of their extensions they did not load."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHAO_")}
+    result = subprocess.run(
+        [sys.executable, "-m", "llada_trm_hf.cli", "train", "--recipe", "warmup", "--help"],
+        env=inherited,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0 and "--learning_rate" in result.stdout
+    assert result.stderr == ""
+
+
 def test_demo_runs_from_start_to_end(tmp_path, capsys):
     folder = tmp_path / "demo"
     assert main(["demo", "--smoke_test", "--output_dir", str(folder)]) == 0

@@ -75,6 +75,27 @@ def test_lora_example_trains_and_reloads(tmp_path, backbone_folder, tokens, monk
     )
 
 
+@pytest.mark.parametrize("quantize", ["int8", "4bit"])
+def test_qlora_example_trains_and_reloads(tmp_path, tokens, monkeypatch, quantize):
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+    new_backbone(hidden_size=64).save_pretrained(tmp_path / "backbone")
+    TOKENIZER.save_pretrained(tmp_path / "backbone")
+    folder = str(tmp_path / "adapter")
+    flags = f"{tmp_path}/backbone {folder} --dataset arithmetic --max_steps 2 --chunk_size 5 --rank 2"
+    monkeypatch.setattr(sys, "argv", ["train_lora.py", *flags.split(), "--quantize", quantize])
+    script = runpy.run_path(str(EXAMPLES / "train_lora.py"))
+    trained = script["model"]
+    kinds = {type(m.weight).__name__ for n, m in trained.named_modules() if n.endswith("q_proj.base_layer")}
+    assert kinds == {{"int8": "Int8Tensor", "4bit": "Params4bit"}[quantize]}
+    again = LLaDATRMForMaskedDiffusion.from_backbone(
+        str(tmp_path / "backbone"), chunk_size=5, quantization_config=script["quantization"]
+    )
+    before = logits(again, tokens)
+    loaded = logits(PeftModel.from_pretrained(again, folder), tokens)
+    torch.testing.assert_close(loaded, logits(trained, tokens), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(loaded, before, atol=1e-3)
+
+
 # --- Quantised backbones ---
 
 

@@ -13,7 +13,15 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertFo
 
 from llada_trm_hf.cli.main import main
 from llada_trm_hf.recipes.recipe import load_recipe, load_settings, parse_recipe
-from llada_trm_hf.training import MaskedDiffusionTrainer, set_trainable
+from llada_trm_hf.rl import LatentGRPOTrainingArguments
+from llada_trm_hf.training import (
+    CompressorTrainingArguments,
+    LatentAnswerTrainingArguments,
+    MaskedDiffusionTrainer,
+    MaskedDiffusionTrainingArguments,
+    TRMTrainingArguments,
+    set_trainable,
+)
 from llada_trm_hf.training.freezing import last_layers
 
 
@@ -135,6 +143,24 @@ def test_leaving_out_a_backbone_that_trains_is_refused(tmp_path, samples):
     model.config.backbone_name_or_path = str(tmp_path)
     with pytest.raises(ValueError, match="would lose what the backbone learns"):
         trainer(model, tmp_path, samples, save_backbone=False)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        MaskedDiffusionTrainingArguments,
+        CompressorTrainingArguments,
+        TRMTrainingArguments,
+        LatentAnswerTrainingArguments,
+        LatentGRPOTrainingArguments,
+    ],
+)
+def test_label_smoothing_is_refused(tmp_path, arguments):
+    """The Trainer would smooth the labels of all tokens, unshifted, or of hidden states that have none."""
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
+    assert arguments(**settings).label_smoothing_factor == 0
+    with pytest.raises(ValueError, match=r"label_smoothing_factor=0\.1 would replace the model's own loss"):
+        arguments(**settings, label_smoothing_factor=0.1)
 
 
 def test_set_trainable_reports_and_refuses_a_pattern_that_matches_nothing(capsys):
@@ -298,6 +324,7 @@ def test_train_command_with_recipe_values_typed_and_overridden(tmp_path, config_
         (["--resume_from_checkpoint", "true"], "holds no checkpoint"),
         (["--lr", "fast"], "invalid float value: 'fast'"),
         (["--deep_supervision_schedule", "cubic"], "must be one of"),
+        (["--label_smoothing_factor", "0.1"], "would replace the model's own loss"),
     ],
 )
 def test_train_command_mistakes_leave_nothing_behind(tmp_path, config_file, capsys, change, message):

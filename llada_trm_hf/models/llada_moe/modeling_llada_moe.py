@@ -25,6 +25,7 @@ from ..modeling_masked_diffusion import (
     MaskedDiffusionLM,
     MaskedDiffusionPreTrainedModel,
     MaskedDiffusionTransformer,
+    check_loss_arguments,
 )
 from ..rotary import FullPrecisionRotaryEmbedding
 from .configuration_llada_moe import LLaDAMoEConfig
@@ -251,6 +252,7 @@ class LLaDAMoEForMaskedDiffusion(LLaDAMoEPreTrainedModel, MaskedDiffusionLM):
         Args:
             output_router_logits: see [`LLaDAMoEOutput`]; the config's by default.
         """
+        check_loss_arguments(self, labels, p_mask, past_key_values)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         balances = self.training and labels is not None and self.config.router_aux_loss_coef > 0

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
-from ...generation.block_kv_cache import BlockKVCache
+from ...generation.block_kv_cache import BlockKVCache, refuse_prefix_cache
 from ...generation.block_sampler import DenoisingInputs
 from ...generation.configuration_masked_diffusion import MaskedDiffusionGenerationConfig
 from ...generation.masked_diffusion_mixin import DenoisingOutput, MaskedDiffusionGenerationMixin
@@ -27,6 +27,7 @@ from ..backbone_wrapper import (
 )
 from ..modeling_masked_diffusion import (
     MaskedTargets,
+    check_loss_arguments,
     masked_diffusion_loss,
     masked_targets,
     score_tokens,
@@ -196,6 +197,8 @@ class LLaDATRMForMaskedDiffusion(
             enable_refinement: `False` gives exactly the backbone.
             output_refinement_trace, output_hidden_states: see [`LLaDATRMOutput`].
         """
+        check_loss_arguments(self, labels, p_mask, past_key_values)
+        refuse_prefix_cache(past_key_values)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

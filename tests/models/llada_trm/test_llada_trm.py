@@ -347,14 +347,15 @@ def test_p_mask_is_the_share_of_masked_labels_by_default(tiny_hybrid, batch):
 @pytest.mark.parametrize("labelled", ["some chunks", "one row", "nothing", "no mask"])
 def test_no_nan_where_nothing_is_labelled(make_hybrid, batch, labelled):
     input_ids, labels = batch
+    p_mask = None
     if labelled == "one row":
         labels[1:] = -100
     elif labelled == "nothing":
         labels[:] = -100
     elif labelled == "no mask":
-        input_ids = random_tokens(3, 22)
+        input_ids, p_mask = random_tokens(3, 22), torch.full((3,), 0.01)  # an unlucky draw
     model = make_hybrid(freeze_backbone=False).train()
-    outputs = model(input_ids, labels=labels)
+    outputs = model(input_ids, labels=labels, p_mask=p_mask)
     outputs.loss.backward()
     assert outputs.loss.isfinite() and all(value.isfinite() for value in outputs.loss_components.values())
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
