@@ -80,7 +80,9 @@ def files_to_publish(
     tokenizer_code = _code_files(folder, read_json(folder / "tokenizer_config.json").get("auto_map"))
     paths = [path for pattern in (*UPLOADED, *(_ADAPTER if is_adapter else ())) for path in folder.glob(pattern)]
     paths += [folder / name for name in code | tokenizer_code]
-    contents: dict[str, str | bytes] = {p.relative_to(folder).as_posix(): str(p) for p in paths if p.is_file()}
+    paths = [path for path in paths if path.is_file()]
+    _check_inside(folder, paths)
+    contents: dict[str, str | bytes] = {path.relative_to(folder).as_posix(): str(path) for path in paths}
     contents |= latent_thinking_template_files(folder)
     readme = read_readme(folder)
     if base_model is not None:
@@ -103,6 +105,20 @@ def check_repo_id(name: str, needs_owner: bool = True) -> None:
     validate_repo_id(name)
     if needs_owner and name.count("/") != 1:
         raise ValueError(f"A repository is named owner/name, got {name!r}.")
+
+
+def _check_inside(folder: Path, paths: list[Path]) -> None:
+    """Raises a ValueError for a link out of `folder`, except to the blobs of the Hub's cache, where it is made so."""
+    allowed = [
+        folder.resolve(),
+        *([folder.resolve().parents[1] / "blobs"] if folder.parent.name == "snapshots" else []),
+    ]
+    for path in paths:
+        target = path.resolve()
+        if not any(target.is_relative_to(place) for place in allowed):
+            raise ValueError(
+                f"{path} is a link to {target}, outside of the checkpoint: put a copy there to upload it."
+            )
 
 
 def _code_files(folder: Path, auto_map: Any) -> set[str]:
@@ -130,6 +146,8 @@ def _check_loadable(folder: Path, config: dict[str, Any], code: set[str], names:
     is_adapter = ADAPTER_CONFIG in names
     where = read_json(folder / _INDEX).get("weight_map", {})  # tensor -> file
     weights = set(where.values()) or {ADAPTER_WEIGHTS if is_adapter else "model.safetensors"}
+    if elsewhere := sorted(name for name in weights if Path(name).name != name):
+        raise ValueError(f"{folder / _INDEX} names {elsewhere[0]}, which is no file of this folder.")
     missing = sorted((weights | code) - names)
     if missing:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: save the model with save_pretrained.")

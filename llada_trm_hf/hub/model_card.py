@@ -1,5 +1,6 @@
 """The model card of a checkpoint's folder. It says nothing that the folder does not."""
 
+import html
 import json
 import math
 import os
@@ -92,22 +93,22 @@ def model_card(
         quoted=partial(json.dumps, ensure_ascii=False),
         kind=kind.name,
         auto_class=kind.auto_class,
-        model_name=model_name,
+        model_name=_plain(model_name),
         repo_id=repo_id,
         revision=revision,
         description=description,
         config=config,
-        base_name=f"`{base}`" if base else None if has_backbone else "its backbone",
+        base_name=f"`{_plain(base)}`" if base else None if has_backbone else "its backbone",
         has_backbone=has_backbone,
         refiner=refiner,
         tokenizer_name=repo_id if tokenizer else base,
         has_chat_template=bool(tokenizer.get("chat_template")) or Path(folder, "chat_template.jinja").is_file(),
         writes_thought=bool(latent_thinking_template_files(folder)),
         settings=_settings(record),
-        results={name.replace("_", " "): _number(value) for name, value in record.metrics.items()},
+        results={_plain(name.replace("_", " ")): _number(value) for name, value in record.metrics.items()},
         results_step=record.metrics_step,
         weights_step=record.weights_step,
-        results_data=_dataset(record.data, "eval_split"),
+        results_data=_plain(_dataset(record.data, "eval_split") or ""),
     )
     fields = license_of(base_model) or license_of(config.get("backbone_name_or_path"))
     return with_license(card, {"license": license} if license else fields)
@@ -148,7 +149,7 @@ def _settings(record: TrainingRecord) -> dict[str, str]:
     """The rows of the table of settings."""
     rows = {"data": _dataset(record.data, "split"), "steps": record.num_steps, "epochs": record.num_epochs}
     rows |= record.settings
-    return {name.replace("_", " "): _number(value) for name, value in rows.items() if value is not None}
+    return {_plain(name.replace("_", " ")): _number(value) for name, value in rows.items() if value is not None}
 
 
 def _dataset(data: dict[str, str], split: str) -> str | None:
@@ -179,4 +180,9 @@ def _eval_results(kind: _Kind, record: TrainingRecord) -> list[EvalResult] | Non
 def _number(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else _plain(value)
+
+
+def _plain(text: Any) -> str:
+    """In one line, without meaning in Markdown's tables and in HTML: settings of a checkpoint may be anybody's."""
+    return html.escape(" ".join(str(text).split()), quote=False).replace("|", "\\|").replace("`", "'")

@@ -29,7 +29,7 @@ from llada_trm_hf import (
     thought_token_ids,
 )
 from llada_trm_hf.cli.main import main
-from llada_trm_hf.hub import import_legacy, push_checkpoint
+from llada_trm_hf.hub import import_legacy, model_card, push_checkpoint
 from llada_trm_hf.models import hub_model
 from llada_trm_hf.recipes.run_setup import train_and_save
 
@@ -680,6 +680,53 @@ def test_incomplete_checkpoints(hub, checkpoint, capsys, spoil, message, more):
     spoil(checkpoint)
     assert push(checkpoint, *more) == 2
     assert message in capsys.readouterr().err and hub.requests == []
+
+
+def test_links_out_of_the_folder_are_not_followed(hub, checkpoint, tmp_path, capsys):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret")
+    (checkpoint / "vocab.txt").symlink_to(secret)
+    assert push(checkpoint) == 2
+    error = capsys.readouterr().err
+    assert "vocab.txt is a link" in error and len(error.splitlines()) == 1 and hub.requests == []
+    (checkpoint / "vocab.txt").unlink()
+
+    (checkpoint / "real.json").write_text("{}")
+    (checkpoint / "generation_config.json").unlink(missing_ok=True)
+    (checkpoint / "generation_config.json").symlink_to("real.json")  # within the folder
+    assert push(checkpoint, "--dry_run") == 0
+    cached = tmp_path / "models--user--model"
+    (cached / "snapshots").mkdir(parents=True)
+    checkpoint.rename(cached / "snapshots/0")
+    (cached / "blobs").mkdir()
+    (cached / "snapshots/0/model.safetensors").rename(cached / "blobs/abc")
+    (cached / "snapshots/0/model.safetensors").symlink_to("../../blobs/abc")
+    assert push(cached / "snapshots/0", "--dry_run") == 0
+
+
+def test_an_index_stays_in_its_folder(hub, checkpoint, capsys):
+    index = {"metadata": {}, "weight_map": {"weight": "../outside.safetensors"}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    (checkpoint.parent / "outside.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes())
+    assert push(checkpoint) == 2
+    assert "names ../outside.safetensors" in capsys.readouterr().err and hub.requests == []
+
+
+def test_what_a_checkpoint_says_means_nothing_in_its_card(hub, tmp_path):
+    """Settings and names may be anybody's: no new lines, columns, tags or code."""
+    folder = tmp_path / "model"
+    new_hybrid().save_pretrained(folder)
+    (folder / "README.md").unlink()
+    evil = "a|b\n## Heading\n<script>x</script>`"
+    (folder / "training_settings.json").write_text(
+        json.dumps({"settings": {"optim": evil}, "data": {"name": evil, "split": evil}})
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config["refiner_config"]["chunk_size"] = "4); import os"
+    (folder / "config.json").write_text(json.dumps(config))
+    text = model_card(folder, "user/model").text
+    assert "a\\|b ## Heading &lt;script&gt;" in text
+    assert "\n## Heading" not in text and "<script>" not in text and "import os" not in text
 
 
 def test_without_a_checkpoint(hub, tmp_path, capsys):
