@@ -182,7 +182,7 @@ def test_what_is_traced_computes_the_same(monkeypatch, kind, max_steps):
         active = torch.rand(batch, -(-length // 4), generator=torch.Generator().manual_seed(1)) < 0.7
         ways = []
         for exporting_now in (False, True):
-            monkeypatch.setattr(torch.compiler, "is_exporting", lambda now=exporting_now: now)
+            monkeypatch.setattr(torch.compiler, "is_compiling", lambda now=exporting_now: now)
             with torch.no_grad():
                 refined = refiner(states, active, inputs["attention_mask"], **asked)
                 ways.append((refined, model(**inputs, max_steps=max_steps)))

@@ -293,6 +293,8 @@ class LLaDATRMForMaskedDiffusion(
         arguments: dict[str, Any],
     ) -> tuple[Refinement, torch.Tensor]:
         """Refines `hidden_states` `[B, L, D]`; the logits `logits_to_keep` asks for, computed anew where refined."""
+        if torch.compiler.is_compiling():
+            return self._refine_all_logits(hidden_states, layout, relevant, logits_to_keep, arguments)
         kept = kept_positions(logits_to_keep, relevant)
         wanted = relevant | kept  # [B, L]
         positions = columns_of(wanted, kept, logits_to_keep)  # [B, P]
@@ -310,6 +312,24 @@ class LLaDATRMForMaskedDiffusion(
         if best is not None:
             result.changed_tokens.scatter_(1, positions, best != logits.argmax(-1))
         return result, logits if positions is logits_to_keep else unpack_logits(logits, wanted, logits_to_keep)
+
+    def _refine_all_logits(
+        self,
+        hidden_states: torch.Tensor,
+        layout: ChunkLayout,
+        relevant: torch.Tensor,
+        logits_to_keep: int | torch.Tensor,
+        arguments: dict[str, Any],
+    ) -> tuple[Refinement, torch.Tensor]:
+        """The same for a compiled or exported graph, whose shapes cannot depend on values: twice at every position."""
+        base = self._logits(hidden_states)  # [B, L, V]
+        scores = base.detach().float()
+        probability = (scores.amax(-1) - scores.logsumexp(-1)).exp()
+        result = self._refine(hidden_states, layout, relevant, probability, arguments)
+        anew = layout.to_tokens(result.active) & (relevant | kept_positions(logits_to_keep, relevant))  # [B, L]
+        logits = torch.where(anew[..., None], self._logits(result.refined.hidden_states), base)
+        result = result._replace(changed_tokens=base.argmax(-1) != logits.argmax(-1))
+        return result, select_positions(logits, logits_to_keep)
 
     def _logits_at(
         self, hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor | None
