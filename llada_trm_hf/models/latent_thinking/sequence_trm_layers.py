@@ -39,7 +39,7 @@ class SequenceGroup(NamedTuple):
 class PackedSequences(NamedTuple):
     """
     How `B` sequences stand in a tensor `[T, ...]` of all their tokens: one after the other, the shortest first. What
-    looks at one token at a time costs nothing for padding, attention little.
+    looks at one token at a time costs nothing for padding, attention little. (Of `padded`, padding is among the tokens.)
     """
 
     row: torch.Tensor  # LongTensor [T], the sequence of each token
@@ -66,6 +66,19 @@ class PackedSequences(NamedTuple):
             groups.insert(0, _group(ordered[first:end], host[first:end]))
             end = first
         return cls(row, position, start, lengths, groups)
+
+    @classmethod
+    def padded(cls, real: torch.Tensor) -> "PackedSequences":
+        """
+        From `real`, BoolTensor `[B, S]` whose last column is all true: every column is a token, padding too, which no
+        token sees. For a compiled or exported graph, whose shapes cannot depend on values.
+        """
+        batch, length = real.shape
+        row = torch.arange(batch, device=real.device)
+        position = (real.long().cumsum(1) - 1).clamp(min=0)
+        group = SequenceGroup(batch * length, batch, length, None, real[:, None, None])
+        lengths = torch.full_like(row, length)
+        return cls(row[:, None].expand_as(real).flatten(), position.flatten(), row * length, lengths, [group])
 
     @property
     def last(self) -> torch.Tensor:
