@@ -203,7 +203,8 @@ class MaskedDiffusionGenerationMixin:
         positions = inputs.positions
         if inputs.cache is not None and inputs.cache.columns is not None:
             positions = positions - inputs.cache.columns[0]
-        return DenoisingOutput(self(**inputs.model_inputs(), logits_to_keep=positions).logits)  # type: ignore[operator]
+        outputs = self(**inputs.model_inputs(), logits_to_keep=positions, return_dict=True)  # type: ignore[operator]
+        return DenoisingOutput(outputs.logits)
 
     def _finished(
         self, canvas: MaskedCanvas, end: int, stopping_criteria: StoppingCriteriaList | None

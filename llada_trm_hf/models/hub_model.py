@@ -19,6 +19,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 BACKBONES: dict[str, type[PreTrainedModel]] = {}
 REFINERS: dict[str, type[PreTrainedModel]] = {}
 
+# Fields of a config with ids of tokens that a model cannot do without.
+NEEDED_TOKENS = ("mask_token_id", "latent_token_id", "think_start_token_ids", "think_end_token_ids")
+
 _HERE = Path(__file__).resolve().parent
 _REGISTRY_FILE = "registered_models.py"
 _RELATIVE_IMPORT = re.compile(r"from\s+\.[\w.]*")
@@ -86,6 +89,29 @@ class HubModel:
             self.export_code(save_directory)
         super().save_pretrained(  # type: ignore[misc]
             save_directory, is_main_process=is_main_process, save_original_format=save_original_format, **kwargs
+        )
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> Any:
+        """
+        As in transformers, except that the tokens a model cannot do without have to stay.
+
+        Raises:
+            ValueError: for fewer embeddings than that, naming the token; nothing has changed then.
+        """
+        if new_num_tokens is not None:
+            size = -(-new_num_tokens // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
+            for name in NEEDED_TOKENS:
+                ids = getattr(self.config, name, None)  # type: ignore[attr-defined]
+                largest = max(ids, default=-1) if isinstance(ids, (list, tuple)) else -1 if ids is None else ids
+                if largest >= size:
+                    raise ValueError(
+                        f"{size} token embeddings leave out {name}={ids}, which the model cannot do without: keep at "
+                        f"least {largest + 1}."
+                    )
+        return super().resize_token_embeddings(  # type: ignore[misc]
+            new_num_tokens, pad_to_multiple_of, mean_resizing
         )
 
     def export_code(self, folder: str | os.PathLike) -> None:

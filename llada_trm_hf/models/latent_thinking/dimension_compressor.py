@@ -7,7 +7,7 @@ import torch
 from torch import distributed, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from ..hub_model import HubModel
 
@@ -108,6 +108,7 @@ class DimensionCompressor(HubModel, PreTrainedModel):
         """`[..., D']` to `[..., D]`."""
         return compressed.to(self.weight.dtype) @ self.weight
 
+    @can_return_tuple
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> CompressorOutput:
         """
         Args:

@@ -1,17 +1,17 @@
 """SequenceTRM: a Tiny Recursive Model (arXiv 2510.04871) that reasons over a sequence of compressed hidden states."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from ..hub_model import HubModel, check_at_least_one
-from ..rotary import Rotary, rotary_embedding
-from .sequence_trm_layers import LLM_TRM_EPS, PackedSequences, SequenceTRMNetwork
+from ..rotary import rotary_embedding
+from .sequence_trm_layers import LLM_TRM_EPS, PackedSequences, ReasoningInput, SequenceTRMNetwork
 
 
 class SequenceTRMConfig(PreTrainedConfig):
@@ -124,25 +124,6 @@ class SequenceTRMReasoning(ModelOutput):
     num_steps: torch.Tensor = None  # type: ignore[assignment]
     step_predictions: torch.Tensor | None = None
     step_halt_probability: torch.Tensor | None = None
-
-
-class ReasoningInput(NamedTuple):
-    """
-    What stays the same during recursion. Its tokens, and the state y and z, are packed: no padding is computed, except
-    in a compiled or exported graph, whose shapes cannot depend on values.
-    """
-
-    x: torch.Tensor  # [T, D'], the real tokens of each context and its reasoning token, which comes last
-    sequences: PackedSequences
-    rotary: Rotary | None  # cosine and sine, [T, 1, head_dim]
-    places: torch.Tensor  # LongTensor [T], where the tokens stood in the flattened [B, L + 1]
-    real: torch.Tensor  # BoolTensor [B, L + 1], False at padding
-
-    def rows(self, kept: torch.Tensor) -> tuple["ReasoningInput", torch.Tensor]:
-        """The samples `kept`, and which tokens are theirs, LongTensor `[T']`."""
-        sequences, tokens = self.sequences.keep(kept)
-        rotary = None if self.rotary is None else (self.rotary[0][tokens], self.rotary[1][tokens])
-        return ReasoningInput(self.x[tokens], sequences, rotary, self.places[tokens], self.real[kept]), tokens
 
 
 class SequenceTRM(HubModel, PreTrainedModel):
@@ -270,6 +251,7 @@ class SequenceTRM(HubModel, PreTrainedModel):
 
     # --- Training ---
 
+    @can_return_tuple
     def forward(
         self,
         context: torch.Tensor,
