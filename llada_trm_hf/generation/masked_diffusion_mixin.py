@@ -159,6 +159,9 @@ class MaskedDiffusionGenerationMixin:
         if generation_config is not None:
             self.generation_config = generation_config
             return
+        # Fields of the model's config (`output_hidden_states=True`) come along; they are no settings of generation.
+        config: Any = self.config  # type: ignore[attr-defined]
+        hub_arguments = {n: v for n, v in hub_arguments.items() if n.startswith("_") or not hasattr(config, n)}
         file = cached_file(
             pretrained_model_name_or_path,
             GENERATION_CONFIG_NAME,

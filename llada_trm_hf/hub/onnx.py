@@ -159,7 +159,7 @@ class _Forward(nn.Module):
         self.inputs, self.names = next(s for cls, s in SIGNATURES.items() if isinstance(model, cls))
 
     def forward(self, read: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        run = self.model.reason if isinstance(self.model, SequenceTRM) else self.model
+        run: Any = self.model.reason if isinstance(self.model, SequenceTRM) else self.model
         outputs = run(**dict(zip(self.inputs, (read, mask))), **self.arguments)
         return tuple(outputs[name] for name in self.names)
 
