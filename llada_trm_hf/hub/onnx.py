@@ -128,7 +128,7 @@ def _check_model(model: PreTrainedModel, max_recursive_steps: int | None) -> dic
             "A LatentThinkingForCausalLM can be exported in parts: pass model.thinker, model.thinker.compressor or "
             "model.thinker.trm."
         )
-    if not isinstance(model, tuple(SIGNATURES)):
+    if not any(isinstance(model, known) for known in SIGNATURES):
         raise ValueError(
             f"Hybrids, their native backbones and the parts of a latent thinker can be exported; this is a "
             f"{type(model).__name__}."
@@ -232,7 +232,8 @@ def _compare(forward: _Forward, path: str) -> tuple[float, int]:
     """
     onnxruntime = importlib.import_module("onnxruntime")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    differences, refined = [], 0
+    zero, refined = torch.zeros((), dtype=torch.double), 0
+    differences, sizes = dict.fromkeys(forward.names, zero), dict.fromkeys(forward.names, zero)
     for batch, chunks, more, padding in CHECKED_SHAPES:
         inputs = _inputs(forward, batch, chunks * _chunk_size(forward.model) + more, padding)
         with torch.no_grad():
@@ -240,11 +241,13 @@ def _compare(forward: _Forward, path: str) -> tuple[float, int]:
         named = zip(forward.inputs, inputs)
         results = session.run(forward.names, {name: tensor.numpy(force=True) for name, tensor in named})
         for (name, tensor), result in zip(expected.items(), results):
-            difference = (torch.from_numpy(result).double() - tensor.cpu().double()).abs().max()
-            size = tensor.cpu().double().abs().max()
-            differences.append(torch.where(size > 0, difference / size, difference))
+            tensor = tensor.cpu().double()
+            difference = (torch.from_numpy(result).double() - tensor).abs().max()
+            differences[name] = torch.maximum(differences[name], difference)  # NaN stays
+            sizes[name] = torch.maximum(sizes[name], tensor.abs().max())
             refined += int((tensor > 0).sum()) if name == "refinement_steps" else 0
-    return torch.stack(differences).max().item(), refined
+    relative = [differences[name] / (sizes[name] or 1.0) for name in forward.names]
+    return torch.stack(relative).max().item(), refined
 
 
 def _chunk_size(model: PreTrainedModel) -> int:

@@ -6,6 +6,7 @@ from conftest import MASK, HostCopies, randomise
 from latent_thinking_models import make_model
 
 from llada_trm_hf.models import (
+    LLaDATRMForMaskedDiffusion,
     RecursiveRefinementHeadConfig,
     SequenceTRM,
     SequenceTRMConfig,
@@ -21,19 +22,17 @@ HOLES = torch.tensor([[1, 0] * 7, [1] * LENGTH, [0] * LENGTH])
 def refiner_configs(kind, early_stopping):
     """The head's and the slots' thresholds are such that chunks stop after different numbers of steps, or 0: never."""
     sizes = {"hidden_size": WIDTH, "chunk_size": CHUNK, "max_recursive_steps": 4}
-    slots = {"num_hidden_layers": 1, "num_attention_heads": 2, "delta_scale": 0.3}
+    slots = {"num_hidden_layers": 1, "num_attention_heads": 2}
     head = RecursiveRefinementHeadConfig(
         **sizes, head_hidden_size=16, convergence_threshold=0.02 if early_stopping else 0.0
     )
-    slot = SlotTRMRefinerConfig(**sizes, **slots, convergence_threshold=0.02 if early_stopping else 0.0)
+    slot = SlotTRMRefinerConfig(**sizes, **slots, convergence_threshold=0.0013 if early_stopping else 0.0)
     return {"head": head, "slot": slot}.get(kind, [head, slot])
 
 
 @pytest.fixture
 def make_hybrid_of(make_backbone):
     def make(kind, early_stopping=True):
-        from llada_trm_hf.models import LLaDATRMForMaskedDiffusion
-
         backbone, configs = make_backbone(), refiner_configs(kind, early_stopping)
         together = {"integration": kind} if isinstance(configs, list) else {}
         model = LLaDATRMForMaskedDiffusion.from_backbone(backbone, refiner=configs, min_confidence=0.3, **together)
@@ -78,12 +77,12 @@ def test_refiners(make_hybrid_of, kind, early_stopping):
         assert taken == [0, 6 if kind == "cascade" else 3]
 
 
-@pytest.mark.parametrize("kind", ["head", "slot", "cascade", "mix"])
+@pytest.mark.parametrize("kind", ["cascade", "mix"])
 def test_gradients_of_refiners(make_hybrid_of, kind):
     refiner = make_hybrid_of(kind, early_stopping=False).refiner.double()
     active = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1]]).bool()
     gradients = []
-    for forward in (refiner, compiled(refiner)):
+    for forward in (refiner, compiled(refiner, "aot_eager")):
         outputs = forward(states_of().double(), active, LEFT, max_steps=2)
         refiner.zero_grad()
         (outputs.hidden_states.square().sum() + outputs.confidence.log().sum()).backward()
@@ -142,6 +141,11 @@ def make_trm(style="trm"):
     return model.double()
 
 
+def make_thinker():
+    config = SequenceTRMConfig(**TRM | {"n_layers": 1, "n_supervision_steps": 2, "dropout": 0.0})
+    return make_model(trm=config).thinker.double()
+
+
 def contexts_of(batch=3, length=LENGTH, seed=0):
     return states_of(batch, length, TRM["hidden_size"], seed).double()
 
@@ -197,24 +201,22 @@ def test_fixed_steps_do_not_wait_for_the_device():
 
 @pytest.mark.parametrize("mask", [None, LEFT], ids=["whole", "padded"])
 def test_thinker(mask):
-    thinker = make_model().thinker
-    states = states_of()
+    thinker, states, gradients = make_thinker(), states_of().double(), []
     with torch.no_grad():
         assert_same_outputs(compiled(thinker)(states, mask, max_steps=3), thinker(states, mask, max_steps=3))
-    thinker.config.halt_threshold = 1.0
-    gradients = []
-    for forward in (thinker.train(), compiled(thinker)):
+    for forward in (thinker.train(), compiled(thinker, "aot_eager")):
         thinker.zero_grad()
         forward(states, mask).latents.square().sum().backward()
-        gradients.append([parameter.grad for parameter in thinker.parameters() if parameter.grad is not None])
-    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+        gradients.append({name: p.grad for name, p in thinker.named_parameters() if p.grad is not None})
+    assert {"compressor.weight", "projector.weight", "trm.reasoning_token"} <= gradients[0].keys()
+    torch.testing.assert_close(*gradients, atol=1e-8, rtol=1e-5)
 
 
 @pytest.mark.parametrize("part", ["trm", "llm_trm", "thinker"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_exported_with_dynamic_batch_and_length(part, padded):
     """On other sizes than the example's, single rows and tokens among them."""
-    model = make_model().thinker.double() if part == "thinker" else make_trm(part)
+    model = make_thinker() if part == "thinker" else make_trm(part)
     name, width = ("hidden_states", WIDTH) if part == "thinker" else ("context", TRM["hidden_size"])
     model.requires_grad_(False)
 
