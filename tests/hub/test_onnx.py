@@ -213,7 +213,7 @@ TRM = {"hidden_size": 16, "n_heads": 2, "n_layers": 1, "n_latent_steps": 1, "n_d
 
 def new_thinking():
     """Small, for every layer stands in the graph as often as it is applied."""
-    return make_model(trm=SequenceTRMConfig(**TRM, n_supervision_steps=3))
+    return make_model(trm=SequenceTRMConfig(**TRM, n_supervision_steps=3), halt_threshold=5e-4)
 
 
 def new_states(batch, length, width):
@@ -251,7 +251,7 @@ def test_thinker_from_a_whole_checkpoint(tmp_path, capsys):
     assert len(steps) > 1  # they halt on their own
 
 
-@pytest.mark.parametrize("style", ["trm", "llm_trm"])
+@pytest.mark.parametrize("style", ["trm", pytest.param("llm_trm", marks=pytest.mark.slow)])
 def test_sequence_trm(tmp_path, style):
     """In the graph are as many supervision steps as asked for."""
     torch.manual_seed(0)
