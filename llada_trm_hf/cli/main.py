@@ -22,7 +22,7 @@ COMMANDS = {
     "evaluate": ("evaluate:run_evaluate", "accuracy on a dataset, with an interval and a line for every problem"),
     "compare": ("evaluate:run_compare", "evaluations of the same problems side by side"),
     "lm-eval": ("evaluate:run_lm_eval", "lm-evaluation-harness with --model llada_trm or latent_thinking"),
-    "export-onnx": ("publish:export_onnx", "the forward pass of a hybrid or a backbone as an ONNX graph"),
+    "export-onnx": ("publish:export_onnx", "the forward pass of a hybrid, a backbone or a thinker as an ONNX graph"),
     "push": ("publish:push", "upload a checkpoint to the Hub, with a model card"),
     "datagen": ("datagen:run", "make hidden pairs: a language model's states before and after it thinks"),
 }

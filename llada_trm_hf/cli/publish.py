@@ -3,9 +3,12 @@
 import logging
 import os
 
+from transformers import PreTrainedConfig, PreTrainedModel
+
 from ..hub import onnx, push_checkpoint, push_custom_generate
 from ..hub.checkpoint_files import files_to_publish
 from ..hub.push import custom_generate_files, folder_of
+from ..models import DimensionCompressor, LatentThinker, SequenceTRM
 from .command import CommandParser
 
 
@@ -48,31 +51,44 @@ def push(arguments: list[str]) -> None:
 
 
 def export_onnx(arguments: list[str]) -> None:
-    """The forward pass of a hybrid or a backbone as an ONNX graph."""
+    """The forward pass of a hybrid, a backbone, or the thinker of a latent thinker as an ONNX graph."""
     parser = CommandParser(
         prog="llada-trm export-onnx",
-        description="Writes the forward pass of a hybrid, refinement included, or of a backbone as an ONNX graph with "
-        "dynamic batch and length, and compares it with PyTorch in onnxruntime.",
+        description="Writes the forward pass of a hybrid, refinement included, of a backbone, of the thinker of a "
+        "latent thinker, of a SequenceTRM or of a compressor as an ONNX graph with dynamic batch and length, and "
+        "compares it with PyTorch in onnxruntime.",
     )
     add = parser.add_argument
     add("--checkpoint", required=True, help="folder or repository; loaded in float32")
     add("--output", required=True, help="file; weights above 1 GiB go to a second one, OUTPUT.data")
-    add("--max_recursive_steps", type=int, help="by default the refiner's own")
-    add("--tolerance", type=float, default=onnx.TOLERANCE, help="largest difference from PyTorch that is accepted")
+    add("--max_recursive_steps", type=int, help="by default the refiner's or the thinker's own")
+    difference = "largest difference from PyTorch that is accepted, in units of the output's largest value"
+    add("--tolerance", type=float, default=onnx.TOLERANCE, help=difference)
     options = parser.parse_args(arguments)
     onnx.check_export(options.output)
-    from ..evaluation.language_models import load_weights  # not in the base install, which `push` does with
-
     for library in ("torch.onnx", "onnx_ir"):  # warns of optional packages and of its own code
         logging.getLogger(library).setLevel(logging.ERROR)
-    model = load_weights(options.checkpoint, "float32").eval()
+    model = _load_for_export(options.checkpoint).eval()
     kind, size = type(model).__name__, model.num_parameters()
     print(f"Writing {kind}, {size:,} parameters, and comparing it with PyTorch ...", flush=True)
     export = onnx.export_onnx(model, options.output, options.max_recursive_steps, options.tolerance)
-    print(f"largest difference from PyTorch: {export.largest_difference:.2g}")
+    print(f"largest difference from PyTorch: {export.largest_difference:.2g} of the output's largest value")
     if hasattr(model, "refiner"):
         print(f"chunks refined in the comparison: {export.refined_chunks}")
     _print_sizes({file: file for file in export.files})
+
+
+def _load_for_export(checkpoint: str) -> PreTrainedModel:
+    """The model of `checkpoint` in float32; of a latent thinker, its thinker."""
+    model_type = PreTrainedConfig.get_config_dict(checkpoint)[0].get("model_type")
+    parts = {part.config_class.model_type: part for part in (DimensionCompressor, SequenceTRM)}
+    if model_type in parts:
+        return parts[model_type].from_pretrained(checkpoint, dtype="float32")
+    if model_type == LatentThinker.config_class.model_type:
+        return LatentThinker.from_pretrained(checkpoint, dtype="float32", key_mapping={r"^thinker\.": ""})
+    from ..evaluation.language_models import load_weights  # not in the base install, which `push` does with
+
+    return load_weights(checkpoint, "float32")
 
 
 def _print_sizes(files: dict[str, str | bytes]) -> None:

@@ -203,6 +203,9 @@ class MaskedDiffusionGenerationMixin:
                 self.generation_config,  # type: ignore[has-type]
             )
             return
+        # Fields of the model's config (`output_hidden_states=True`) come along; they are no settings of generation.
+        config: Any = self.config  # type: ignore[attr-defined]
+        hub_arguments = {n: v for n, v in hub_arguments.items() if n.startswith("_") or not hasattr(config, n)}
         file = cached_file(
             pretrained_model_name_or_path,
             GENERATION_CONFIG_NAME,
@@ -247,7 +250,8 @@ class MaskedDiffusionGenerationMixin:
         positions = inputs.positions
         if inputs.cache is not None and inputs.cache.columns is not None:
             positions = positions - inputs.cache.columns[0]
-        return DenoisingOutput(self(**inputs.model_inputs(), logits_to_keep=positions).logits)  # type: ignore[operator]
+        outputs = self(**inputs.model_inputs(), logits_to_keep=positions, return_dict=True)  # type: ignore[operator]
+        return DenoisingOutput(outputs.logits)
 
     def _resolve_generation_config(
         self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]

@@ -99,12 +99,14 @@ class EncodedTokens(NamedTuple):
 
     Attributes:
         last_hidden_state: `[B, L, D]`, what the LM head reads.
-        hidden_states: on request, those of every layer.
+        hidden_states: on request, those of every layer; None for a layer that was not asked for.
+        attentions: on request, the attention weights of every layer.
         router_aux_loss: the balancing loss of a backbone with experts, in training.
     """
 
     last_hidden_state: torch.Tensor
-    hidden_states: tuple[torch.Tensor, ...] | None
+    hidden_states: tuple[torch.Tensor | None, ...] | None
+    attentions: tuple[torch.Tensor, ...] | None
     router_aux_loss: torch.Tensor | None = None
 
 
@@ -117,22 +119,30 @@ def native_model(backbone: PreTrainedModel) -> PreTrainedModel | None:
 def encode(
     backbone: PreTrainedModel,
     inputs: dict[str, Any],
-    output_hidden_states: bool | None = None,
+    output_hidden_states: bool | int | list[int] | None = None,
+    output_attentions: bool | None = None,
     balance_experts: bool = False,
 ) -> EncodedTokens:
-    """The hidden states that `backbone`'s LM head reads, on request those of every layer, and its balancing loss."""
+    """
+    The hidden states that `backbone`'s LM head reads, on request those of every layer, or of some by their numbers,
+    and its attention weights, and its balancing loss.
+    """
     inputs = {name: value for name, value in inputs.items() if value is not None}
+    inputs |= {"output_hidden_states": output_hidden_states, "return_dict": True}
+    if output_attentions:
+        inputs["output_attentions"] = True
     native: Any = native_model(backbone)
     if native is not None:
         if not balance_experts or not hasattr(native, "balancing_loss"):
-            outputs = native.model(**inputs, output_hidden_states=output_hidden_states)
-            return EncodedTokens(outputs.last_hidden_state, outputs.hidden_states)
-        outputs = native.model(**inputs, output_hidden_states=output_hidden_states, output_router_logits=True)
+            outputs = native.model(**inputs)
+            return EncodedTokens(outputs.last_hidden_state, outputs.hidden_states, outputs.attentions)
+        outputs = native.model(**inputs, output_router_logits=True)
         aux_loss = native.balancing_loss(outputs.router_logits, inputs.get("attention_mask"))
-        return EncodedTokens(outputs.last_hidden_state, outputs.hidden_states, aux_loss)
+        return EncodedTokens(outputs.last_hidden_state, outputs.hidden_states, outputs.attentions, aux_loss)
     inputs.pop("is_padded", None)
-    states, outputs = lm_head_inputs(backbone, {**inputs, "output_hidden_states": output_hidden_states}, num_logits=0)
-    return EncodedTokens(states, outputs.hidden_states if output_hidden_states else None)
+    states, outputs = lm_head_inputs(backbone, inputs, num_logits=0)
+    hidden_states = outputs.hidden_states if output_hidden_states else None
+    return EncodedTokens(states, hidden_states, outputs.attentions if output_attentions else None)
 
 
 def lm_head_inputs(model: PreTrainedModel, inputs: dict[str, Any], num_logits: int) -> tuple[torch.Tensor, Any]:
@@ -159,6 +169,30 @@ def lm_head_inputs(model: PreTrainedModel, inputs: dict[str, Any], num_logits: i
     finally:
         hook.remove()
     return captured[-1], outputs
+
+
+def before_last(output_hidden_states: bool | int | list[int] | None) -> bool | list[int] | None:
+    """What `output_hidden_states`, of all the states and one more at the end, asks of those before that one."""
+    if not output_hidden_states or isinstance(output_hidden_states, bool):
+        return bool(output_hidden_states)
+    numbers = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
+    return [n if n >= 0 else n + 1 for n in numbers if n != -1] or [0]  # (an empty list would ask for no tuple)
+
+
+def with_last(
+    hidden_states: tuple[torch.Tensor | None, ...] | None,
+    last: torch.Tensor,
+    output_hidden_states: bool | int | list[int] | None,
+) -> tuple[torch.Tensor | None, ...] | None:
+    """`hidden_states` and the `last`, None in the place of those that `output_hidden_states` does not ask for."""
+    if not output_hidden_states or hidden_states is None:
+        return None
+    states = (*hidden_states, last)
+    if isinstance(output_hidden_states, bool):
+        return states
+    numbers = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
+    wanted = {n % len(states) for n in numbers if -len(states) <= n < len(states)}
+    return tuple(state if n in wanted else None for n, state in enumerate(states))
 
 
 # --- Checkpoints ---

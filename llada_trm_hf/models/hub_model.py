@@ -26,6 +26,8 @@ REFINERS: dict[str, type[PreTrainedModel]] = {}
 # What `save_pretrained` and `push_to_hub` do beyond transformers, filled where the package is imported: "save_card",
 # "push_model" and "push_folder" of its `hub`. Empty in the code that travels with a checkpoint.
 HUB_HOOKS: dict[str, Callable[..., Any]] = {}
+# Fields of a config with ids of tokens that a model cannot do without.
+NEEDED_TOKENS = ("mask_token_id", "latent_token_id", "think_start_token_ids", "think_end_token_ids")
 
 _HERE = Path(__file__).resolve().parent
 _REGISTRY_FILE = "registered_models.py"
@@ -137,6 +139,29 @@ class HubModel:
         if "push_model" in HUB_HOOKS and not getattr(self, "_hf_peft_config_loaded", False):
             return HUB_HOOKS["push_model"](self, repo_id, **kwargs)
         return super().push_to_hub(repo_id, **kwargs)  # type: ignore[misc]
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> Any:
+        """
+        As in transformers, except that the tokens a model cannot do without have to stay.
+
+        Raises:
+            ValueError: for fewer embeddings than that, naming the token; nothing has changed then.
+        """
+        if new_num_tokens is not None:
+            size = -(-new_num_tokens // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
+            for name in NEEDED_TOKENS:
+                ids = getattr(self.config, name, None)  # type: ignore[attr-defined]
+                largest = max(ids, default=-1) if isinstance(ids, (list, tuple)) else -1 if ids is None else ids
+                if largest >= size:
+                    raise ValueError(
+                        f"{size} token embeddings leave out {name}={ids}, which the model cannot do without: keep at "
+                        f"least {largest + 1}."
+                    )
+        return super().resize_token_embeddings(  # type: ignore[misc]
+            new_num_tokens, pad_to_multiple_of, mean_resizing
+        )
 
     def export_code(self, folder: str | os.PathLike) -> None:
         """Writes the Python files of the model and its config into `folder`, and fills `config.auto_map`."""

@@ -275,6 +275,7 @@ class MaskedDiffusionLM(MaskedDiffusionGenerationMixin, MaskedDiffusionPreTraine
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
+            return_dict=True,
             **kwargs,
         )
         loss, logits = self._loss_and_logits(outputs.last_hidden_state, input_ids, labels, p_mask, logits_to_keep)

@@ -4,14 +4,15 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import onnx
 import onnxruntime
 import pytest
 import torch
 from conftest import EOS, MASK, PAD, randomise
+from latent_thinking_models import make_model
 
-from llada_trm_hf import DimensionCompressor, DimensionCompressorConfig
 from llada_trm_hf.cli.main import main
 from llada_trm_hf.hub import export_onnx
 from llada_trm_hf.hub import onnx as exporting
@@ -21,7 +22,10 @@ from llada_trm_hf.models import (
     LLaDAMoEConfig,
     LLaDAMoEForMaskedDiffusion,
     LLaDATRMForMaskedDiffusion,
+    RecursiveRefinementHead,
     RecursiveRefinementHeadConfig,
+    SequenceTRM,
+    SequenceTRMConfig,
     SlotTRMRefinerConfig,
 )
 
@@ -93,7 +97,8 @@ def assert_equal_results(model, path, inputs, **settings):
     results = run_graph(path, inputs)
     for name, result in results.items():
         assert result.dtype == expected[name].dtype, name
-        torch.testing.assert_close(result, expected[name], atol=1e-4, rtol=0, msg=lambda text, name=name: name + text)
+        near = {"atol": 1e-4, "rtol": 0, "equal_nan": True}
+        torch.testing.assert_close(result, expected[name], **near, msg=lambda text, name=name: name + text)
     return expected
 
 
@@ -182,7 +187,7 @@ def test_what_is_traced_computes_the_same(monkeypatch, kind, max_steps):
         active = torch.rand(batch, -(-length // 4), generator=torch.Generator().manual_seed(1)) < 0.7
         ways = []
         for exporting_now in (False, True):
-            monkeypatch.setattr(torch.compiler, "is_exporting", lambda now=exporting_now: now)
+            monkeypatch.setattr(torch.compiler, "is_compiling", lambda now=exporting_now: now)
             with torch.no_grad():
                 refined = refiner(states, active, inputs["attention_mask"], **asked)
                 ways.append((refined, model(**inputs, max_steps=max_steps)))
@@ -199,6 +204,72 @@ def test_what_is_traced_computes_the_same(monkeypatch, kind, max_steps):
         if active.any():
             both = traced.statistics["similarity"], eager.statistics["similarity"]
             torch.testing.assert_close(*both, atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
+# --- The parts of a thinker ---
+
+TRM = {"hidden_size": 16, "n_heads": 2, "n_layers": 1, "n_latent_steps": 1, "n_deep_recursions": 1}
+
+
+def new_thinking():
+    """Small, for every layer stands in the graph as often as it is applied."""
+    return make_model(trm=SequenceTRMConfig(**TRM, n_supervision_steps=3), halt_threshold=5e-4)
+
+
+def new_states(batch, length, width):
+    """With NaN at padding: it is not read."""
+    generator = torch.Generator().manual_seed(length)
+    mask = torch.ones(batch, length, dtype=torch.long)
+    for row in range(1, batch):
+        mask[row, torch.randperm(length, generator=generator)[: length // (row + 1)]] = 0
+    states = torch.randn(batch, length, width, generator=generator)
+    return states.masked_fill(mask[..., None] == 0, torch.nan), mask
+
+
+def assert_same_thoughts(think, path, names, width):
+    """`think` in PyTorch against the graph, on sizes other than the example's. Returns the steps taken."""
+    steps = []
+    for batch, length in ((1, 1), (1, 12), (3, 7), (9, 21)):
+        inputs = dict(zip(names, new_states(batch, length, width)))
+        with torch.no_grad():
+            expected = think(**inputs)
+        results = run_graph(path, inputs)
+        assert len(results) == 3
+        for name, result in results.items():
+            torch.testing.assert_close(result, expected[name], atol=1e-4, rtol=1e-4)
+        steps += expected.num_steps.tolist()
+    return set(steps)
+
+
+def test_thinker_from_a_whole_checkpoint(tmp_path, capsys):
+    model = new_thinking()
+    model.save_pretrained(tmp_path / "model")
+    path = tmp_path / "thinker.onnx"
+    assert main(["export-onnx", "--checkpoint", str(tmp_path / "model"), "--output", str(path)]) == 0
+    assert "Writing LatentThinker" in capsys.readouterr().out
+    steps = assert_same_thoughts(model.thinker, path, ("hidden_states", "mask"), 32)
+    assert len(steps) > 1  # they halt on their own
+
+
+@pytest.mark.parametrize("style", ["trm", pytest.param("llm_trm", marks=pytest.mark.slow)])
+def test_sequence_trm(tmp_path, style):
+    """In the graph are as many supervision steps as asked for."""
+    torch.manual_seed(0)
+    model = SequenceTRM(SequenceTRMConfig(**TRM, block_style=style)).eval()
+    with torch.no_grad():
+        model.halt_head.weight.normal_()
+    export_onnx(model, tmp_path / "trm.onnx", max_recursive_steps=2)
+    names, width = ("context", "mask"), TRM["hidden_size"]
+    steps = assert_same_thoughts(partial(model.reason, max_steps=2), tmp_path / "trm.onnx", names, width)
+    assert max(steps) == 2
+
+
+def test_compressor(tmp_path):
+    compressor = new_thinking().thinker.compressor
+    export_onnx(compressor, tmp_path / "compressor.onnx")
+    for batch, length in ((1, 1), (4, 9)):
+        inputs = dict(zip(("hidden_states", "attention_mask"), new_states(batch, length, 32)))
+        assert_equal_results(compressor, tmp_path / "compressor.onnx", inputs)
 
 
 # --- Files and the command ---
@@ -229,6 +300,18 @@ def test_large_weights_stand_in_a_file_beside_the_graph(monkeypatch, tmp_path):
     elsewhere = shutil.copytree(tmp_path, tmp_path / "elsewhere")
     os.remove(export.files[1])
     assert_equal_results(model, elsewhere / "backbone.onnx", new_inputs(3, 9, "right"))
+
+
+def test_differences_are_measured_by_the_size_of_the_outputs(tmp_path):
+    """Logits a thousand times as large differ by a thousand times as much, and are as right."""
+    model = new_backbone()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1000)
+    export = export_onnx(model, tmp_path / "backbone.onnx")
+    assert model(**new_inputs(3, 10)).logits.abs().max() > 1000
+    assert 0 < export.largest_difference < 1e-5
+    with pytest.raises(RuntimeError, match=r"--tolerance accepts more \(in Python, tolerance="):
+        export_onnx(model, tmp_path / "backbone.onnx", tolerance=1e-12)
 
 
 @pytest.fixture
@@ -279,7 +362,9 @@ def test_nan_is_a_difference(tmp_path, head_graph, wrong_graph):
 @pytest.mark.parametrize(
     "model, steps, message",
     [
-        (lambda: DimensionCompressor(DimensionCompressorConfig(hidden_size=8, compressed_size=4)), None, "Compressor"),
+        (lambda: RecursiveRefinementHead(RecursiveRefinementHeadConfig(hidden_size=8)), None, "RefinementHead"),
+        (new_thinking, None, "pass model.thinker, model.thinker.compressor or model.thinker.trm"),
+        (lambda: make_model(noise_std=0.5).thinker, None, "noise_std=0.5 no two runs are the same"),
         (lambda: new_hybrid("head").to(torch.bfloat16), None, "bfloat16 weights: load it with dtype='float32'"),
         (lambda: new_hybrid("head"), 0, "at least 1, got 0"),
         (new_backbone, 3, "LLaDAForMaskedDiffusion has no refiner"),

@@ -7,7 +7,7 @@ import torch
 from torch import distributed, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from ..hub_model import HubModel, with_device_hooks
 
@@ -116,6 +116,7 @@ class DimensionCompressor(HubModel, PreTrainedModel):
     def _decompress(self, compressed: torch.Tensor) -> torch.Tensor:
         return compressed.to(self.weight.dtype) @ self.weight
 
+    @can_return_tuple
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> CompressorOutput:
         """
         Args:

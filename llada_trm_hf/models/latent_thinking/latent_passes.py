@@ -218,7 +218,7 @@ class LatentPasses:
         states = states[:, :-width]  # they end where the last of the thoughts starts; its marker is not read
         columns = torch.arange(states.shape[1], device=states.device)
         readable = (columns < starts[:, None] - width) & batch.layout.is_real[rows, : states.shape[1]]
-        thought = self.thinker(states[rows], readable, max_steps=max_steps)
+        thought = self.thinker(states[rows], readable, max_steps=max_steps, return_dict=True)
         places = starts[:, None] + torch.arange(self.config.num_latents, device=starts.device)
         latents = thought.latents.to(batch.embeddings)
         batch.embeddings = batch.embeddings.index_put((rows[:, None], places), latents)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from ..hub_model import HubModel
 from .configuration_latent_thinking import LatentThinkingConfig
@@ -78,6 +78,7 @@ class LatentThinker(HubModel, PreTrainedModel):
         self.projector.weight.copy_(decompress.repeat(self.config.num_latents, 1))
         init.zeros_(self.projector.bias)
 
+    @can_return_tuple
     def forward(
         self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None, max_steps: int | None = None
     ) -> LatentThought:

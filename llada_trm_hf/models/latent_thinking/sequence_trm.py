@@ -1,17 +1,17 @@
 """SequenceTRM: a Tiny Recursive Model (arXiv 2510.04871) that reasons over a sequence of compressed hidden states."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from ..hub_model import HubModel, check_at_least_one, with_device_hooks
-from ..rotary import Rotary, rotary_embedding
-from .sequence_trm_layers import LLM_TRM_EPS, PackedSequences, SequenceTRMNetwork
+from ..rotary import rotary_embedding
+from .sequence_trm_layers import LLM_TRM_EPS, PackedSequences, ReasoningInput, SequenceTRMNetwork
 
 
 class SequenceTRMConfig(PreTrainedConfig):
@@ -115,7 +115,8 @@ class SequenceTRMReasoning(ModelOutput):
         halt_probability: `[B]`, after that step.
         num_steps: LongTensor `[B]`, supervision steps taken.
         step_predictions, step_halt_probability: with `output_steps=True`, `[B, S, D']` and `[B, S]`, detached, for
-            the `S` steps that any sample took; a sample that has halted keeps its result.
+            the `S` steps that any sample took (`max_steps` in a compiled graph); a sample that has halted keeps its
+            result.
     """
 
     prediction: torch.Tensor = None  # type: ignore[assignment]
@@ -123,21 +124,6 @@ class SequenceTRMReasoning(ModelOutput):
     num_steps: torch.Tensor = None  # type: ignore[assignment]
     step_predictions: torch.Tensor | None = None
     step_halt_probability: torch.Tensor | None = None
-
-
-class ReasoningInput(NamedTuple):
-    """What stays the same during recursion. Its tokens, and the state y and z, are packed: no padding is computed."""
-
-    x: torch.Tensor  # [T, D'], the real tokens of each context and its reasoning token, which comes last
-    sequences: PackedSequences
-    rotary: Rotary | None  # cosine and sine, [T, 1, head_dim]
-    places: torch.Tensor  # LongTensor [T], where the tokens stood in the flattened [B, L + 1]
-
-    def rows(self, kept: torch.Tensor) -> tuple["ReasoningInput", torch.Tensor]:
-        """The samples `kept`, and which tokens are theirs, LongTensor `[T']`."""
-        sequences, tokens = self.sequences.keep(kept)
-        rotary = None if self.rotary is None else (self.rotary[0][tokens], self.rotary[1][tokens])
-        return ReasoningInput(self.x[tokens], sequences, rotary, self.places[tokens]), tokens
 
 
 class SequenceTRM(HubModel, PreTrainedModel):
@@ -213,20 +199,24 @@ class SequenceTRM(HubModel, PreTrainedModel):
         elif mask.shape != (batch, length):
             raise ValueError(f"The mask must have shape {(batch, length)}, got {tuple(mask.shape)}.")
         real = nn.functional.pad(mask.to(context.device).bool(), (0, 1), value=True)  # [B, L + 1]
-        lengths = real.sum(1)
-        sequences = PackedSequences.of(lengths)
-        before = lengths.cumsum(0) - lengths
-        places = real.flatten().nonzero().squeeze(-1)[before[sequences.row] + sequences.position]
+        if torch.compiler.is_compiling():
+            sequences, places = PackedSequences.padded(real), torch.arange(real.numel(), device=real.device)
+            # Padding is computed, and NaN there would reach real tokens even with an attention weight of 0.
+            context = context.masked_fill(~real[:, :-1, None], 0.0)
+        else:
+            lengths = real.sum(1)
+            sequences = PackedSequences.of(lengths)
+            before = lengths.cumsum(0) - lengths
+            places = real.flatten().nonzero().squeeze(-1)[before[sequences.row] + sequences.position]
         token = self.reasoning_token[0]  # [1, D']
         padded = nn.functional.pad(context.to(token.dtype), (0, 0, 0, 1))
         tokens = self.input_head(padded.flatten(0, 1)[places]).to(token.dtype)
-        is_token = places % (length + 1) == length
-        x = torch.where(is_token[:, None], token, tokens)
+        x = tokens.index_copy(0, sequences.last, token.expand(batch, -1))
         rotary = None
         if self.config.block_style == "trm":
             angle_dtype = torch.promote_types(token.dtype, torch.float32)
             rotary = rotary_embedding(sequences.position, size // self.config.n_heads, angle_dtype)
-        return ReasoningInput(x, sequences, rotary, places)
+        return ReasoningInput(x, sequences, rotary, places, real)
 
     def latent_recursion(
         self, inputs: ReasoningInput, y: torch.Tensor, z: torch.Tensor
@@ -261,6 +251,7 @@ class SequenceTRM(HubModel, PreTrainedModel):
 
     # --- Training ---
 
+    @can_return_tuple
     def forward(
         self,
         context: torch.Tensor,
@@ -297,7 +288,8 @@ class SequenceTRM(HubModel, PreTrainedModel):
 
         def padded(state: torch.Tensor) -> torch.Tensor:
             canvas = state.new_zeros(batch * (length + 1), size)
-            return canvas.index_copy_(0, inputs.places, state.detach()).view(shape)
+            canvas = canvas.index_copy_(0, inputs.places, state.detach()).view(shape)
+            return canvas.masked_fill_(~inputs.real[..., None], 0.0) if torch.compiler.is_compiling() else canvas
 
         threshold = self.config.cosine_threshold if cosine_threshold is None else cosine_threshold
         return SequenceTRMOutput(
@@ -368,12 +360,15 @@ class SequenceTRM(HubModel, PreTrainedModel):
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         if noise_std < 0:
             raise ValueError(f"noise_std must not be negative, got {noise_std}.")
-        samples = torch.arange(len(context), device=context.device)
+        samples = torch.arange(context.shape[0], device=context.device)  # (`len` would fix how many in a graph)
         if num_trajectories > 1:
             context = context.repeat_interleave(num_trajectories, dim=0)
             mask = None if mask is None else mask.repeat_interleave(num_trajectories, dim=0)
         inputs = self.build_input(context, mask)
-        result, steps = self._recur_until_halted(inputs, max_steps, halt_threshold, noise_std, output_steps)
+        # Without halting there is no need to ask the device who has, and in a graph no way to.
+        fixed = halt_threshold >= 1 or torch.compiler.is_compiling()
+        recur = self._recur_all_steps if fixed else self._recur_until_halted
+        result, steps = recur(inputs, max_steps, halt_threshold, noise_std, output_steps)
         best = result.halt_probability.view(-1, num_trajectories).argmax(1) + samples * num_trajectories
         # [B * trajectories, S, ...], one entry per step
         predictions, probabilities = (torch.stack(s, dim=1)[best] for s in zip(*steps)) if steps else (None, None)
@@ -384,6 +379,32 @@ class SequenceTRM(HubModel, PreTrainedModel):
             step_predictions=predictions,
             step_halt_probability=probabilities,
         )
+
+    def _recur_all_steps(
+        self, inputs: ReasoningInput, max_steps: int, halt_threshold: float, noise_std: float, output_steps: bool
+    ) -> tuple[SequenceTRMReasoning, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """The same as `_recur_until_halted`, with rows that have halted computed on; they keep their results."""
+        y = z = torch.zeros_like(inputs.x)
+        num_steps = torch.zeros_like(inputs.sequences.lengths)
+        running = torch.ones_like(num_steps, dtype=torch.bool)
+        results: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for _ in range(max_steps):
+            if noise_std:
+                z = z + noise_std * torch.randn_like(z)
+            y, z = self.deep_recursion(inputs, y, z)
+            prediction, logits = self._read_out(inputs, y)
+            probability = logits.sigmoid()
+            if results and halt_threshold < 1:
+                before, probability_before = results[-1]
+                running = running & (probability_before <= halt_threshold)
+                prediction = torch.where(running[:, None], prediction, before)
+                probability = torch.where(running, probability, probability_before)
+            num_steps = num_steps + running
+            # Without halting the graphs of earlier steps are free to go.
+            results = [*results, (prediction, probability)] if output_steps else [(prediction, probability)]
+            y, z = y.detach(), z.detach()
+        steps = [(p.detach(), q.detach()) for p, q in results] if output_steps else []
+        return SequenceTRMReasoning(*results[-1], num_steps), steps
 
     def _recur_until_halted(
         self, inputs: ReasoningInput, max_steps: int, halt_threshold: float, noise_std: float, output_steps: bool

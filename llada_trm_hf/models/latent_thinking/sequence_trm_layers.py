@@ -39,7 +39,7 @@ class SequenceGroup(NamedTuple):
 class PackedSequences(NamedTuple):
     """
     How `B` sequences stand in a tensor `[T, ...]` of all their tokens: one after the other, the shortest first. What
-    looks at one token at a time costs nothing for padding, attention little.
+    looks at one token at a time costs nothing for padding, attention little. With `padded`, padding is computed too.
     """
 
     row: torch.Tensor  # LongTensor [T], the sequence of each token
@@ -67,6 +67,19 @@ class PackedSequences(NamedTuple):
             end = first
         return cls(row, position, start, lengths, groups)
 
+    @classmethod
+    def padded(cls, real: torch.Tensor) -> "PackedSequences":
+        """
+        From `real`, BoolTensor `[B, S]` whose last column is all true: every column is a token, padding too, which no
+        token sees. For a compiled or exported graph, whose shapes cannot depend on values.
+        """
+        batch, length = real.shape
+        row = torch.arange(batch, device=real.device)
+        position = (real.long().cumsum(1) - 1).clamp(min=0)
+        group = SequenceGroup(batch * length, batch, length, None, real[:, None, None])
+        lengths = torch.full_like(row, length)
+        return cls(row[:, None].expand_as(real).flatten(), position.flatten(), row * length, lengths, [group])
+
     @property
     def last(self) -> torch.Tensor:
         """LongTensor `[B]`, where each sequence ends."""
@@ -88,6 +101,25 @@ def _group(lengths: torch.Tensor, host: list[int]) -> SequenceGroup:
     places = torch.arange(num_tokens, device=lengths.device)
     places = places + (padding.cumsum(0) - padding).repeat_interleave(lengths, output_size=num_tokens)
     return SequenceGroup(num_tokens, num_rows, length, places, key_mask[:, None, None])
+
+
+class ReasoningInput(NamedTuple):
+    """
+    What stays the same during recursion. Its tokens, and the state y and z, are packed: no padding is computed, except
+    in a compiled or exported graph, whose shapes cannot depend on values.
+    """
+
+    x: torch.Tensor  # [T, D'], the real tokens of each context and its reasoning token, which comes last
+    sequences: PackedSequences
+    rotary: Rotary | None  # cosine and sine, [T, 1, head_dim]
+    places: torch.Tensor  # LongTensor [T], where the tokens stood in the flattened [B, L + 1]
+    real: torch.Tensor  # BoolTensor [B, L + 1], False at padding
+
+    def rows(self, kept: torch.Tensor) -> tuple["ReasoningInput", torch.Tensor]:
+        """The samples `kept`, and which tokens are theirs, LongTensor `[T']`."""
+        sequences, tokens = self.sequences.keep(kept)
+        rotary = None if self.rotary is None else (self.rotary[0][tokens], self.rotary[1][tokens])
+        return ReasoningInput(self.x[tokens], sequences, rotary, self.places[tokens], self.real[kept]), tokens
 
 
 class SequenceTRMAttention(nn.Module):

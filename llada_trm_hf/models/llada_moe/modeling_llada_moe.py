@@ -263,6 +263,7 @@ class LLaDAMoEForMaskedDiffusion(LLaDAMoEPreTrainedModel, MaskedDiffusionLM):
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
             output_router_logits=output_router_logits or balances,
+            return_dict=True,
             **kwargs,
         )
         loss, logits = self._loss_and_logits(outputs.last_hidden_state, input_ids, labels, p_mask, logits_to_keep)

@@ -1,4 +1,7 @@
-"""The training objective of the hybrid: the masked-diffusion loss of its result, and what else trains the refiner."""
+"""
+The training objective of the hybrid: the masked-diffusion loss of its result, and what else trains the refiner; and at
+which positions its LM head is evaluated where there is no loss.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..backbone_wrapper import EncodedTokens
-from ..modeling_masked_diffusion import MaskedTargets, masked_diffusion_loss, score_tokens
+from ..modeling_masked_diffusion import MaskedTargets, masked_diffusion_loss, score_tokens, select_positions
 from ..refiners.modeling_refiner import ChunkLayout, RefinerOutput
 
 
@@ -132,3 +135,58 @@ def confidence_loss(confidence: torch.Tensor, share_correct: torch.Tensor) -> to
     confidence = confidence.float().clamp(1e-6, 1 - 1e-6)
     entropy = share_correct * confidence.log() + (1 - share_correct) * (1 - confidence).log()
     return -entropy.sum() / max(len(confidence), 1)
+
+
+# --- Where logits are evaluated ---
+
+
+def kept_positions(logits_to_keep: int | torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """`logits_to_keep` (see `select_positions`) as a BoolTensor of the shape `[B, L]` of `like`."""
+    kept = torch.zeros_like(like)
+    if logits_to_keep is None:
+        return kept
+    if isinstance(logits_to_keep, int):
+        kept[:, -logits_to_keep:] = True  # all of them for 0
+    elif logits_to_keep.dtype == torch.bool:
+        kept = logits_to_keep
+    elif logits_to_keep.ndim == 1:
+        kept[:, logits_to_keep] = True
+    else:
+        kept.scatter_(1, logits_to_keep, True)
+    return kept
+
+
+def columns_of(wanted: torch.Tensor, kept: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """
+    The columns LongTensor `[B, P]` where `wanted` `[B, L]` is true: `logits_to_keep` itself, which keeps `kept`
+    `[B, L]`, if it says that already, else ascending, `P` the number in the row with most; a row with fewer gets
+    others as well.
+    """
+    if keeps_all(logits_to_keep):  # the device need not be asked how many
+        return torch.arange(wanted.shape[1], device=wanted.device).expand_as(wanted)
+    if (
+        isinstance(logits_to_keep, torch.Tensor)
+        and logits_to_keep.ndim == 2
+        and logits_to_keep.dtype != torch.bool
+        and torch.equal(kept, wanted)
+    ):
+        return logits_to_keep
+    width = int(wanted.sum(-1).max())
+    return wanted.int().argsort(dim=-1, descending=True, stable=True)[:, :width]
+
+
+def unpack_logits(logits: torch.Tensor, wanted: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """Logits `[B, P, V]`, at `columns_of(wanted)`, as `logits_to_keep` asks; `wanted` `[B, L]` has all it asks for."""
+    if keeps_all(logits_to_keep):
+        return logits
+    slot = (wanted.cumsum(-1) - 1).clamp(min=0)  # [B, L], where among the P
+    if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dtype == torch.bool:
+        row, column = logits_to_keep.nonzero(as_tuple=True)
+        return logits[row, slot[row, column]]
+    slots = select_positions(slot[..., None], logits_to_keep).squeeze(-1)  # [B, P']
+    return logits[torch.arange(len(logits), device=logits.device)[:, None], slots]
+
+
+def keeps_all(logits_to_keep: int | torch.Tensor) -> bool:
+    """Whether `logits_to_keep` (see `select_positions`) asks for every position, in their order."""
+    return isinstance(logits_to_keep, int) and logits_to_keep == 0

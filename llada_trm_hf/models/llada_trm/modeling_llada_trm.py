@@ -19,11 +19,13 @@ from ...generation.refinement_trace import RefinementPass, RefinementTrace
 from ..backbone_wrapper import (
     BackboneWrapper,
     EncodedTokens,
+    before_last,
     build_backbone,
     encode,
     input_device,
     load_backbone,
     native_model,
+    with_last,
 )
 from ..modeling_masked_diffusion import (
     MaskedTargets,
@@ -36,7 +38,15 @@ from ..modeling_masked_diffusion import (
 from ..refiners.modeling_refiner import ChunkLayout, refine
 from ..refiners.refiner_integration import assemble_refiner, build_refiner, refiner_class, resolve_refiners
 from .configuration_llada_trm import LLaDATRMConfig
-from .loss_llada_trm import Refinement, RefinementObjective, weighted_loss
+from .loss_llada_trm import (
+    Refinement,
+    RefinementObjective,
+    columns_of,
+    keeps_all,
+    kept_positions,
+    unpack_logits,
+    weighted_loss,
+)
 
 # What reports on a forward pass: filled in by `llada_trm_hf.inspection`, so that this file needs nothing from it.
 FORWARD_REPORTERS: dict[str, Callable[..., Any]] = {}
@@ -60,7 +70,10 @@ class LLaDATRMOutput(ModelOutput):
     Args:
         loss: scalar in float32, with labels.
         logits: `[B, L, V]`, or of the shape `logits_to_keep` asks for; refined.
-        hidden_states: with `output_hidden_states=True`, the backbone's, and last the refined ones, each `[B, L, D]`.
+        hidden_states: with `output_hidden_states=True`, the backbone's, and last the refined ones, each `[B, L, D]`;
+            with numbers such as `[0, -1]`, None in the place of the others.
+        attentions: with `output_attentions=True`, the backbone's, for each layer `[B, heads, L, L]`. They need
+            `attn_implementation="eager"`.
         refinement_steps: LongTensor `[B, N]`, updates applied to each chunk.
         chunk_confidence: FloatTensor `[B, N]`, the backbone's, which decides what is refined; 1 for a chunk with
             nothing to decide.
@@ -75,7 +88,8 @@ class LLaDATRMOutput(ModelOutput):
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
     refinement_steps: torch.Tensor | None = None
     chunk_confidence: torch.Tensor | None = None
     refiner_confidence: torch.Tensor | None = None
@@ -181,7 +195,8 @@ class LLaDATRMForMaskedDiffusion(
         max_steps: int | None = None,
         enable_refinement: bool | None = None,
         output_refinement_trace: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> LLaDATRMOutput:
         """
@@ -195,7 +210,8 @@ class LLaDATRMForMaskedDiffusion(
                 tokens if it has no mask.
             max_steps: recursion steps, the refiner's own number by default.
             enable_refinement: `False` gives exactly the backbone.
-            output_refinement_trace, output_hidden_states: see [`LLaDATRMOutput`].
+            output_refinement_trace, output_hidden_states, output_attentions: see [`LLaDATRMOutput`]; the config's by
+                default.
         """
         check_loss_arguments(self, labels, p_mask, past_key_values)
         refuse_prefix_cache(past_key_values)
@@ -211,7 +227,12 @@ class LLaDATRMForMaskedDiffusion(
             logits_to_keep = 0
         targets = None if labels is None else masked_targets(input_ids, labels, self.config.mask_token_id, p_mask)
         balance_experts = self.training and targets is not None and self._backbone_trains
-        encoded = encode(self.backbone, inputs, output_hidden_states, balance_experts)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        of_backbone = output_hidden_states if enable_refinement is False else before_last(output_hidden_states)
+        encoded = encode(self.backbone, inputs, of_backbone, output_attentions, balance_experts)
         hidden_states = encoded.last_hidden_state
         if input_ids is not None:
             hidden_states = hidden_states.to(input_ids.device)  # with a device_map, layers may be anywhere
@@ -239,7 +260,8 @@ class LLaDATRMForMaskedDiffusion(
         return LLaDATRMOutput(
             loss=loss,
             logits=logits,
-            hidden_states=(*encoded.hidden_states, refined.hidden_states) if encoded.hidden_states else None,
+            hidden_states=with_last(encoded.hidden_states, refined.hidden_states, output_hidden_states),
+            attentions=encoded.attentions,
             refinement_steps=refined.num_steps,
             chunk_confidence=result.chunk_confidence,
             refiner_confidence=refined.confidence,
@@ -267,7 +289,11 @@ class LLaDATRMForMaskedDiffusion(
             loss, components = weighted_loss(components, self.config)
         logits = self._logits_at(hidden_states, logits_to_keep)
         return LLaDATRMOutput(
-            loss=loss, logits=logits, hidden_states=encoded.hidden_states, loss_components=components
+            loss=loss,
+            logits=logits,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+            loss_components=components,
         )
 
     def _refine(
@@ -296,6 +322,8 @@ class LLaDATRMForMaskedDiffusion(
         arguments: dict[str, Any],
     ) -> tuple[Refinement, torch.Tensor]:
         """Refines `hidden_states` `[B, L, D]`; the logits `logits_to_keep` asks for, computed anew where refined."""
+        if torch.compiler.is_compiling():
+            return self._refine_all_logits(hidden_states, layout, relevant, logits_to_keep, arguments)
         kept = kept_positions(logits_to_keep, relevant)
         wanted = relevant | kept  # [B, L]
         positions = columns_of(wanted, kept, logits_to_keep)  # [B, P]
@@ -313,6 +341,24 @@ class LLaDATRMForMaskedDiffusion(
         if best is not None:
             result.changed_tokens.scatter_(1, positions, best != logits.argmax(-1))
         return result, logits if positions is logits_to_keep else unpack_logits(logits, wanted, logits_to_keep)
+
+    def _refine_all_logits(
+        self,
+        hidden_states: torch.Tensor,
+        layout: ChunkLayout,
+        relevant: torch.Tensor,
+        logits_to_keep: int | torch.Tensor,
+        arguments: dict[str, Any],
+    ) -> tuple[Refinement, torch.Tensor]:
+        """The same for a compiled or exported graph, whose shapes cannot depend on values: twice at every position."""
+        base = self._logits(hidden_states)  # [B, L, V]
+        scores = base.detach().float()
+        probability = (scores.amax(-1) - scores.logsumexp(-1)).exp()
+        result = self._refine(hidden_states, layout, relevant, probability, arguments)
+        anew = layout.to_tokens(result.active) & (relevant | kept_positions(logits_to_keep, relevant))  # [B, L]
+        logits = torch.where(anew[..., None], self._logits(result.refined.hidden_states), base)
+        result = result._replace(changed_tokens=base.argmax(-1) != logits.argmax(-1))
+        return result, select_positions(logits, logits_to_keep)
 
     def _logits_at(
         self, hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor | None
@@ -383,6 +429,7 @@ class LLaDATRMForMaskedDiffusion(
             relevant_tokens=inputs.undecided,
             enable_refinement=config.enable_refinement,
             output_refinement_trace=trace is not None,
+            return_dict=True,
         )
         if trace is not None and outputs.refinement_trace is not None:
             trace.passes.extend(outputs.refinement_trace.passes)
@@ -393,58 +440,3 @@ class LLaDATRMForMaskedDiffusion(
         per_chunk = torch.where(refined, outputs.refiner_confidence, outputs.chunk_confidence)
         per_token = per_chunk.gather(1, outputs.chunk_of_token.clamp(min=0))
         return DenoisingOutput(outputs.logits, per_token.gather(1, inputs.positions))
-
-
-# --- Where logits are evaluated ---
-
-
-def kept_positions(logits_to_keep: int | torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    """`logits_to_keep` (see `select_positions`) as a BoolTensor of the shape `[B, L]` of `like`."""
-    kept = torch.zeros_like(like)
-    if logits_to_keep is None:
-        return kept
-    if isinstance(logits_to_keep, int):
-        kept[:, -logits_to_keep:] = True  # all of them for 0
-    elif logits_to_keep.dtype == torch.bool:
-        kept = logits_to_keep
-    elif logits_to_keep.ndim == 1:
-        kept[:, logits_to_keep] = True
-    else:
-        kept.scatter_(1, logits_to_keep, True)
-    return kept
-
-
-def columns_of(wanted: torch.Tensor, kept: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """
-    The columns LongTensor `[B, P]` where `wanted` `[B, L]` is true: `logits_to_keep` itself, which keeps `kept`
-    `[B, L]`, if it says that already, else ascending, `P` the number in the row with most; a row with fewer gets
-    others as well.
-    """
-    if keeps_all(logits_to_keep):  # the device need not be asked how many
-        return torch.arange(wanted.shape[1], device=wanted.device).expand_as(wanted)
-    if (
-        isinstance(logits_to_keep, torch.Tensor)
-        and logits_to_keep.ndim == 2
-        and logits_to_keep.dtype != torch.bool
-        and torch.equal(kept, wanted)
-    ):
-        return logits_to_keep
-    width = int(wanted.sum(-1).max())
-    return wanted.int().argsort(dim=-1, descending=True, stable=True)[:, :width]
-
-
-def unpack_logits(logits: torch.Tensor, wanted: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """Logits `[B, P, V]`, at `columns_of(wanted)`, as `logits_to_keep` asks; `wanted` `[B, L]` has all it asks for."""
-    if keeps_all(logits_to_keep):
-        return logits
-    slot = (wanted.cumsum(-1) - 1).clamp(min=0)  # [B, L], where among the P
-    if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dtype == torch.bool:
-        row, column = logits_to_keep.nonzero(as_tuple=True)
-        return logits[row, slot[row, column]]
-    slots = select_positions(slot[..., None], logits_to_keep).squeeze(-1)  # [B, P']
-    return logits[torch.arange(len(logits), device=logits.device)[:, None], slots]
-
-
-def keeps_all(logits_to_keep: int | torch.Tensor) -> bool:
-    """Whether `logits_to_keep` (see `select_positions`) asks for every position, in their order."""
-    return isinstance(logits_to_keep, int) and logits_to_keep == 0

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, ModelOutput
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, ModelOutput, can_return_tuple
 
 from ..hub_model import REFINERS, HubModel, module_name, source_files
 
@@ -158,18 +158,26 @@ class PreTrainedRefiner(HubModel, PreTrainedModel):
         max_steps: fewer or more recursion steps than `config.max_recursive_steps`.
         output_step_hidden_states, output_statistics: see [`RefinerOutput`].
 
+    `return_dict=False`, and `config.return_dict`, are taken care of here: they give a tuple, as of any model.
+
+    In a graph (`torch.compile`, `torch.export`) neither shapes nor the number of steps can depend on values: where
+    `torch.compiler.is_compiling()`, the refiners of this package compute every chunk in every step, and chunks that
+    are inactive or have stopped keep their states. The results are the same.
+
     Attributes:
         takes_layout: whether `forward` has a `layout` for the batch's [`ChunkLayout`], which is then made only once.
     """
 
     takes_layout: ClassVar[bool] = False
     base_model_prefix = ""
+    main_input_name = "hidden_states"
     auto_classes = ("AutoModel",)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "forward" in vars(cls):
             cls.takes_layout = "layout" in inspect.signature(cls.forward).parameters
+            cls.forward = can_return_tuple(cls.forward)
 
     def chunks_to_refine(
         self,
@@ -215,7 +223,9 @@ class PreTrainedRefiner(HubModel, PreTrainedModel):
 def refine(
     refiner: PreTrainedModel, hidden_states: torch.Tensor, layout: ChunkLayout | None, **arguments: Any
 ) -> RefinerOutput:
-    """Calls `refiner`, with the `layout` if it takes one."""
+    """Calls `refiner`, with the `layout` if it takes one; the output is no tuple, whatever its config says."""
+    if hasattr(refiner, "takes_layout"):  # a `PreTrainedRefiner` (not by class: remote code may load it twice)
+        arguments["return_dict"] = True
     if getattr(refiner, "takes_layout", False):
         arguments["layout"] = layout
     return refiner(hidden_states, **arguments)

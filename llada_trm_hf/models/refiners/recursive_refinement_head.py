@@ -124,10 +124,10 @@ class RecursiveRefinementHead(PreTrainedRefiner):
         layout, active = self.chunks_to_refine(hidden_states, active_chunks, attention_mask, layout)
         max_steps = config.max_recursive_steps if max_steps is None else max_steps
 
-        exporting = torch.compiler.is_exporting()
-        chosen = (torch.ones_like(active) if exporting else active).nonzero(as_tuple=True)  # asks the device once
+        compiling = torch.compiler.is_compiling()
+        chosen = _every_chunk(active) if compiling else active.nonzero(as_tuple=True)  # which asks the device once
         chunks = layout.gather(hidden_states, chosen).to(self.dtype).flatten(1)  # [A, C * D]
-        if exporting:
+        if compiling:
             recursion = self._recurse_unrolled(chunks, active[chosen], max_steps, output_step_hidden_states)
         else:
             recursion = self._recurse(chunks, max_steps, output_step_hidden_states)
@@ -185,8 +185,8 @@ class RecursiveRefinementHead(PreTrainedRefiner):
         self, chunks: torch.Tensor, moving: torch.Tensor, max_steps: int, keep_steps: bool
     ) -> _Recursion:
         """
-        The same for an exported graph, in which neither the steps nor the shapes can depend on values: chunks that are
-        not `moving` (BoolTensor `[A]`), or no longer, are computed but stay as they are.
+        The same for a compiled or exported graph, in which neither the steps nor the shapes can depend on values:
+        chunks that are not `moving` (BoolTensor `[A]`), or no longer, are computed but stay as they are.
         """
         num_steps = torch.zeros_like(chunks[:, 0], dtype=torch.long)  # (`len` would fix how many there are)
         similarity = torch.full((chunks.shape[0], max_steps), torch.nan, device=chunks.device)
@@ -203,6 +203,12 @@ class RecursiveRefinementHead(PreTrainedRefiner):
             if keep_steps:
                 steps.append(chunks)
         return _Recursion(chunks, self.encoder(chunks), num_steps, steps, similarity)
+
+
+def _every_chunk(active: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and numbers, LongTensors `[B * N]` each, of all the chunks that `active` `[B, N]` is about."""
+    row, number = (torch.arange(size, device=active.device) for size in active.shape)
+    return row[:, None].expand_as(active).flatten(), number.expand_as(active).flatten()
 
 
 def _cosine_similarity(code: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:

@@ -326,7 +326,7 @@ class SlotTRMRefiner(PreTrainedRefiner):
 class _Recursion:
     """
     Hidden states `[B, L, D]` on their way through the steps. Rows in which no chunk is moving any more are not
-    computed, except in an exported graph, whose number of rows cannot depend on their values.
+    computed, except in a compiled or exported graph, whose number of rows cannot depend on their values.
     """
 
     def __init__(
@@ -345,7 +345,7 @@ class _Recursion:
         self.statistics: dict[str, torch.Tensor] = {}
         self.number = 0
         self.previous: torch.Tensor | None = None  # [b, L, refinement slot], the projection of the step before
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_compiling():
             self._compute(torch.arange(active.shape[0], device=active.device))
         else:
             self._compute(active.any(-1).nonzero().squeeze(-1))  # asks the device
@@ -359,7 +359,7 @@ class _Recursion:
 
     def step(self) -> bool:
         """Updates the chunks that are still moving; False if there is none."""
-        if self.previous is not None and not torch.compiler.is_exporting():
+        if self.previous is not None and not torch.compiler.is_compiling():
             self._drop_finished_rows()
         if not self.rows.numbers.shape[0]:
             return False
