@@ -97,11 +97,20 @@ _FOLDER_OF = {name: folder for folder, names in _LAZY.items() for name in names}
 __all__ = [*_models, *_generation, *_FOLDER_OF, *_LAZY, "inspection"]
 
 
+def _import_folder(folder: str) -> Any:
+    try:
+        return importlib.import_module(f".{folder}", __name__)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith(__name__):
+            raise
+        raise ImportError(f"{__name__}.{folder} needs {error.name}: pip install 'llada-trm-hf[train]'.") from error
+
+
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return importlib.import_module(f".{name}", __name__)
+        return _import_folder(name)
     if name in _FOLDER_OF:
-        return getattr(importlib.import_module(f".{_FOLDER_OF[name]}", __name__), name)
+        return getattr(_import_folder(_FOLDER_OF[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -31,7 +31,7 @@ class BaseTrainer(Trainer):
     """
 
     args: CommonTrainingArguments
-    hub_model_id: str | None
+    hub_model_id: Any  # None until there is a repository
     data_description: dict[str, str] | None = None  # for the card: `name`, `hub_name`, `split` and `eval_split`
 
     def __init__(
