@@ -71,7 +71,7 @@ def make_workspace(folder):
     torch.manual_seed(0)
     words = tokenizer()
     ids = {"vocab_size": len(words), "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
-    llada = LLaDAForMaskedDiffusion(LLaDAConfig(**SIZES, **ids, mask_token_id=words.mask_token_id))
+    llada = LLaDAForMaskedDiffusion(LLaDAConfig(**SIZES, **ids, bos_token_id=None, mask_token_id=words.mask_token_id))
     heads = {"num_key_value_heads": 2, "bos_token_id": None}
     found = {
         "GSAI-ML/LLaDA-8B-Instruct": llada,
