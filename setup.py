@@ -17,7 +17,7 @@ EXTRAS = {
     ],
     "rl": ["trl>=1.14", "scipy>=1.13", "math-verify>=0.9"],
     "eval": ["lm-eval>=0.4.13", "accelerate>=1.10", "peft>=0.18", "scipy>=1.13"],
-    "onnx": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
+    "onnx": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5.7"],
     "demo": ["matplotlib>=3.9"],
 }
 EXTRAS["dev"] = [

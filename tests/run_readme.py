@@ -44,14 +44,13 @@ MASK, END = "<|mdm_mask|>", "<|endoftext|>"
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
 )
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+SIZES = {"hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 # Python code that is not run without extras: it has to say which one it needs.
 NEEDS_EXTRAS = ("latent_thinking_prompt", "Trainer", "HiddenPairs", "onnxruntime")
 # Commands that are not run: other machines, a token, downloads, an older file, or not a command but an outline of one.
 NOT_RUN = ("make ", "pip install", "torchrun", "accelerate launch", "push", "lm-eval", "...")
 # Settings that make a command short, by what it starts with; the last of two counts.
 SHORTER = {
-    "train --recipe trm": "--max_steps 2 --eval_strategy no",
     "train": "--max_steps 2",
     "datagen": "--max_new_tokens 12",
 }
@@ -76,9 +75,9 @@ def make_workspace(folder):
     found = {
         "GSAI-ML/LLaDA-8B-Instruct": llada,
         "HuggingFaceTB/SmolLM3-3B": SmolLM3ForCausalLM(SmolLM3Config(**SIZES, **ids, **heads)),
-        "gpt2": GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, **ids, bos_token_id=None)),
+        "gpt2": GPT2LMHeadModel(GPT2Config(n_embd=256, n_layer=2, n_head=4, **ids, bos_token_id=None)),
         "user/name": LLaDATRMForMaskedDiffusion.from_backbone(llada, chunk_size=16),
-        "runs/1b": DimensionCompressor(DimensionCompressorConfig(hidden_size=32, compressed_size=16)),
+        "runs/1b": DimensionCompressor(DimensionCompressorConfig(hidden_size=256, compressed_size=16)),
         "runs/trm": SequenceTRM(SequenceTRMConfig(hidden_size=16, n_heads=2)),
     }
     for name, model in found.items():
@@ -177,7 +176,7 @@ def main():
         os.chdir(ROOT)
     print("\n\n".join(failures))
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    print(f"{len(steps) - len(failures)} of {len(steps)} of README's snippets ran ({versions}).")
+    print(f"{len(steps) - len(failures)} of {len(steps)} of README's snippets did what they should ({versions}).")
     return bool(failures)
 
 
