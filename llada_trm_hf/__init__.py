@@ -122,11 +122,20 @@ def _hub_hook(module: str, name: str) -> Callable[..., Any]:
 HUB_HOOKS.update({name: _hub_hook(module, name) for name, module in _HUB_HOOKS.items()})
 
 
+def _import_folder(folder: str) -> Any:
+    try:
+        return importlib.import_module(f".{folder}", __name__)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith(__name__):
+            raise
+        raise ImportError(f"{__name__}.{folder} needs {error.name}: pip install 'llada-trm-hf[train]'.") from error
+
+
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return importlib.import_module(f".{name}", __name__)
+        return _import_folder(name)
     if name in _FOLDER_OF:
-        return getattr(importlib.import_module(f".{_FOLDER_OF[name]}", __name__), name)
+        return getattr(_import_folder(_FOLDER_OF[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import pyarrow
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from huggingface_hub.utils import httpx
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 Rows: TypeAlias = Dataset | IterableDataset
 
@@ -106,7 +106,9 @@ def read_hub(
         arguments = {"path": "json", "data_files": {split_name: data_files[split_name]}}
     try:
         return _load(split, streaming, **arguments)
-    except (ConnectionError, httpx.RequestError, DatasetNotFoundError) as error:
+    except HfHubHTTPError:  # the Hub answered, and says what is wrong
+        raise
+    except (ConnectionError, HTTPError, DatasetNotFoundError) as error:  # httpx's HTTPError, or httpx2's
         problem = f"{name} cannot be fetched from the Hub ({type(error).__name__})"
         raise ValueError(f"{problem}. Offline, name a local copy with data_files.") from error
 

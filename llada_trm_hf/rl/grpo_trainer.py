@@ -16,7 +16,7 @@ from torch.utils.data import Sampler
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOTrainer
-from trl.trainer.utils import RepeatSampler, add_fused_lm_head
+from trl.trainer import utils as trl_utils
 
 from ..data import latent_thinking_prompt
 from ..data.rows import fingerprint
@@ -90,7 +90,8 @@ class LatentGRPOTrainer(BaseTrainer, GRPOTrainer):
                 raise ValueError("The reference shares the backbone, FSDP and DeepSpeed shard it: use beta=0, or DDP.")
             reference = LatentThinkingForCausalLM(model.config, model.backbone, copy.deepcopy(model.thinker))
             self.ref_model = reference.requires_grad_(False).eval()
-            add_fused_lm_head(self.ref_model, temperature=args.temperature)
+            if hasattr(trl_utils, "add_fused_lm_head"):  # since TRL 1.15, which needs Python 3.11
+                trl_utils.add_fused_lm_head(self.ref_model, temperature=args.temperature)
         self._check_number_of_problems()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -229,7 +230,7 @@ class LatentGRPOTrainer(BaseTrainer, GRPOTrainer):
         return os.path.join(folder, f"answers_{self.args.process_index}.safetensors")
 
 
-class _EpochSampler(RepeatSampler):
+class _EpochSampler(trl_utils.RepeatSampler):
     """TRL's, with an order that depends on the epoch, not on the number of calls, so that resuming keeps it."""
 
     def set_epoch(self, epoch: int) -> None:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import HubStrategy
@@ -99,8 +98,6 @@ class MaskedDiffusionTrainingArguments(EMATrainingArguments):
             raise ValueError(
                 f"random_length_probability must be between 0 and 1, got {self.random_length_probability}."
             )
-        if self.use_muon and not hasattr(torch.optim, "Muon"):
-            raise ValueError(f"use_muon needs torch 2.9 or newer, this is {torch.__version__}.")
         if self.muon_learning_rate is not None and not self.use_muon:
             raise ValueError(f"muon_learning_rate={self.muon_learning_rate} has no effect without use_muon.")
 

@@ -41,6 +41,7 @@ class BaseTrainer(Trainer):
     """
 
     args: CommonTrainingArguments
+    hub_model_id: Any  # None until there is a repository
     data_description: dict[str, str] | None = None  # for the card: `name`, `hub_name`, `split` and `eval_split`
 
     def __init__(
@@ -182,8 +183,10 @@ class BaseTrainer(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         private = self.args.hub_private_repo if private is None else private
         token, revision = token or self.args.hub_token, revision or self.args.hub_revision
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
+        if self.hub_model_id is None and self.is_world_process_zero():
+            # `init_hf_repo` takes no `private` before transformers 5.23.
+            name = self.args.hub_model_id or os.path.basename(os.path.abspath(self.args.output_dir))
+            self.hub_model_id = HfApi(token=token).create_repo(name, private=private, exist_ok=True).repo_id
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None

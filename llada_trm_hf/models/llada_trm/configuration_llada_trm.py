@@ -47,6 +47,9 @@ class LLaDATRMConfig(PreTrainedConfig):
     model_type = "llada_trm"
     # A plain class attribute: sub-configurations get attn_implementation and dtype changes too.
     sub_configs: ClassVar[dict[str, Any]] = {"backbone_config": AutoConfig, "refiner_config": AutoConfig}
+    # Exported code knows the families of its checkpoint only, so there may be no default to compare
+    # with when it is saved. Only transformers before 5.20 reads this.
+    has_no_defaults_at_init: ClassVar[bool] = True
 
     backbone_config: Any = None
     refiner_config: Any = None

@@ -89,7 +89,7 @@ class ChunkLayout:
             rank = self.is_real.long().cumsum(-1) - 1
             columns = torch.arange(length, device=device).expand(batch_size, -1)
             # Row by row: slot `rank` holds column `l`. Padding writes into one slot more, which is cut off.
-            positions = torch.full((batch_size, slots.shape[1] + 1), length, device=device)
+            positions = torch.full((batch_size, slots.shape[1] + 1), length, dtype=torch.long, device=device)
             target = torch.where(self.is_real, rank, slots.shape[1])
             positions = positions.scatter(1, target, torch.where(self.is_real, columns, length))[:, :-1]
         self.chunk_of_token = torch.where(self.is_real, rank // chunk_size, -1)

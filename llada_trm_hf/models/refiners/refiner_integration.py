@@ -20,9 +20,10 @@ class RefinerIntegrationConfig(PreTrainedConfig):
 
     Args:
         refiner_configs (`list[PreTrainedConfig or dict]`): Two refiners or more, of the same width and chunk size.
+            A config without any, as transformers makes one to compare with when it saves, is good for no model.
 
     Raises:
-        ValueError: for fewer than two, or refiners that do not fit together.
+        ValueError: for a single refiner, or refiners that do not fit together.
     """
 
     integration: ClassVar[str]
@@ -31,23 +32,29 @@ class RefinerIntegrationConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.refiner_configs = [refiner_config_of(config) for config in self.refiner_configs or ()]
-        if len(self.refiner_configs) < 2:
-            raise ValueError(
-                f"integration={self.integration!r} takes at least two refiners, got {len(self.refiner_configs)}."
-            )
+        if self.refiner_configs:
+            self.check_number_of_refiners()
         for name in ("hidden_size", "chunk_size"):
             values = [getattr(config, name) for config in self.refiner_configs]
             if len(set(values)) > 1:
                 raise ValueError(f"Refiners that work together need the same {name}, got {values}.")
         super().__post_init__(**kwargs)
 
-    @property
-    def hidden_size(self) -> int:
-        return self.refiner_configs[0].hidden_size
+    def check_number_of_refiners(self) -> None:
+        """ValueError for fewer than two."""
+        if len(self.refiner_configs) < 2:
+            raise ValueError(
+                f"integration={self.integration!r} takes at least two refiners, got {len(self.refiner_configs)}: pass "
+                f"refiner_configs=[...]."
+            )
 
     @property
-    def chunk_size(self) -> int:
-        return self.refiner_configs[0].chunk_size
+    def hidden_size(self) -> int | None:
+        return self.refiner_configs[0].hidden_size if self.refiner_configs else None
+
+    @property
+    def chunk_size(self) -> int | None:
+        return self.refiner_configs[0].chunk_size if self.refiner_configs else None
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "refiner_configs": [config.to_dict() for config in self.refiner_configs]}
@@ -87,6 +94,9 @@ class RefinerIntegration(PreTrainedRefiner):
     Args:
         config: names the refiners.
         refiners: models to use instead of new ones.
+
+    Raises:
+        ValueError: for fewer than two refiners.
     """
 
     config: RefinerIntegrationConfig
@@ -94,6 +104,7 @@ class RefinerIntegration(PreTrainedRefiner):
     supports_gradient_checkpointing = True
 
     def __init__(self, config: RefinerIntegrationConfig, refiners: list[PreTrainedModel] | None = None):
+        config.check_number_of_refiners()
         super().__init__(config)
         if refiners is None:
             for member in config.refiner_configs:
@@ -177,7 +188,7 @@ class RefinerMix(RefinerIntegration):
 
     def __init__(self, config: RefinerMixConfig, refiners: list[PreTrainedModel] | None = None):
         super().__init__(config, refiners)
-        self.gate = nn.Linear(config.hidden_size, len(self.refiners))
+        self.gate = nn.Linear(config.refiner_configs[0].hidden_size, len(self.refiners))
         self.post_init()
 
     @torch.no_grad()

@@ -313,6 +313,17 @@ def test_mistakes_have_one_clear_error(make_backbone, arguments, message):
         LLaDATRMForMaskedDiffusion.from_backbone(make_backbone(), **arguments)
 
 
+@pytest.mark.parametrize("model_class", [RefinerCascade, RefinerMix])
+def test_config_without_refiners(model_class):
+    """transformers before 5.20 makes one to compare with when it saves; it is good for no model."""
+    config = model_class.config_class()
+    assert config.to_dict()["refiner_configs"] == [] and config.hidden_size is None and config.chunk_size is None
+    with pytest.raises(ValueError, match="at least two refiners, got 0: pass refiner_configs"):
+        model_class(config)
+    with pytest.raises(ValueError, match="at least two refiners, got 1"):
+        model_class.config_class(refiner_configs=[HEAD])
+
+
 # --- One's own ---
 
 OWN_REFINER = '''
