@@ -80,7 +80,7 @@ class ModelTesterMixin:
 
     def test_config(self, model, tmp_path):
         config_class = type(model.config)
-        if not config_class.has_no_defaults_at_init:
+        if not getattr(config_class, "has_no_defaults_at_init", False):
             config_class()  # transformers compares with a config of defaults
         model.config.save_pretrained(tmp_path)
         loaded = config_class.from_pretrained(tmp_path)
@@ -326,10 +326,10 @@ class ModelTesterMixin:
 
     def test_exported(self, model, inputs):
         """With `torch.export`, at another batch and length than the example's."""
-        batch, length = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("length", min=5, max=64)
+        dynamic = torch.export.Dim.AUTO
         static = self.make_static(model, inputs)
         tensors = {name: value for name, value in static.items() if isinstance(value, torch.Tensor)}
-        shapes = {name: {0: batch, 1: length} if name in tensors else None for name in static}
+        shapes = {name: {0: dynamic, 1: dynamic} if name in tensors else None for name in static}
 
         with torch.no_grad():
             program = torch.export.export(model, (), kwargs=static, dynamic_shapes=shapes, strict=False)

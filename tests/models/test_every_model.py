@@ -1,5 +1,7 @@
 """Every model class of the package, held to what `common.py` and `common_generation.py` say of an ordinary model."""
 
+import copy
+
 import torch
 from common import LENGTH, ROWS, WIDTH, ModelTesterMixin
 from common_generation import GenerationTesterMixin, TokenModelMixin
@@ -90,7 +92,7 @@ class HybridTester(DiffusionTester, GenerationTesterMixin):
         torch.manual_seed(0)
         model = LLaDATRMForMaskedDiffusion.from_backbone(
             new_backbone(initializer_range=0.3),
-            list(self.refiners),
+            copy.deepcopy(self.refiners),
             integration=self.integration,
             min_confidence=0.9,
             freeze_backbone=False,
@@ -176,7 +178,7 @@ class TestSequenceTRM(ModelTesterMixin):
 
     def new_model(self):
         torch.manual_seed(0)
-        model = SequenceTRM(TRM)
+        model = SequenceTRM(copy.deepcopy(TRM))
         torch.nn.init.normal_(model.halt_head.weight)
         return model
 
@@ -190,7 +192,7 @@ class TestSequenceTRM(ModelTesterMixin):
 class LatentThinkingTester(ModelTesterMixin):
     def new_whole_model(self):
         tokenizer = new_tokenizer()
-        model = make_model(backbone=backbone_for(tokenizer), trm=TRM, **thought_token_ids(tokenizer))
+        model = make_model(backbone=backbone_for(tokenizer), trm=copy.deepcopy(TRM), **thought_token_ids(tokenizer))
         return model.requires_grad_(True)
 
 
