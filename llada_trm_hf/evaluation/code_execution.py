@@ -2,8 +2,9 @@
 Programs a model wrote, tested in limited processes.
 
 The tests run in an interpreter of their own, which asks the program's for results and compares them itself
-(`code_judge`): a program cannot reach the verdict, nor what is expected of it. Results cross as values; of objects of
-other classes, `==`, `<` and arithmetic fail, and so do tests that read the program's source or share variables with it.
+(`code_judge`): a program cannot reach the verdict, nor what is expected of it. Results cross as values. On objects of
+the program's own classes tests cannot use `==`, `<` and arithmetic, nor catch its own exceptions by their names, nor
+share variables with it.
 
 A program has limited time, memory and file size, and a folder of its own that is deleted afterwards. What else holds
 it back depends on the kernel; `sandbox_protections` says what is active here:
@@ -100,7 +101,7 @@ def run_tests(
 
 @cache
 def sandbox_protections() -> tuple[str, ...]:
-    """Which of `namespaces`, `landlock` and `seccomp` this system has for programs. Tried once, logged if one lacks."""
+    """Which of `namespaces`, `landlock` and `seccomp` programs run with here. Tried once; a warning names others."""
     active: list[str] = []
     for layer in LAYERS:
         with _folder() as folder:
@@ -116,7 +117,7 @@ def sandbox_protections() -> tuple[str, ...]:
     lacking = [layer for layer in LAYERS if layer not in active]
     if lacking:
         logger.warning(
-            "This system does not hold programs back by %s: run code that you do not trust in a container.",
+            "Programs run without %s, which this system lacks: use a container for models that you do not trust.",
             " and ".join(lacking),
         )
     return tuple(active)

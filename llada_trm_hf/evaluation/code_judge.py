@@ -1,7 +1,7 @@
 """
 Tests in one interpreter, the program they test in another, and what passes between the two.
 
-The interpreter of the tests asks for a call, and the other answers with *values*: numbers, texts, and the containers of
+The interpreter of the tests asks for a call, and the other answers with *values*: numbers, texts, and containers of
 the standard library, as lines of JSON in which nothing is executed. So what the tests compare is theirs, and a program
 can neither change them nor see what they expect. Any other object stays where it is; the tests hold a `RemoteObject`,
 which is equal to nothing but itself.
@@ -20,6 +20,7 @@ import threading
 import types
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from .process_confinement import confine
@@ -39,8 +40,8 @@ class ProgramStopped(BaseException):
 
 class RemoteObject:
     """
-    An object of the other process: its attributes, calls, items, length, truth, iteration and text. It has no `==`, `<`
-    or arithmetic, whose results the program could make up without knowing with what it is compared.
+    An object of the other process: its attributes, calls, items, length, truth, iteration and text. It has no `==`,
+    `<` or arithmetic, whose results a program could make up without knowing with what it is compared.
     """
 
     __slots__ = ("_ask", "_number")
@@ -198,9 +199,10 @@ class Channel:
         if isinstance(value, types.ModuleType) and value.__name__ in _MODULES_OF_TESTS:
             return ["module", value.__name__]
         # The tests may give a program any function of Python's; they accept only types, which can do no harm.
-        crossing = (type, types.BuiltinFunctionType) if self._is_judge else type
-        if isinstance(value, crossing) and getattr(builtins, value.__name__, None) is value:
-            return ["builtin", value.__name__]
+        if isinstance(value, (type, types.BuiltinFunctionType) if self._is_judge else type):
+            name = value.__name__
+            if getattr(builtins, name, None) is value:
+                return ["builtin", name]
         if self._is_judge and not isinstance(value, types.FunctionType):
             raise TypeError(f"A {type(value).__name__} of the tests cannot be given to a program in another process.")
         number = self._numbers.setdefault(id(value), len(self._shared))
@@ -312,10 +314,8 @@ class Program:
         program, terminal = compile(source, "program.py", "exec"), sys.stdout
         sys.stdin = io.TextIOWrapper(io.BytesIO(given.encode()))
         sys.stdout = io.TextIOWrapper(io.BytesIO(), write_through=True)
-        try:
+        with suppress(SystemExit):
             exec(program, {"__name__": "__main__"})
-        except SystemExit:
-            pass
         for thread in threading.enumerate():
             if thread is not threading.current_thread():
                 thread.join()
@@ -323,7 +323,7 @@ class Program:
         return printed.buffer.getvalue().decode()  # type: ignore[attr-defined]
 
     def operations(self) -> dict[str, Callable]:
-        named = {"call": _call, "getitem": operator.getitem, "setitem": operator.setitem}
+        named: dict[str, Callable] = {"call": _call, "getitem": operator.getitem, "setitem": operator.setitem}
         named |= {kind.__name__: kind for kind in (getattr, setattr, len, bool, iter, next, repr, str)}
         return named | {"load": self.load, "find": self.find, "run": self.run}
 
@@ -406,8 +406,8 @@ def _refuse_outside(folder: str) -> None:
     """An audit hook: errors that say what is not allowed, and all there is where the kernel has none of the layers."""
     writing = os.O_WRONLY | os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_TRUNC
     processes = ("subprocess.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.kill", "pty.")
-    changes = {f"os.{name}" for name in "remove rename rmdir mkdir link symlink truncate chmod chown utime".split()}
-    changes.add("sqlite3.connect")
+    changes = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate"}
+    changes |= {"os.chmod", "os.chown", "os.utime", "sqlite3.connect"}
 
     def outside(path: Any) -> bool:
         if not isinstance(path, (str, bytes, os.PathLike)) or path in ("", ":memory:"):
@@ -421,7 +421,7 @@ def _refuse_outside(folder: str) -> None:
         # An open folder would be a way around: shutil.rmtree names what it deletes relative to one.
         opens = event == "open" and outside(arguments[0])
         opens = opens and bool(arguments[2] & writing or os.path.isdir(arguments[0]))
-        if opens or event in changes and any(map(outside, arguments)):
+        if opens or (event in changes and any(map(outside, arguments))):
             raise PermissionError(f"{event} is not allowed outside the program's folder: {arguments[0]}")
 
     sys.addaudithook(watch)
