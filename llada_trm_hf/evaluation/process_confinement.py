@@ -15,6 +15,7 @@ import signal
 import struct
 import sys
 from contextlib import suppress
+from typing import Any
 
 # A process of its own user, PID, network and IPC namespaces, all mounts read-only, and a small file system in memory
 # in place of its folder; Landlock (files read and written by list, Linux 6.2); seccomp (system calls refused by list).
@@ -75,7 +76,10 @@ def confine(folder: str, memory: int, cpu_seconds: int, layers: list[str], reada
 
     Raises:
         OSError: if the kernel refuses one of the layers.
+        ValueError: for a layer that does not exist.
     """
+    if not set(layers) <= set(LAYERS):
+        raise ValueError(f"Layers are {', '.join(LAYERS)}; got {layers}.")
     if "namespaces" in layers:
         _enter_namespaces(folder)
     _fork_supervised(hide_processes="namespaces" in layers)
@@ -92,6 +96,34 @@ def confine(folder: str, memory: int, cpu_seconds: int, layers: list[str], reada
         _restrict_files(folder, readable)
     if "seccomp" in layers:
         _refuse_system_calls()
+
+
+def refuse_outside(folder: str) -> None:
+    """
+    An audit hook, for good: it raises errors that say what is not allowed, and is all there is where the kernel has
+    none of the layers. It stops accidents; code that means to gets around it.
+    """
+    writing = os.O_WRONLY | os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_TRUNC
+    processes = ("subprocess.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.kill", "pty.")
+    changes = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate"}
+    changes |= {"os.chmod", "os.chown", "os.utime", "sqlite3.connect"}
+
+    def outside(path: Any) -> bool:
+        if not isinstance(path, (str, bytes, os.PathLike)) or path in ("", ":memory:"):
+            return False
+        path = os.path.realpath(os.fsdecode(path))
+        return path != os.devnull and os.path.commonpath([path, folder]) != folder
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event.startswith("socket.") or event.startswith(processes):
+            raise PermissionError(f"{event} is not allowed")
+        # An open folder would be a way around: shutil.rmtree names what it deletes relative to one.
+        opens = event == "open" and outside(arguments[0])
+        opens = opens and bool(arguments[2] & writing or os.path.isdir(arguments[0]))
+        if opens or (event in changes and any(map(outside, arguments))):
+            raise PermissionError(f"{event} is not allowed outside the program's folder: {arguments[0]}")
+
+    sys.addaudithook(watch)
 
 
 def _library() -> ctypes.CDLL:

@@ -5,16 +5,15 @@ import textwrap
 import pytest
 
 from llada_trm_hf.evaluation import code_execution
-from llada_trm_hf.evaluation.code_execution import ExecutionLimits, run_tests, sandbox_protections
+from llada_trm_hf.evaluation.code_execution import ExecutionLimits, run_tests
 
 LIMITS = ExecutionLimits(seconds=30, memory_mb=512)
 
 
-@pytest.fixture(params=["all", "none"])
-def layers(request, monkeypatch):
-    """Verdicts hold without any help of the kernel, too."""
-    active = sandbox_protections() if request.param == "all" else ()
-    monkeypatch.setattr(code_execution, "sandbox_protections", lambda: active)
+@pytest.fixture
+def no_layers(monkeypatch):
+    """Verdicts hold without any help of the kernel. (What its layers add is in `test_process_confinement`.)"""
+    monkeypatch.setattr(code_execution, "sandbox_protections", lambda: ())
 
 
 def passes(program, tests, **arguments):
@@ -48,22 +47,28 @@ def test_values_arrive_as_they_are():
     [
         ("def f(xs): xs.sort()", "xs = [2, 1]\nsame = xs\nassert f(xs) is None and xs == [1, 2] == same"),
         ("def f(d, *, n): d[n] = [n]", "d = {}\nf(d, n=3)\nassert d == {3: [3]}"),
-        ("def f():\n    yield 1\n    yield 2", "assert list(f()) == [1, 2] and 2 in f()\ng = f()\nassert next(g) == 1"),
-        ("def f(x):\n    if x: raise ValueError('no', 3)", "try: f(1)\nexcept ValueError as e: assert e.args == ('no', 3)"),
-        ("class E(KeyError): pass\ndef f(): raise E('k')", "try: f()\nexcept LookupError as e: assert str(e) == repr('k')"),
+        ("def f():\n    yield 1\n    yield 2", "assert list(f()) == [1, 2] and 2 in f()\nassert next(f()) == 1"),
+        ("def f(): raise ValueError('no', 3)", "try: f()\nexcept ValueError as e: assert e.args == ('no', 3)"),
+        ("class E(KeyError): pass\ndef f(): raise E(1)", "try: f()\nexcept LookupError as e: assert str(e) == '1'"),
         ("def f(g, xs): return list(map(g, xs))", "assert f(lambda x: x + 1, [1]) == [2] and f(len, ['ab']) == [2]"),
         ("def f(g): return g(lambda x: 2 * x)", "assert f(lambda h: h(3)) == 6"),
         ("def f(x): return lambda y: x + y", "assert f(1)(2) == 3"),
         (
-            "class Node:\n    def __init__(self, v): self.v, self.next = v, None\n    def __str__(self): return f'<{self.v}>'"
+            "class Node:\n    next = None\n    def __init__(self, v): self.v = v\n    def __str__(self): return 'v'"
             "\ndef last(n):\n    while n.next: n = n.next\n    return n",
-            "a, b = Node(1), Node(2)\na.next = b\nassert last(a) is b and a.next.v == 2 and str(b) == '<2>' and a != b",
+            "a, b = Node(1), Node(2)\na.next = b\nassert last(a) is b and a.next.v == 2 and str(b) == 'v' and a != b",
         ),
-        ("class S(list):\n    def top(self): return self[-1]", "s = S([1])\ns.append(5)\nassert s.top() == s[1] == 5 and len(s) == 2"),
+        (
+            "class S(list):\n    def top(self): return self[-1]",
+            "s = S([1])\ns.append(5)\nassert s.top() == s[1] == 5 and len(s) == 2",
+        ),
         ("import sys, math as m", "assert sys.maxsize > 0 and m.sqrt(4) == 2"),
         ("from enum import IntEnum\nclass A(IntEnum): X = 3\ndef f(): return A.X", "assert f() == 3"),
-        ("from collections import namedtuple\nP = namedtuple('P', 'x y')\ndef f(): return P(1, 2)", "assert f() == (1, 2)"),
-        ("def double(x): return helper(x)\nhelper = lambda x: 2 * x", "def check(c):\n    assert c(helper(2)) == 8\ncheck(double)"),
+        ("import collections as c\nP = c.namedtuple('P', 'x y')\ndef f(): return P(1, 2)", "assert f() == (1, 2)"),
+        (
+            "def double(x): return helper(x)\nhelper = lambda x: 2 * x",
+            "def check(c):\n    assert c(helper(2)) == 8\ncheck(double)",
+        ),
     ],
 )  # fmt: skip
 def test_what_tests_do_with_a_program(program, tests):
@@ -98,7 +103,9 @@ def test_a_program_that_reads_and_prints(tests, passed):
 
 
 def test_a_program_that_is_loaded_when_tests_say_so():
-    tests = "assert SOLUTION.find('x') is None\nSOLUTION.load('y = 1\\n', 'other')\nassert SOLUTION.find('x') == 'other1'"
+    tests = (
+        "assert SOLUTION.find('x') is None\nSOLUTION.load('y = 1\\n', 'other')\nassert SOLUTION.find('x') == 'other1'"
+    )
     assert passes("x = f'{__name__}{y}'", tests).passed
 
 
@@ -148,7 +155,7 @@ FORGERIES = {
     """,
     "equal to everything": """
         class All:
-            __eq__ = __ge__ = __le__ = __contains__ = lambda *a: True
+            __eq__ = __ge__ = __le__ = __lt__ = __gt__ = __contains__ = lambda *a: True
             __ne__ = lambda *a: False
             __sub__ = __rsub__ = __abs__ = lambda s, *a: s
             __hash__ = lambda s: 0
@@ -213,7 +220,7 @@ FORGERIES = {
         def f(x):
             for o in gc.get_objects():
                 if type(o).__name__ == 'Channel':
-                    for call in (('getattr', True, '__class__'), ('call', exec, 'import os; os.write(3, b"[\\\\"\\\\"]")'),
+                    for call in (('getattr', True, '__class__'), ('call', exec, 'import os; os._exit(0)'),
                                  ('call', eval, '1'), ('call', type, 'X', (), {}), ('find', 'SECRET')):
                         try: return o.ask(*call)
                         except BaseException as e: found = e
@@ -290,7 +297,7 @@ assert f(data) and data == [3]
 
 
 @pytest.mark.parametrize("name", FORGERIES)
-def test_verdicts_cannot_be_forged(name, layers):
+def test_verdicts_cannot_be_forged(name, no_layers):
     result = passes(FORGERIES[name], TESTS)
     assert not result.passed, name
 
@@ -308,7 +315,7 @@ def test_verdicts_cannot_be_forged(name, layers):
         (FORGERIES["numbers and texts equal to everything"], "assert f(2) == [41]"),
         (FORGERIES["a builtin of the tests"], "assert abs(f(7) - 41) < 1e-6"),
         (FORGERIES["builtins"], "assert isinstance(f(7), bytes)"),
-        ("import math\nmath.isclose = lambda *a: True\ndef f(x): return 1", "import math\nassert math.isclose(f(7), 41)"),
+        ("import math\nmath.floor = lambda x: 41\ndef f(x): return 1", "import math\nassert math.floor(f(7)) == 41"),
         ("import math\nmath.isclose = lambda *a: True\ndef f(x): return 1", "assert math.isclose(f(7), 41)"),
     ],
 )  # fmt: skip
@@ -321,13 +328,14 @@ def test_the_tests_can_be_passed():
     assert passes("def f(x): return {3: 6, 7: 41}[x] if isinstance(x, int) else [x]", TESTS).passed
 
 
-def test_a_dead_program_is_not_the_exception_that_tests_expect(layers):
+def test_a_dead_program_is_not_the_exception_that_tests_expect(no_layers):
     """Not even for tests that catch everything."""
     for catching in ("except Exception: pass", "except: pass"):
         tests = f"try:\n    f(-1)\n    raise SystemError\n{catching}"
         assert passes("def f(x): raise ValueError", tests).passed
         assert not passes("import os\ndef f(x): os._exit(0)", tests).passed
-        garbage = "import os\ndef f(x):\n    for n in range(3, 32):\n        try: os.write(n, b'[]\\n')\n        except OSError: pass"
+        garbage = "import contextlib, os\ndef f(x):\n    for n in range(3, 32):\n"
+        garbage += "        with contextlib.suppress(OSError): os.write(n, b'[]\\n')"
         assert not passes(garbage, tests).passed
 
 

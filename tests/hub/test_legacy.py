@@ -256,6 +256,27 @@ def test_tensors_beyond_their_storage(tmp_path):
         import_legacy(tmp_path / "file.pt")
 
 
+@pytest.mark.parametrize("kind", ["compressed", "overlapping"])
+def test_zip_bombs_are_not_unpacked(tmp_path, monkeypatch, kind):
+    """64 MB of zeros in 64 kB, and 64 entries that are the same bytes: refused by the table of contents."""
+    path = tmp_path / "bomb.pt"
+    torch.save({"compressor": {"compress.weight": torch.ones(2, 3)}, "config": None}, path)
+    with zipfile.ZipFile(path, "a", compression=zipfile.ZIP_DEFLATED) as archive:
+        if kind == "compressed":
+            archive.writestr("file/data/9", bytes(2**26))
+        else:
+            with archive.open(zipfile.ZipInfo("file/data/0"), "w") as part:
+                part.write(os.urandom(2**16))
+            archive.filelist += [archive.filelist[-1]] * 64
+    assert path.stat().st_size < 2**18
+    unpacked = []
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", lambda *_: unpacked.append(1) or b"")
+    for read in (import_legacy, read_legacy_hidden_pairs):
+        with pytest.raises(ValueError, match=r"Cannot read .*bomb\.pt.* bytes would unpack to \d+"):
+            read(path)
+    assert not unpacked
+
+
 # --- Other wrong files ---
 
 
