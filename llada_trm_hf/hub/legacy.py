@@ -89,6 +89,7 @@ def _read_pickle(path: str | os.PathLike) -> dict[str, Any]:
             if refused:
                 raise ValueError(f"its pickle names {', '.join(sorted(refused))}, which could run code: refused.")
             content = torch.load(path, map_location="cpu", weights_only=True)
+        _check_tensors(content)
     except OSError:
         raise
     except Exception as error:  # a damaged file can raise anything
@@ -103,6 +104,17 @@ def _check_size(archive: zipfile.ZipFile, size: int) -> None:
     unpacked = sum(part.file_size for part in archive.infolist())
     if unpacked > size:
         raise ValueError(f"its {size} bytes would unpack to {unpacked}, which no file of torch.save does: refused.")
+
+
+def _check_tensors(content: Any) -> None:
+    """Refuses tensors that repeat what is stored, for which a copy would need any amount of memory."""
+    if isinstance(content, torch.Tensor):
+        stored = content.untyped_storage().nbytes()
+        if content.numel() * content.element_size() > stored:
+            raise ValueError(f"a tensor of shape {tuple(content.shape)} in it has {stored} bytes only: refused.")
+    elif isinstance(content, (dict, list, tuple)):
+        for part in content.values() if isinstance(content, dict) else content:
+            _check_tensors(part)
 
 
 def _compressor(weights: dict[str, torch.Tensor]) -> DimensionCompressor:

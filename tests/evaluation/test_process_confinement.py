@@ -4,6 +4,7 @@ import os
 import secrets
 import socket
 import sqlite3
+import subprocess
 import sys
 import textwrap
 import time
@@ -147,6 +148,17 @@ def start():
 """
 
 
+def running(name):
+    return [process for process in psutil.process_iter(["name"]) if process.info["name"] == name]
+
+
+def wait_until(holds):
+    end = time.monotonic() + 30
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.05)
+    return holds()
+
+
 @pytest.mark.parametrize("layer, leave", [("namespaces", "os.setsid()"), ("seccomp", "os.setsid()"), (None, "pass")])
 def test_no_daemon_survives(layer, leave, only):
     """Not even one that left its session; without any layer, as long as it stays in it."""
@@ -154,14 +166,33 @@ def test_no_daemon_survives(layer, leave, only):
     name = secrets.token_hex(7)
     result = run_tests(DAEMONS.format(name=name, leave=leave), "assert start()", limits=LIMITS)
     assert result.passed
+    assert wait_until(lambda: not running(name))
 
-    def left():
-        return [process for process in psutil.process_iter(["name"]) if process.info["name"] == name]
 
-    end = time.monotonic() + 20
-    while left() and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not left()
+RUNNER = """
+import sys, types
+package = types.ModuleType("evaluation")
+package.__path__ = [{folder!r}]
+sys.modules["evaluation"] = package
+from evaluation import code_execution
+code_execution.sandbox_protections = lambda: {layers!r}
+program = "import ctypes, time; ctypes.CDLL(None).prctl(15, b'{name}', 0, 0, 0); time.sleep(100)"
+code_execution.run_tests(program, "", limits=code_execution.ExecutionLimits(seconds=100))
+"""
+
+
+@pytest.mark.parametrize("layers", [(), ("namespaces",)])
+def test_a_program_does_not_outlive_a_killed_evaluation(layers, only):
+    only(*layers)
+    name = secrets.token_hex(7)
+    folder = os.path.dirname(code_execution.__file__)
+    process = subprocess.Popen([sys.executable, "-c", RUNNER.format(folder=folder, layers=layers, name=name)])
+    try:
+        assert wait_until(lambda: running(name))
+    finally:
+        process.kill()
+        process.wait()
+    assert wait_until(lambda: not running(name))
 
 
 def test_files_are_bounded_together(only):

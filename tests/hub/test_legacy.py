@@ -277,6 +277,14 @@ def test_zip_bombs_are_not_unpacked(tmp_path, monkeypatch, kind):
     assert not unpacked
 
 
+def test_tensors_that_repeat_their_storage(tmp_path):
+    """800 GB by a stride of zero, in a file of 1 kB."""
+    weight = torch.ones(1, 1).expand(2, 10**11)
+    torch.save({"compressor": {"compress.weight": weight}, "config": None}, tmp_path / "file.pt")
+    with pytest.raises(ValueError, match=r"file\.pt.*\(2, 100000000000\) in it has 4 bytes only"):
+        import_legacy(tmp_path / "file.pt")
+
+
 # --- Other wrong files ---
 
 
