@@ -51,7 +51,6 @@ _LAZY = {
         "TextCollator",
         "ThoughtFormat",
         "byte_tokenizer",
-        "checking_program",
         "difference_chains",
         "latent_thinking_prompt",
         "load_reasoning_dataset",
@@ -63,9 +62,12 @@ _LAZY = {
     ),
     "evaluation": (
         "Accuracy",
+        "ExecutionLimits",
         "answers_match",
         "exact_match_accuracy",
         "extract_answer",
+        "run_tests",
+        "sandbox_protections",
     ),
     "hidden_pairs": (
         "DatagenSettings",

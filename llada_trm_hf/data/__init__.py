@@ -1,7 +1,6 @@
 """What goes into training: reasoning datasets, generated arithmetic, plain text, tokens, masking, thoughts."""
 
 from .arithmetic import difference_chains
-from .code_tests import checking_program
 from .masking import MaskedDiffusionCollator
 from .reasoning import load_reasoning_dataset
 from .thoughts import (
@@ -25,7 +24,6 @@ __all__ = [
     "TextCollator",
     "ThoughtFormat",
     "byte_tokenizer",
-    "checking_program",
     "difference_chains",
     "latent_thinking_prompt",
     "load_reasoning_dataset",

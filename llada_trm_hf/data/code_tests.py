@@ -1,6 +1,6 @@
 """
-Tests of programs, as source text that raises when a solution is wrong. It follows the solution in one program or, if
-it names `SOLUTION`, runs the source text it finds there. Nothing is run here.
+Tests of programs, as source text that raises when a solution is wrong. It uses what the solution defines or, if it
+names `SOLUTION`, runs the solution itself: see `run_tests` in `evaluation.code_execution`. Nothing is run here.
 """
 
 import ast
@@ -18,7 +18,7 @@ from typing import *
 """
 
 _APPS_START = """
-import io, json, sys, threading
+import json, sys
 
 if hasattr(sys, "set_int_max_str_digits"):
     sys.set_int_max_str_digits(0)
@@ -28,9 +28,8 @@ IMPORTS = {imports!r}
 
 # Results are compared as JSON, where a tuple is a list; some expected results stand in a list of their own.
 _APPS_CALLS = """
-names = {{"__name__": "solution"}}
-exec(IMPORTS + SOLUTION, names)
-call = names[{name!r}] if {name!r} in names else getattr(names["Solution"](), {name!r})
+SOLUTION.load(IMPORTS, "solution")
+call = SOLUTION.find({name!r}) or getattr(SOLUTION.find("Solution")(), {name!r})
 for arguments, expected in zip(CASES["inputs"], CASES["outputs"]):
     found = json.loads(json.dumps(call(*arguments)))
     assert found == expected or [found] == expected, (arguments, expected, found)
@@ -47,28 +46,10 @@ def same(a, b):
     except ValueError:
         return False
 
-program, terminal = compile(IMPORTS + SOLUTION, "solution", "exec"), sys.stdout
 for given, expected in zip(CASES["inputs"], CASES["outputs"]):
-    sys.stdin = io.TextIOWrapper(io.BytesIO(text(given).encode()))
-    sys.stdout = io.TextIOWrapper(io.BytesIO(), write_through=True)
-    try:
-        exec(program, {{"__name__": "__main__"}})
-    except SystemExit:
-        pass
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread():
-            thread.join()
-    found, sys.stdout = sys.stdout.buffer.getvalue().decode().split(), terminal
-    wanted = text(expected).split()
+    found, wanted = SOLUTION.run(text(given), IMPORTS).split(), text(expected).split()
     assert len(found) == len(wanted) and all(map(same, found, wanted)), (given, expected, found)
 """
-
-
-def checking_program(solution: str, tests: str) -> str:
-    """A Python program that raises, and so ends with an error, if `solution` fails `tests`."""
-    if "SOLUTION" in tests:
-        return f"SOLUTION = {solution!r}\n{tests}"
-    return f"{solution}\n\n{tests}"
 
 
 def called_function(code: str, tests: list[str]) -> str:

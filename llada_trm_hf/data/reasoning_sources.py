@@ -114,13 +114,18 @@ def _convert_aime(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _convert_humaneval(row: dict[str, Any]) -> dict[str, str]:
-    """`prompt` is the head of a function, `canonical_solution` its body; `test` defines `check(candidate)`."""
-    name = _text(row, "entry_point")
+    """
+    `prompt` is the head of a function, `canonical_solution` its body; `test` defines `check(candidate)`. Where the
+    prompt defines functions before (`poly`, `encode_shift`), by which some tests judge, the tests have their own.
+    """
+    name, prompt = _text(row, "entry_point"), _text(row, "prompt")
+    helpers = prompt.partition(f"def {name}(")[0].strip()
+    helpers = f"{helpers}\n\n" if "def " in helpers else ""
     return {
-        "prompt": _text(row, "prompt"),
+        "prompt": prompt,
         "reasoning": "",
-        "answer": _text(row, "prompt") + _text(row, "canonical_solution"),
-        "tests": f"{_text(row, 'test').strip()}\n\ncheck({name})\n",
+        "answer": prompt + _text(row, "canonical_solution"),
+        "tests": f"{helpers}{_text(row, 'test').strip()}\n\ncheck({name})\n",
         "entry_point": name,
     }
 

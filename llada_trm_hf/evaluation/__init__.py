@@ -2,6 +2,15 @@
 
 from .answer_extraction import extract_answer
 from .answer_values import answers_match
+from .code_execution import ExecutionLimits, run_tests, sandbox_protections
 from .scoring import Accuracy, exact_match_accuracy
 
-__all__ = ["Accuracy", "answers_match", "exact_match_accuracy", "extract_answer"]
+__all__ = [
+    "Accuracy",
+    "ExecutionLimits",
+    "answers_match",
+    "exact_match_accuracy",
+    "extract_answer",
+    "run_tests",
+    "sandbox_protections",
+]

@@ -12,10 +12,9 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from ..data import checking_program
 from .answer_extraction import extract_answer
 from .answer_values import answers_match
-from .code_execution import ExecutionLimits, run_program
+from .code_execution import ExecutionLimits, run_tests
 
 ScoringKind = Literal["answer", "response", "code"]
 
@@ -52,11 +51,12 @@ def score_output(
 ) -> Score:
     """
     Scores the `output` of a model for `problem`, a row of `load_reasoning_dataset`, against its `expected_answer`. Of
-    code, the `tests` of the problem decide, which run in a process with `limits`.
+    code, the `tests` of the problem decide, which run in processes with `limits`.
     """
     if kind == "code":
-        code = extract_code(output, problem["prompt"], problem.get("entry_point") or "")
-        result = run_program(checking_program(code, problem["tests"]), limits)
+        entry_point = problem.get("entry_point") or ""
+        code = extract_code(output, problem["prompt"], entry_point)
+        result = run_tests(code, problem["tests"], entry_point, limits)
         return Score(code, result.passed, result.reason)
     if kind == "response":
         written = output.rpartition("</think>")[2].strip()

@@ -32,7 +32,7 @@ def import_legacy(path: str | os.PathLike, use_ema: bool = True) -> DimensionCom
         ImportError: with torch before 2.10, in which a crafted file can corrupt memory even with `weights_only=True`
             (CVE-2026-24747).
         ValueError: for a file that holds no such model, or an incomplete one, a damaged file, or a pickle that names
-            a class or function these files do not need (the message says which).
+            a class or function these files do not need (the message says which), or a zip bomb.
     """
     content = _read_pickle(path)
     try:
@@ -79,6 +79,7 @@ def _read_pickle(path: str | os.PathLike) -> dict[str, Any]:
         raise ImportError(f"Reading {path} safely needs torch 2.10 or newer, but this is {torch.__version__}.")
     try:
         with zipfile.ZipFile(path) as archive:
+            _check_size(archive, os.path.getsize(path))
             damaged = archive.testzip()  # torch does not compare checksums
         if damaged is not None:
             raise ValueError(f"{damaged} in it is damaged.")
@@ -88,6 +89,7 @@ def _read_pickle(path: str | os.PathLike) -> dict[str, Any]:
             if refused:
                 raise ValueError(f"its pickle names {', '.join(sorted(refused))}, which could run code: refused.")
             content = torch.load(path, map_location="cpu", weights_only=True)
+        _check_tensors(content)
     except OSError:
         raise
     except Exception as error:  # a damaged file can raise anything
@@ -95,6 +97,24 @@ def _read_pickle(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a dictionary.")
     return content
+
+
+def _check_size(archive: zipfile.ZipFile, size: int) -> None:
+    """`torch.save` does not compress; a file that would grow (a zip bomb, or parts that overlap) is not unpacked."""
+    unpacked = sum(part.file_size for part in archive.infolist())
+    if unpacked > size:
+        raise ValueError(f"its {size} bytes would unpack to {unpacked}, which no file of torch.save does: refused.")
+
+
+def _check_tensors(content: Any) -> None:
+    """Refuses tensors that repeat what is stored, for which a copy would need any amount of memory."""
+    if isinstance(content, torch.Tensor):
+        stored = content.untyped_storage().nbytes()
+        if content.numel() * content.element_size() > stored:
+            raise ValueError(f"a tensor of shape {tuple(content.shape)} in it has {stored} bytes only: refused.")
+    elif isinstance(content, (dict, list, tuple)):
+        for part in content.values() if isinstance(content, dict) else content:
+            _check_tensors(part)
 
 
 def _compressor(weights: dict[str, torch.Tensor]) -> DimensionCompressor:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from datasets import Dataset
 
 from ..data.rows import fingerprint
-from ..evaluation.code_execution import ExecutionLimits
+from ..evaluation.code_execution import ExecutionLimits, sandbox_protections
 from ..evaluation.scoring import score_output
 from ..hub.files import write_atomically
 
@@ -28,7 +28,7 @@ def correctness_reward(
 
     Args:
         kind: `answer` compares the completion's answer with the column `answer`, as `extract_answer` and
-            `answers_match` do; `code` runs its program with the column `tests` in a process with these `limits`.
+            `answers_match` do; `code` runs its program with the column `tests`, as `run_tests`, with these `limits`.
     """
 
     def correctness(prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
@@ -43,6 +43,7 @@ def correctness_reward(
 
         if kind == "answer":
             return list(map(score, problems, answer, completions))
+        sandbox_protections()  # tried once, before the threads would
         with ThreadPoolExecutor(_PROGRAMS_AT_A_TIME) as pool:
             return list(pool.map(score, problems, answer, completions))
 

@@ -12,8 +12,9 @@ from conftest import DATA, ROOT
 from datasets import Dataset, IterableDataset
 from hub_server import dataset_hub
 
-from llada_trm_hf.data import checking_program, difference_chains, load_reasoning_dataset
+from llada_trm_hf.data import difference_chains, load_reasoning_dataset
 from llada_trm_hf.data.reasoning_sources import SOURCES, last_boxed
+from llada_trm_hf.evaluation import run_tests
 from llada_trm_hf.hidden_pairs.settings import load_problems
 
 # A row of each dataset as it is published, written for this test, and what it must become.
@@ -213,10 +214,22 @@ def test_real_reference_programs_pass_their_tests_and_others_do_not(name, file):
     if not (DATA / file).exists():
         pytest.skip(f"no {name} file")
     rows, _ = load_reasoning_dataset(name, "train[:100]", data_files=str(DATA / file))
-    programs = [checking_program(row["answer"], row["tests"]) for row in rows]
-    wrong = [checking_program(f"def {row['entry_point']}(*_): return object()", row["tests"]) for row in rows]
+    programs = [f"{row['answer']}\n\n{row['tests']}" for row in rows]
+    wrong = [f"def {row['entry_point']}(*_): return object()\n\n{row['tests']}" for row in rows]
     assert passes(programs + wrong) == [True] * 100 + [False] * 100
     assert name == "humaneval" or all(row["tests"] in row["prompt"] + "\n" for row in rows)
+
+
+def test_what_humaneval_judges_by_is_not_the_solution_s(tmp_path):
+    """A function that the prompt defines, which a solution defines again to suit itself."""
+    prompt = "def code(s):\n    return s[::-1]\n\ndef decode(s):\n"
+    test = "def check(candidate):\n    assert candidate(code('ab')) == 'ab'\n"
+    row = {"task_id": "1", "prompt": prompt, "canonical_solution": "    return s[::-1]\n", "test": test}
+    path = write_lines(tmp_path / "rows.jsonl", [{**row, "entry_point": "decode"}])
+    (loaded,) = load_reasoning_dataset("humaneval", data_files=path)[0]
+    forged = f"{prompt}    return s\ndef code(s): return s\n"
+    found = [run_tests(program, loaded["tests"], "decode").passed for program in (loaded["answer"], forged)]
+    assert found == [True, False]
 
 
 STDIN = {"inputs": ["2\n3 4\n", ["2", "5 6"]], "outputs": ["7\n", ["11"]]}
@@ -246,6 +259,7 @@ LONG = {"inputs": ["0\n"], "outputs": ["1" * 5000 + "\n"]}
         (LONG, "print('1' * 4999 + '2')", False),
         (CALLS, "def pair(x): return tuple(x)", True),
         (CALLS, "class Solution:\n    def pair(self, x: List[int]) -> List[int]:\n        return list(x)", True),
+        (CALLS, "def pair(x): return x\nif __name__ == '__main__': input()", True),
         (CALLS, "def pair(x): return x[::-1]", False),
         (CALLS, "def other(x): return x", False),
     ],
@@ -254,15 +268,15 @@ def test_tests_of_apps(tmp_path, cases, solution, right):
     path = write_lines(tmp_path / "rows.jsonl", [apps_row(cases, solution)])
     (row,) = load_reasoning_dataset("apps", data_files=path)[0]
     assert row["entry_point"] == cases.get("fn_name", "")
-    assert passes([checking_program(row["answer"], row["tests"])]) == [right]
+    assert run_tests(row["answer"], row["tests"], row["entry_point"]).passed == right
 
 
 def test_numbers_too_long_for_python_are_read(tmp_path):
     text = '{"fn_name": "f", "inputs": [[1]], "outputs": [' + "9" * 5000 + "]}"
     row = {**apps_row(None, "def f(x): return 10**5000 - 1"), "input_output": text}
     (loaded,) = load_reasoning_dataset("apps", data_files=write_lines(tmp_path / "rows.jsonl", [row]))[0]
-    assert passes([checking_program(loaded["answer"], loaded["tests"])]) == [True]
-    assert passes([checking_program("def f(x): return 10**5000", loaded["tests"])]) == [False]
+    assert run_tests(loaded["answer"], loaded["tests"]).passed
+    assert not run_tests("def f(x): return 10**5000", loaded["tests"]).passed
 
 
 # --- Slices and streams ---
@@ -382,10 +396,8 @@ def test_a_local_file_of_programs(tmp_path):
     row = {"prompt": "Double.", "answer": "def f(x): return 2 * x", "tests": "assert f(2) == 4"}
     rows, response = load_reasoning_dataset(write_lines(tmp_path / "x.jsonl", [row]))
     assert rows[0] == {**row, "reasoning": "", "entry_point": ""} and response.endswith("\n{answer}")
-    assert passes([checking_program(code, rows[0]["tests"]) for code in (row["answer"], "def f(x): return x")]) == [
-        True,
-        False,
-    ]
+    right, wrong = (f"{code}\n{rows[0]['tests']}" for code in (row["answer"], "def f(x): return x"))
+    assert passes([right, wrong]) == [True, False]
 
 
 def test_a_column_that_does_not_exist_or_is_not_known(numbered):

@@ -5,24 +5,30 @@ import json
 import socket
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
 from conftest import DATA
 
-from llada_trm_hf.data import checking_program, load_reasoning_dataset
+from llada_trm_hf.data import load_reasoning_dataset
 from llada_trm_hf.evaluation import code_execution
-from llada_trm_hf.evaluation.code_execution import ExecutionLimits, run_program
+from llada_trm_hf.evaluation.code_execution import ExecutionLimits, run_tests, sandbox_protections
 from llada_trm_hf.evaluation.scoring import extract_code, score_output
 
 LIMITS = ExecutionLimits(seconds=30, memory_mb=512)
 
 
-@pytest.fixture(params=["as the system allows", "without namespaces"])
+@pytest.fixture(params=["as the system allows", "by the audit hook"])
 def isolation(request, monkeypatch):
-    """Everything holds where an ordinary user may not make namespaces, too."""
-    if request.param == "without namespaces":
-        monkeypatch.setattr(code_execution, "has_namespaces", lambda: False)
+    """What careless code does is held back where the kernel does not help, too."""
+    if request.param == "by the audit hook":
+        monkeypatch.setattr(code_execution, "sandbox_protections", lambda: ())
+
+
+def run_program(program, limits):
+    """A program that tests itself."""
+    return run_tests(program, "", limits=limits)
 
 
 @pytest.fixture
@@ -65,6 +71,8 @@ def test_what_passes(program, scratch):
         ("import subprocess\nsubprocess.run(['true'])", "subprocess.Popen is not allowed"),
         ("import os\nos.fork()", "os.fork is not allowed"),
         ("open('../verdict', 'w').write('passed')", "not allowed outside"),
+        ("import os\nos.utime('..')", "not allowed outside"),
+        ("import sqlite3\nsqlite3.connect('../a.db')", "not allowed outside"),
     ],
 )
 def test_what_fails(program, reason, isolation, scratch):
@@ -116,6 +124,23 @@ def test_no_process_survives(isolation):
     mine = psutil.Process()
     left = [process for process in mine.children(recursive=True) if process.pid not in before]
     assert not left
+
+
+def test_programs_at_the_same_time():
+    """Each has its own pipes: nobody gets the answers of others."""
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda n: run_tests(f"def f(): return {n}", f"assert f() == {n // 2 * 2}"), range(8)))
+    assert [result.passed for result in results] == [True, False] * 4
+
+
+def test_lacking_protections_are_named_once(monkeypatch, caplog):
+    monkeypatch.setattr(code_execution, "LAYERS", ("no such layer",))
+    sandbox_protections.cache_clear()
+    try:
+        assert [sandbox_protections() for _ in range(2)] == [(), ()]
+    finally:
+        sandbox_protections.cache_clear()
+    assert len(caplog.records) == 1 and "without no such layer" in caplog.text and "container" in caplog.text
 
 
 def test_bad_limits():
@@ -177,5 +202,5 @@ def test_published_solutions_of_humaneval_and_mbpp(data):
 def test_all_published_solutions(data):
     for name, path in (("humaneval", "humaneval/HumanEval.jsonl.gz"), ("mbpp", "mbpp/mbpp.jsonl")):
         rows, _ = load_reasoning_dataset(name, "test", str(data / path))
-        failed = [row for row in rows if not run_program(checking_program(row["answer"], row["tests"])).passed]
+        failed = [row for row in rows if not run_tests(row["answer"], row["tests"], row["entry_point"]).passed]
         assert not failed, name

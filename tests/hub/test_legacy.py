@@ -256,6 +256,35 @@ def test_tensors_beyond_their_storage(tmp_path):
         import_legacy(tmp_path / "file.pt")
 
 
+@pytest.mark.parametrize("kind", ["compressed", "overlapping"])
+def test_zip_bombs_are_not_unpacked(tmp_path, monkeypatch, kind):
+    """64 MB of zeros in 64 kB, and 64 entries that are the same bytes: refused by the table of contents."""
+    path = tmp_path / "bomb.pt"
+    torch.save({"compressor": {"compress.weight": torch.ones(2, 3)}, "config": None}, path)
+    with zipfile.ZipFile(path, "a", compression=zipfile.ZIP_DEFLATED) as archive:
+        if kind == "compressed":
+            archive.writestr("file/data/9", bytes(2**26))
+        else:
+            with archive.open(zipfile.ZipInfo("file/data/0"), "w") as part:
+                part.write(os.urandom(2**16))
+            archive.filelist += [archive.filelist[-1]] * 64
+    assert path.stat().st_size < 2**18
+    unpacked = []
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", lambda *_: unpacked.append(1) or b"")
+    for read in (import_legacy, read_legacy_hidden_pairs):
+        with pytest.raises(ValueError, match=r"Cannot read .*bomb\.pt.* bytes would unpack to \d+"):
+            read(path)
+    assert not unpacked
+
+
+def test_tensors_that_repeat_their_storage(tmp_path):
+    """800 GB by a stride of zero, in a file of 1 kB."""
+    weight = torch.ones(1, 1).expand(2, 10**11)
+    torch.save({"compressor": {"compress.weight": weight}, "config": None}, tmp_path / "file.pt")
+    with pytest.raises(ValueError, match=r"file\.pt.*\(2, 100000000000\) in it has 4 bytes only"):
+        import_legacy(tmp_path / "file.pt")
+
+
 # --- Other wrong files ---
 
 
