@@ -99,13 +99,13 @@ class EncodedTokens(NamedTuple):
 
     Attributes:
         last_hidden_state: `[B, L, D]`, what the LM head reads.
-        hidden_states: on request, those of every layer; None for a layer that was not asked for.
+        hidden_states: on request, those of every layer; else empty.
         attentions: on request, the attention weights of every layer.
         router_aux_loss: the balancing loss of a backbone with experts, in training.
     """
 
     last_hidden_state: torch.Tensor
-    hidden_states: tuple[torch.Tensor | None, ...] | None
+    hidden_states: tuple[torch.Tensor, ...]
     attentions: tuple[torch.Tensor, ...] | None
     router_aux_loss: torch.Tensor | None = None
 
@@ -119,13 +119,13 @@ def native_model(backbone: PreTrainedModel) -> PreTrainedModel | None:
 def encode(
     backbone: PreTrainedModel,
     inputs: dict[str, Any],
-    output_hidden_states: bool | int | list[int] | None = None,
+    output_hidden_states: bool = False,
     output_attentions: bool | None = None,
     balance_experts: bool = False,
 ) -> EncodedTokens:
     """
-    The hidden states that `backbone`'s LM head reads, on request those of every layer, or of some by their numbers,
-    and its attention weights, and its balancing loss.
+    The hidden states that `backbone`'s LM head reads, on request those of every layer and its attention weights, and
+    its balancing loss.
     """
     inputs = {name: value for name, value in inputs.items() if value is not None}
     inputs |= {"output_hidden_states": output_hidden_states, "return_dict": True}
@@ -135,13 +135,13 @@ def encode(
     if native is not None:
         if not balance_experts or not hasattr(native, "balancing_loss"):
             outputs = native.model(**inputs)
-            return EncodedTokens(outputs.last_hidden_state, outputs.hidden_states, outputs.attentions)
+            return EncodedTokens(outputs.last_hidden_state, outputs.hidden_states or (), outputs.attentions)
         outputs = native.model(**inputs, output_router_logits=True)
         aux_loss = native.balancing_loss(outputs.router_logits, inputs.get("attention_mask"))
-        return EncodedTokens(outputs.last_hidden_state, outputs.hidden_states, outputs.attentions, aux_loss)
+        return EncodedTokens(outputs.last_hidden_state, outputs.hidden_states or (), outputs.attentions, aux_loss)
     inputs.pop("is_padded", None)
     states, outputs = lm_head_inputs(backbone, inputs, num_logits=0)
-    hidden_states = outputs.hidden_states if output_hidden_states else None
+    hidden_states = outputs.hidden_states if output_hidden_states else ()
     return EncodedTokens(states, hidden_states, outputs.attentions if output_attentions else None)
 
 
@@ -171,28 +171,21 @@ def lm_head_inputs(model: PreTrainedModel, inputs: dict[str, Any], num_logits: i
     return captured[-1], outputs
 
 
-def before_last(output_hidden_states: bool | int | list[int] | None) -> bool | list[int] | None:
-    """What `output_hidden_states`, of all the states and one more at the end, asks of those before that one."""
-    if not output_hidden_states or isinstance(output_hidden_states, bool):
-        return bool(output_hidden_states)
-    numbers = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
-    return [n if n >= 0 else n + 1 for n in numbers if n != -1] or [0]  # (an empty list would ask for no tuple)
-
-
-def with_last(
-    hidden_states: tuple[torch.Tensor | None, ...] | None,
-    last: torch.Tensor,
-    output_hidden_states: bool | int | list[int] | None,
+def select_states(
+    hidden_states: tuple[torch.Tensor, ...], output_hidden_states: bool | int | list[int] | None
 ) -> tuple[torch.Tensor | None, ...] | None:
-    """`hidden_states` and the `last`, None in the place of those that `output_hidden_states` does not ask for."""
-    if not output_hidden_states or hidden_states is None:
+    """
+    The `hidden_states` that `output_hidden_states` asks for: all of them, none, or by their numbers, also from the
+    end, with None in the place of the others. (The versions of transformers differ in what a number means.)
+    """
+    if not output_hidden_states:
         return None
-    states = (*hidden_states, last)
     if isinstance(output_hidden_states, bool):
-        return states
+        return hidden_states
     numbers = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
-    wanted = {n % len(states) for n in numbers if -len(states) <= n < len(states)}
-    return tuple(state if n in wanted else None for n, state in enumerate(states))
+    size = len(hidden_states)
+    wanted = {n % size for n in numbers if -size <= n < size}
+    return tuple(states if n in wanted else None for n, states in enumerate(hidden_states))
 
 
 # --- Checkpoints ---

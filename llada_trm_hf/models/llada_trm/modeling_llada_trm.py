@@ -19,13 +19,12 @@ from ...generation.refinement_trace import RefinementPass, RefinementTrace
 from ..backbone_wrapper import (
     BackboneWrapper,
     EncodedTokens,
-    before_last,
     build_backbone,
     encode,
     input_device,
     load_backbone,
     native_model,
-    with_last,
+    select_states,
 )
 from ..modeling_masked_diffusion import (
     MaskedTargets,
@@ -231,15 +230,16 @@ class LLaDATRMForMaskedDiffusion(
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
             output_attentions = self.config.output_attentions
-        of_backbone = output_hidden_states if enable_refinement is False else before_last(output_hidden_states)
-        encoded = encode(self.backbone, inputs, of_backbone, output_attentions, balance_experts)
+        encoded = encode(self.backbone, inputs, bool(output_hidden_states), output_attentions, balance_experts)
         hidden_states = encoded.last_hidden_state
         if input_ids is not None:
             hidden_states = hidden_states.to(input_ids.device)  # with a device_map, layers may be anywhere
         if past_key_values is not None:
             hidden_states = past_key_values.update_hidden_states(hidden_states)
         if enable_refinement is False:
-            return self._predict(hidden_states, encoded, targets, logits_to_keep)
+            outputs = self._predict(hidden_states, encoded, targets, logits_to_keep)
+            outputs.hidden_states = select_states(encoded.hidden_states, output_hidden_states)
+            return outputs
 
         batch, length, _ = hidden_states.shape
         layout = ChunkLayout(batch, length, self.config.chunk_size, attention_mask, hidden_states.device)
@@ -260,7 +260,7 @@ class LLaDATRMForMaskedDiffusion(
         return LLaDATRMOutput(
             loss=loss,
             logits=logits,
-            hidden_states=with_last(encoded.hidden_states, refined.hidden_states, output_hidden_states),
+            hidden_states=select_states((*encoded.hidden_states, refined.hidden_states), output_hidden_states),
             attentions=encoded.attentions,
             refinement_steps=refined.num_steps,
             chunk_confidence=result.chunk_confidence,
@@ -288,13 +288,7 @@ class LLaDATRMForMaskedDiffusion(
                 components["router_aux"] = encoded.router_aux_loss
             loss, components = weighted_loss(components, self.config)
         logits = self._logits_at(hidden_states, logits_to_keep)
-        return LLaDATRMOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-            loss_components=components,
-        )
+        return LLaDATRMOutput(loss=loss, logits=logits, attentions=encoded.attentions, loss_components=components)
 
     def _refine(
         self,

@@ -409,8 +409,9 @@ class _Recursion:
             self._compute(self.rows.numbers[kept])
 
     def _compute(self, numbers: torch.Tensor) -> None:
-        """From now on only the rows with these `numbers` `[b]` are computed."""
-        config, layout = self.refiner.config, self.layout.of_rows(numbers)
+        """From now on only the rows with these `numbers` `[b]` are computed; in a graph they are all there are."""
+        config = self.refiner.config
+        layout = self.layout if torch.compiler.is_compiling() else self.layout.of_rows(numbers)
         positions = (layout.is_real.long().cumsum(-1) - 1).clamp(min=0)
         angle_dtype = torch.promote_types(self.states.dtype, torch.float32)
         rotary = rotary_embedding(positions, config.hidden_size // config.num_attention_heads, angle_dtype)
