@@ -6,16 +6,25 @@ their names are first used.
 """
 
 import importlib
+import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# ruff: isort: off
-from .models import *  # noqa: F403 (before generation, which imports one of its files)
-from .models import __all__ as _models
-from .generation import *  # noqa: F403
-from .generation import __all__ as _generation
-from . import inspection  # draws traces, and reports in debug mode
-# ruff: isort: on
+# The command line answers --help and a wrong flag before it imports torch, which takes seconds; `CommandParser` does
+# then what importing the package does elsewhere.
+_IS_COMMAND_LINE = Path(sys.argv[0]).stem == "llada-trm" or f"{__name__}.cli" in sys.orig_argv
+
+if TYPE_CHECKING or not _IS_COMMAND_LINE:
+    # ruff: isort: off
+    from .models import *  # noqa: F403 (before generation, which imports one of its files)
+    from .models import __all__ as _models
+    from .generation import *  # noqa: F403
+    from .generation import __all__ as _generation
+    from . import inspection  # draws traces, and reports in debug mode
+    # ruff: isort: on
+else:
+    _models = _generation = []
 
 if TYPE_CHECKING:
     from .data import *  # noqa: F403
@@ -102,6 +111,11 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f".{name}", __name__)
     if name in _FOLDER_OF:
         return getattr(importlib.import_module(f".{_FOLDER_OF[name]}", __name__), name)
+    if _IS_COMMAND_LINE and not name.startswith("_"):
+        for folder in ("models", "generation"):
+            module = importlib.import_module(f".{folder}", __name__)
+            if name in module.__all__:
+                return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -2,10 +2,12 @@
 
 import logging
 import os
+import re
 
-from ..hub import onnx, push_checkpoint, push_custom_generate
-from ..hub.push import custom_generate_files, files_to_publish, folder_of
 from .command import CommandParser
+
+# A branch as git allows it, in the characters the Hub's addresses keep as they are.
+_BRANCH = re.compile(r"(?!.*(\.\.|//|/\.|\.lock(/|$)))[A-Za-z0-9_][A-Za-z0-9_./-]*(?<![./])")
 
 
 def push(arguments: list[str]) -> None:
@@ -21,6 +23,11 @@ def push(arguments: list[str]) -> None:
     add("--base_model", help="owner/name of the model it builds on, if the checkpoint names none, or a folder")
     add("--dry_run", action="store_true", help="list what would be uploaded, without contacting the Hub")
     options = parser.parse_args(arguments)
+    if options.revision is not None and not _BRANCH.fullmatch(options.revision):
+        raise ValueError(f"--revision {options.revision!r} cannot be the name of a branch: take one such as v2.")
+    from ..hub import push_checkpoint, push_custom_generate
+    from ..hub.push import custom_generate_files, files_to_publish, folder_of
+
     card = {"description": options.description, "revision": options.revision, "base_model": options.base_model}
     if options.custom_generate is not None:
         for_checkpoints = ("checkpoint", "repo", "description", "base_model")
@@ -51,8 +58,10 @@ def export_onnx(arguments: list[str]) -> None:
     add("--checkpoint", required=True, help="folder or repository; loaded in float32")
     add("--output", required=True, help="file; weights above 1 GiB go to a second one, OUTPUT.data")
     add("--max_recursive_steps", type=int, help="by default the refiner's own")
-    add("--tolerance", type=float, default=onnx.TOLERANCE, help="largest difference from PyTorch that is accepted")
+    add("--tolerance", type=float, help="largest difference from PyTorch that is accepted")
     options = parser.parse_args(arguments)
+    from ..hub import onnx
+
     onnx.check_export(options.output)
     from ..evaluation.language_models import load_weights  # not in the base install, which `push` does with
 
@@ -61,7 +70,8 @@ def export_onnx(arguments: list[str]) -> None:
     model = load_weights(options.checkpoint, "float32").eval()
     kind, size = type(model).__name__, model.num_parameters()
     print(f"Writing {kind}, {size:,} parameters, and comparing it with PyTorch ...", flush=True)
-    export = onnx.export_onnx(model, options.output, options.max_recursive_steps, options.tolerance)
+    tolerance = onnx.TOLERANCE if options.tolerance is None else options.tolerance
+    export = onnx.export_onnx(model, options.output, options.max_recursive_steps, tolerance)
     print(f"largest difference from PyTorch: {export.largest_difference:.2g}")
     if hasattr(model, "refiner"):
         print(f"chunks refined in the comparison: {export.refined_chunks}")

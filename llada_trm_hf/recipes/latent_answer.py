@@ -61,9 +61,7 @@ def run_latent_answer(
     source = script_args.checkpoint or script_args.backbone
     if source is None or (script_args.checkpoint and script_args.backbone):
         raise ValueError("Say what learns: either --backbone CAUSAL_LM or --checkpoint LATENT_THINKING_MODEL.")
-    unused = [name for name in ("compressor", "trm", *_TRM_SETTINGS) if getattr(script_args, name) is not None]
-    if script_args.checkpoint and unused:
-        raise ValueError(f"The model in --checkpoint has its own {', '.join(unused)}: leave them out.")
+    METHOD.check_sources(script_args)
     resume_from = start_run(training_args, script_args.checkpoint, script_args.compressor, script_args.trm)
     tokenizer = pretrained_tokenizer(script_args.tokenizer or source)
     model = _load_model(script_args, tokenizer)
@@ -114,4 +112,9 @@ def _thinker_parts(script_args: LatentAnswerScriptArguments, width: int) -> dict
     return {"compressor": compressor or new_compressor, "trm": trm or SequenceTRMConfig(hidden_size=size, **network)}
 
 
-METHOD = TrainingMethod(LatentAnswerScriptArguments, LatentAnswerTrainingArguments, run_latent_answer)
+METHOD = TrainingMethod(
+    LatentAnswerScriptArguments,
+    LatentAnswerTrainingArguments,
+    run_latent_answer,
+    new_model_settings=("compressor", "trm", "num_latents", "compressed_size", "n_layers", "n_heads", *_TRM_SETTINGS),
+)

@@ -29,6 +29,7 @@ from .run_setup import (
 
 # Settings that every kind of refiner may have: a recipe sets them for whichever it is used with.
 _SHARED_REFINER_SETTINGS = ("chunk_size", "max_recursive_steps", "convergence_threshold")
+DEFAULT_REFINER = "recursive_refinement_head"
 _HYBRID_SETTINGS = (
     "integration",
     "min_confidence",
@@ -45,7 +46,9 @@ class MaskedDiffusionScriptArguments(DataArguments):
 
     backbone: str | None = HfArg(default=None, aliases=["--model"], help="Model, or a config .json for a new one.")
     checkpoint: str | None = HfArg(default=None, help="A hybrid to go on from, instead of a backbone.")
-    refiner: str = HfArg(default="recursive_refinement_head", help="Kinds or folders, with commas; none: no refiner.")
+    refiner: str | None = HfArg(
+        default=None, help="Kinds or folders, with commas; recursive_refinement_head. none: no refiner."
+    )
     integration: str | None = HfArg(default=None, help="How several refiners work together: cascade or mix.")
     chunk_size: int | None = HfArg(default=None, help="Tokens refined together; 16.")
     align_steps_to_chunks: bool = HfArg(default=False, help="Start reasoning steps and answer in a new chunk.")
@@ -62,11 +65,11 @@ class MaskedDiffusionScriptArguments(DataArguments):
     use_gating: bool | None = HfArg(default=None, help="Whether its slots have gates; true.")
     delta_scale: float | None = HfArg(default=None, help="Factor of a slot refiner's updates; 0.1.")
     dropout: float | None = HfArg(default=None, help="Of a slot refiner; 0.")
-    min_confidence: float = HfArg(default=0.5, help="Chunks below it are refined.")
-    deep_supervision_weight: float = HfArg(default=0.3, help="Of the loss over the steps.")
-    deep_supervision_schedule: str = HfArg(default="constant", help="constant, linear or exponential.")
-    confidence_loss_weight: float = HfArg(default=0.05, help="Of the confidence's calibration.")
-    orthogonality_weight: float = HfArg(default=0.01, help="Of the overlap between slots.")
+    min_confidence: float | None = HfArg(default=None, help="Chunks below it are refined; 0.5.")
+    deep_supervision_weight: float | None = HfArg(default=None, help="Of the loss over the steps; 0.3.")
+    deep_supervision_schedule: str | None = HfArg(default=None, help="constant (default), linear or exponential.")
+    confidence_loss_weight: float | None = HfArg(default=None, help="Of the confidence's calibration; 0.05.")
+    orthogonality_weight: float | None = HfArg(default=None, help="Of the overlap between slots; 0.01.")
     freeze_backbone: bool = HfArg(default=False, help="Train the refiner only.")
     trainable: list[str] | None = HfArg(default=None, help="Patterns of module names that train.")
     train_last_layers: int | None = HfArg(default=None, help="Last layers of the backbone that train as well.")
@@ -85,6 +88,7 @@ def run_masked_diffusion(
         RuntimeError: if another run is writing to the folder.
         FloatingPointError: if the loss becomes NaN.
     """
+    METHOD.check_sources(script_args)
     resume_from = start_run(training_args)
     tokenizer = _load_tokenizer(script_args)
     model = _load_model(script_args, tokenizer)
@@ -134,7 +138,8 @@ def _load_model(script_args: MaskedDiffusionScriptArguments, tokenizer: PreTrain
         return backbone if is_new else load_backbone(backbone, dtype=script_args.dtype)
     config = backbone.config if is_new else AutoConfig.from_pretrained(backbone)
     refiners = refiner_configs(script_args, config.get_text_config().hidden_size)
-    settings: dict[str, Any] = {name: getattr(script_args, name) for name in _HYBRID_SETTINGS}
+    given = {name: getattr(script_args, name) for name in _HYBRID_SETTINGS}
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if not is_new:
         settings["dtype"] = script_args.dtype
     return LLaDATRMForMaskedDiffusion.from_backbone(backbone, refiners, freeze_backbone=False, **settings)
@@ -162,7 +167,7 @@ def refiner_configs(script_args: MaskedDiffusionScriptArguments, hidden_size: in
     known = {name: {field.name for field in fields(kind.config_class)} - inherited for name, kind in REFINERS.items()}
     unused = (set(given) - set(_SHARED_REFINER_SETTINGS)) & set().union(*known.values())
     configs: list[PreTrainedConfig | str] = []
-    for name in script_args.refiner.split(","):
+    for name in (script_args.refiner or DEFAULT_REFINER).split(","):
         if name not in REFINERS:
             configs.append(name)
             continue
@@ -170,8 +175,16 @@ def refiner_configs(script_args: MaskedDiffusionScriptArguments, hidden_size: in
         settings = {field: value for field, value in given.items() if field in known[name]}
         configs.append(REFINERS[name].config_class(hidden_size=hidden_size, **settings))
     if unused:
-        raise ValueError(f"{', '.join(sorted(unused))}: not a setting of {script_args.refiner}. Leave it out.")
+        raise ValueError(f"{', '.join(sorted(unused))}: not a setting of {script_args.refiner or DEFAULT_REFINER}. Leave it out.")
     return configs
 
 
-METHOD = TrainingMethod(MaskedDiffusionScriptArguments, MaskedDiffusionTrainingArguments, run_masked_diffusion)
+# In the order of the dataclass, from the backbone on: all that describes a new model.
+_REFINER_SETTINGS = """chunk_size max_recursive_steps convergence_threshold head_hidden_size head_layers step_size preset
+context_slot_size reasoning_slot_size refinement_slot_size confidence_slot_size use_gating delta_scale dropout""".split()
+METHOD = TrainingMethod(
+    MaskedDiffusionScriptArguments,
+    MaskedDiffusionTrainingArguments,
+    run_masked_diffusion,
+    new_model_settings=("backbone", "refiner", *_REFINER_SETTINGS, *_HYBRID_SETTINGS),
+)

@@ -38,15 +38,28 @@ class DataArguments:
 
 @dataclass(frozen=True)
 class TrainingMethod:
-    """The dataclasses that a recipe fills, and the function that takes both."""
+    """
+    The dataclasses that a recipe fills, and the function that takes both. `new_model_settings` are the script's
+    arguments that describe a new model: one in `checkpoint` has its own.
+    """
 
     script_arguments: type
     training_arguments: type
     run: Callable[[Any, Any], Any]
+    new_model_settings: tuple[str, ...] = ()
 
     def option_names(self) -> list[str]:
         """The keys of a recipe, and the options of the command line."""
         return [field.name for cls in (self.script_arguments, self.training_arguments) for field in fields(cls)]
+
+    def check_sources(self, script_args: Any) -> None:
+        """Raises ValueError if `script_args` describes a model that its `checkpoint` holds already."""
+        if getattr(script_args, "checkpoint", None) is None:
+            return
+        defaults = {field.name: field.default for field in fields(self.script_arguments)}
+        given = [name for name in self.new_model_settings if getattr(script_args, name) != defaults[name]]
+        if given:
+            raise ValueError(f"The model in --checkpoint has its own {', '.join(given)}: leave them out.")
 
 
 def pretrained_tokenizer(source: str) -> PreTrainedTokenizerBase:

@@ -45,6 +45,7 @@ def run_trm(script_args: TRMScriptArguments, training_args: TRMTrainingArguments
         raise ValueError("Say what to learn: --pairs_dir with a folder or file of hidden pairs.")
     if not 0 <= script_args.eval_fraction < 1:
         raise ValueError(f"eval_fraction must be at least 0 and below 1, got {script_args.eval_fraction}.")
+    METHOD.check_sources(script_args)
     resume_from = start_run(training_args, script_args.compressor, script_args.checkpoint)
     name = script_args.compressor
     compressor = None if name is None else DimensionCompressor.from_pretrained(name)
@@ -102,4 +103,4 @@ def _new_model(script_args: TRMScriptArguments, width: int) -> SequenceTRM:
     return model
 
 
-METHOD = TrainingMethod(TRMScriptArguments, TRMTrainingArguments, run_trm)
+METHOD = TrainingMethod(TRMScriptArguments, TRMTrainingArguments, run_trm, new_model_settings=_NETWORK_SETTINGS)
