@@ -106,12 +106,14 @@ def checked_device(name: str | None) -> str:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError):  # of torch, each kind of device in its own words
         hint = "" if torch.cuda.is_available() else ", which has no GPU that torch can use"
-        raise ValueError(f"--device {name}: there is no such device on this machine{hint}; try --device cpu.") from None
+        raise ValueError(
+            f"--device {name}: there is no such device on this machine{hint}; try --device cpu."
+        ) from None
     return name
 
 
 def check_output_file(path: str | None, *endings: str) -> None:
-    """Raises an error, before the work, if `path` cannot be a file: its folder is missing, or it has no such ending."""
+    """Raises an error, before the work, if `path` cannot be a file: its folder is missing, or its ending wrong."""
     if path is None:
         return
     folder = os.path.dirname(os.path.abspath(path))

@@ -31,7 +31,9 @@ def run(arguments: list[str]) -> None:
         return
     print(summary)
     if not summary.statuses["complete"]:
-        hint = "allow longer ones with --max_new_tokens, or name the model's own markers with --think_start, --think_end"
+        hint = (
+            "allow longer ones with --max_new_tokens, or name the model's own markers with --think_start, --think_end"
+        )
         raise RuntimeError(f"No problem has a complete thought, so there is nothing to learn from: {hint}.")
     if options.export_legacy:
         number = export_legacy_hidden_pairs(options.output_dir, options.export_legacy)
@@ -47,7 +49,9 @@ def _parser() -> CommandParser:
     )
     parser.add_argument("--model", required=True, help="name or folder of a causal language model")
     parser.add_argument("--output_dir", required=True, help="folder for shards, traces, metadata and settings")
-    parser.add_argument("--stage", choices=("traces", "states", "all"), default="all", help="write thoughts, take states, or both")
+    parser.add_argument(
+        "--stage", choices=("traces", "states", "all"), default="all", help="write thoughts, take states, or both"
+    )
     parser.add_argument("--dataset", "--dataset_name", default="", help="problems: names or files, with commas")
     parser.add_argument("--split", default="train", help="split or slice of each dataset, e.g. train[:1000]")
     parser.add_argument("--num_samples", type=int, help="at most so many problems of each dataset")

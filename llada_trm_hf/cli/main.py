@@ -3,6 +3,7 @@
 import dis
 import importlib
 import json
+import os
 import sys
 import traceback
 from typing import Any
@@ -54,6 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
         getattr(importlib.import_module(f".{module}", __package__), function)(arguments[1:])
     except SystemExit as exit:  # argparse: --help or a wrong flag
         return int(exit.code or 0)
+    except BrokenPipeError:  # whoever read what is printed has gone, as in `llada-trm ... | head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the interpreter would print the same error once more)
+        return 1
     except KeyboardInterrupt:
         print("\nllada-trm: interrupted.", file=sys.stderr)
         return 130
@@ -102,4 +106,5 @@ def _raised_for_the_user(error: Exception) -> bool:
 
 def _help() -> str:
     commands = "\n".join(f"  {name:<11} {description}" for name, (_, description) in COMMANDS.items())
-    return f"usage: llada-trm COMMAND [options]\n\n{commands}\n\nllada-trm COMMAND --help lists a command's options; llada-trm --version."
+    more = "llada-trm COMMAND --help lists a command's options; llada-trm --version."
+    return f"usage: llada-trm COMMAND [options]\n\n{commands}\n\n{more}"

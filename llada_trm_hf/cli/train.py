@@ -41,10 +41,38 @@ what most runs set:
 
 """
 # What most runs set, of the Trainer's own settings: listed before the rest.
-_COMMON = """output_dir resume_from_checkpoint max_steps gradient_accumulation_steps per_device_eval_batch_size weight_decay
-max_grad_norm lr_scheduler_type warmup_steps optim seed data_seed bf16 fp16 gradient_checkpointing use_cpu eval_strategy
-eval_steps save_strategy save_steps save_total_limit load_best_model_at_end metric_for_best_model greater_is_better
-logging_steps report_to run_name dataloader_num_workers push_to_hub hub_model_id""".split()
+_COMMON = [
+    "output_dir",
+    "resume_from_checkpoint",
+    "max_steps",
+    "gradient_accumulation_steps",
+    "per_device_eval_batch_size",
+    "weight_decay",
+    "max_grad_norm",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "optim",
+    "seed",
+    "data_seed",
+    "bf16",
+    "fp16",
+    "gradient_checkpointing",
+    "use_cpu",
+    "eval_strategy",
+    "eval_steps",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
+    "logging_steps",
+    "report_to",
+    "run_name",
+    "dataloader_num_workers",
+    "push_to_hub",
+    "hub_model_id",
+]
 
 
 def run_train(arguments: list[str]) -> None:
@@ -113,7 +141,9 @@ def _parser(method: Any) -> Any:
         description="The settings of this recipe with their defaults. In a .yaml or .json they stand without --.",
     )
     ours = {field.name for field in fields(method.script_arguments)}
-    trainers = {field.name for field in fields(method.training_arguments)} - {f.name for f in fields(TrainingArguments)}
+    trainers = {field.name for field in fields(method.training_arguments)} - {
+        f.name for f in fields(TrainingArguments)
+    }
     # These have a short form here, so they stand for themselves.
     trainers |= {"learning_rate", "per_device_train_batch_size", "num_train_epochs"}
     titles = ("what is trained on what", "the run", "the method", "everything else of transformers' TrainingArguments")

@@ -6,6 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from torch import distributed
 
 
 def write_atomically(path: str, write: Callable[[str], object]) -> None:
@@ -47,8 +48,15 @@ def output_dir_lock(folder: str, lock_name: str = ".training.lock") -> Iterator[
     ends; of several processes (`RANK` in the environment) the first holds it for all.
 
     Raises:
-        RuntimeError: if another run is writing to the folder.
+        RuntimeError: if another run is writing to the folder, or processes were launched together that would each
+            write all of it.
     """
+    number = int(os.environ.get("WORLD_SIZE", "1"))
+    if number > 1 and not (distributed.is_available() and distributed.is_initialized()):
+        raise RuntimeError(
+            f"{number} processes were launched, but none of them knows of the others, so each would write the same "
+            f"files in {folder}. Without GPUs, launch with examples/accelerate/cpu.yaml or torchrun and --use_cpu."
+        )
     os.makedirs(folder, exist_ok=True)
     if int(os.environ.get("RANK", "0")) > 0:
         yield

@@ -51,6 +51,28 @@ def config_from_dict(
     return AutoConfig.for_model(**config)
 
 
+def lasting_name(name_or_path: str) -> str:
+    """A folder's name in full, so that it is found from anywhere; that of a repository as it is."""
+    return os.path.abspath(name_or_path) if os.path.isdir(name_or_path) else name_or_path
+
+
+def backbone_place(name_or_path: str, checkpoint: Any) -> str:
+    """
+    Where the backbone is that a checkpoint without one names: a repository, a folder, or one relative to the
+    checkpoint. Raises FileNotFoundError for a folder that is not there.
+    """
+    beside = os.path.join(checkpoint, name_or_path)
+    if not os.path.isdir(name_or_path) and os.path.isdir(beside):
+        return os.path.normpath(beside)
+    is_path = os.path.isabs(name_or_path) or name_or_path.startswith(".") or name_or_path.count("/") > 1
+    if is_path and not os.path.isdir(name_or_path):
+        raise FileNotFoundError(
+            f"{checkpoint} holds no backbone, and the folder of the one it names is not there: {name_or_path}. Put it "
+            f"there, or change backbone_name_or_path in the config.json of {checkpoint}."
+        )
+    return name_or_path
+
+
 def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     """A backbone with random weights."""
     if config.model_type in BACKBONES:
@@ -185,11 +207,11 @@ class BackboneWrapper(HubModel):
         fields = {name: value for name, value in arguments.items() if name in own}
         others = {name: value for name, value in arguments.items() if name not in own}
         if isinstance(backbone, (str, os.PathLike)):
-            fields.setdefault("backbone_name_or_path", str(backbone))
+            fields.setdefault("backbone_name_or_path", lasting_name(str(backbone)))
             backbone = cls._load_backbone(str(backbone), **others)
         elif others:
             raise ValueError(f"Unknown argument {', '.join(others)} for a backbone that is already loaded.")
-        fields.setdefault("backbone_name_or_path", backbone.config.name_or_path or None)
+        fields.setdefault("backbone_name_or_path", lasting_name(backbone.config.name_or_path or "") or None)
         return backbone, fields
 
     def get_input_embeddings(self) -> nn.Module:
@@ -233,6 +255,7 @@ class BackboneWrapper(HubModel):
         # Which commit of which files was found for this repository (an Auto class adds it) is not for the backbone's.
         elsewhere = {"adapter_kwargs", "code_revision", "force_download", "revision", "subfolder"}
         kwargs = {name: kwargs[name] for name in kwargs if name not in elsewhere and not name.startswith("_")}
+        config.backbone_name_or_path = backbone_place(config.backbone_name_or_path, path)
         backbone = cls._load_backbone(config.backbone_name_or_path, **kwargs)
         found, expected = backbone.config.get_text_config(), config.get_text_config()
         for name in ("hidden_size", "vocab_size"):
@@ -279,6 +302,7 @@ class BackboneWrapper(HubModel):
                     "save_backbone=False needs to know where the backbone comes from: set "
                     "model.config.backbone_name_or_path to its folder or repository."
                 )
+            self.config.backbone_name_or_path = lasting_name(self.config.backbone_name_or_path)
             state_dict = self.state_dict() if state_dict is None else state_dict
             state_dict = {
                 name: value for name, value in state_dict.items() if name.startswith(f"{self.recursive_module}.")

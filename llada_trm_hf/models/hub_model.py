@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 # The masked-diffusion families and the refiners by `model_type`, filled by `registered_models.py` and
 # `register_refiner`. (Not by config class: remote code may load the same class twice, from two files.)
@@ -256,6 +258,17 @@ def check_at_least_one(config: PreTrainedConfig, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}.")
+
+
+def check_functions(config: PreTrainedConfig) -> None:
+    """Raises ValueError for an activation function or kind of rotary embedding that transformers does not know."""
+    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    for name, value, known in (
+        ("hidden_act", config.hidden_act, ACT2FN),
+        ("rope_type", rope_type, {"default", *ROPE_INIT_FUNCTIONS}),
+    ):
+        if value not in known:
+            raise ValueError(f"Unknown {name} {value!r}{nearest_name(str(value), known)}; one of {', '.join(known)}.")
 
 
 def check_heads(config: PreTrainedConfig) -> None:
