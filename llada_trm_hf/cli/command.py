@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,10 +39,10 @@ class CommandParser(OneLineErrors):
     def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, formatter_class=_DefaultsOfValues, **kwargs)
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """As in argparse, with `--import_module`; if the options are right, `prepare` follows."""
+    def parse(self, arguments: list[str]) -> argparse.Namespace:
+        """The options, with `--import_module` among them; if they are right, `prepare` follows."""
         add_import_module(self)
-        options = super().parse_args(args, namespace)
+        options = self.parse_args(arguments)
         prepare(options.import_module)
         return options
 

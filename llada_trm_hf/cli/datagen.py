@@ -12,7 +12,7 @@ from .command import (
 
 
 def run(arguments: list[str]) -> None:
-    options = _parser().parse_args(arguments)
+    options = _parser().parse(arguments)
     from ..data.reasoning import column_mapping
     from ..hidden_pairs import DatagenSettings, TraceSettings, export_legacy_hidden_pairs, run_datagen
 

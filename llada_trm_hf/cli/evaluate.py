@@ -29,7 +29,7 @@ def run_evaluate(arguments: list[str]) -> None:
     parser.add_argument("--code_memory", type=int, default=1024, help="memory limit of such a program, in MB")
     add_generation_flags(parser)
     parser.add_argument("--batch_size", type=int, default=8, help="problems at a time")
-    options = parser.parse_args(arguments)
+    options = parser.parse(arguments)
     from ..data.reasoning import column_mapping
     from ..evaluation.code_execution import ExecutionLimits
     from ..evaluation.evaluate import EvaluationSettings, run_evaluation
@@ -59,7 +59,7 @@ def run_compare(arguments: list[str]) -> None:
     parser.add_argument("--common_only", action="store_true", help="of different problems, compare those all have")
     parser.add_argument("--plot", help="draw accuracies and differences to this .png file")
     parser.add_argument("--output_file", help="write all numbers to this .json file")
-    options = parser.parse_args(arguments)
+    options = parser.parse(arguments)
     check_output_file(options.plot, ".png")
     check_output_file(options.output_file, ".json")
     from ..evaluation.comparison import compare_results

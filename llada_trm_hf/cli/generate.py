@@ -11,7 +11,7 @@ from .generation import add_generation_flags, check_generation, generate, genera
 
 
 def run(arguments: list[str]) -> None:
-    options = _parser().parse_args(arguments)
+    options = _parser().parse(arguments)
     texts = [options.prompt] if options.prompt is not None else read_prompts(options.prompts_file)
     settings = generation_settings(options) | {"output_refinement_trace": options.trace_file is not None}
     check_generation(settings, texts)

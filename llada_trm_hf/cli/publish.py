@@ -22,7 +22,7 @@ def push(arguments: list[str]) -> None:
     add("--revision", help="branch, created if it does not exist")
     add("--base_model", help="owner/name of the model it builds on, if the checkpoint names none, or a folder")
     add("--dry_run", action="store_true", help="list what would be uploaded, without contacting the Hub")
-    options = parser.parse_args(arguments)
+    options = parser.parse(arguments)
     if options.revision is not None and not _BRANCH.fullmatch(options.revision):
         raise ValueError(f"--revision {options.revision!r} cannot be the name of a branch: take one such as v2.")
     from ..hub import push_checkpoint, push_custom_generate
@@ -59,7 +59,7 @@ def export_onnx(arguments: list[str]) -> None:
     add("--output", required=True, help="file; weights above 1 GiB go to a second one, OUTPUT.data")
     add("--max_recursive_steps", type=int, help="by default the refiner's own")
     add("--tolerance", type=float, help="largest difference from PyTorch that is accepted")
-    options = parser.parse_args(arguments)
+    options = parser.parse(arguments)
     from ..hub import onnx
 
     onnx.check_export(options.output)

@@ -17,7 +17,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--prompt", required=True)
     add_generation_flags(parser)
     parser.add_argument("--output_dir", default="outputs/trace", help="folder for the files")
-    options = parser.parse_args(arguments)
+    options = parser.parse(arguments)
     settings = {**generation_settings(options), "output_refinement_trace": True}
     check_generation(settings, [options.prompt])
     folder = options.output_dir

@@ -112,7 +112,7 @@ def run_demo(arguments: list[str]) -> None:
     parser.add_argument("--output_dir", default="outputs/demo", help="a new folder for checkpoint, trace and results")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data and masks")
     parser.add_argument("--smoke_test", action="store_true", help="a few steps only, to see that everything runs")
-    options = parser.parse_args(arguments)
+    options = parser.parse(arguments)
     check_output_dir(options.output_dir)
     if not 0 <= options.seed < 2**32 - 1:
         raise ValueError(f"--seed must be between 0 and {2**32 - 2}, got {options.seed}.")

@@ -136,7 +136,10 @@ def files_to_publish(
     paths = [path for pattern in UPLOADED for path in folder.glob(pattern)]
     paths += [folder / name for name in code | tokenizer_code]
     contents: dict[str, str | bytes] = {p.relative_to(folder).as_posix(): str(p) for p in paths if p.is_file()}
-    if base_model is not None:
+    backbone = config.get("backbone_name_or_path")
+    # A whole model does not need to say where its backbone was on this machine.
+    is_private = config.get("backbone_in_checkpoint", True) and backbone and _is_local(folder, backbone)
+    if base_model is not None or is_private:
         config["backbone_name_or_path"] = base_model
         contents["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     _check_loadable(folder, config, code, set(contents))
@@ -236,6 +239,16 @@ def _check_loadable(folder: Path, config: dict[str, Any], code: set[str], names:
     if "auto_map" not in config:
         raise ValueError(f"{folder}/config.json names no code (auto_map): save the model with this package.")
     backbone = config.get("backbone_name_or_path") or ""
-    if not config.get("backbone_in_checkpoint", True) and (os.path.isabs(backbone) or os.path.isdir(backbone)):
+    if not config.get("backbone_in_checkpoint", True) and _is_local(folder, backbone):
         hint = "name its repository (--base_model owner/name), or save the model whole"
         raise ValueError(f"{folder} holds no backbone and names a folder of this machine, {backbone}: {hint}.")
+
+
+def _is_local(folder: Path, backbone: str) -> bool:
+    """
+    Whether a backbone's name is that of a folder, which another machine could take for somebody's repository: older
+    checkpoints name it relative to where training ran, mostly a folder above the checkpoint.
+    """
+    if os.path.isabs(backbone) or backbone.startswith(".") or backbone.count("/") > 1 or os.path.isdir(backbone):
+        return True
+    return any((place / backbone).is_dir() for place in (folder.resolve(), *folder.resolve().parents))

@@ -1,7 +1,10 @@
 """What a newcomer gets wrong: one line that names the thing, exit code 2, no traceback, and nothing half-written."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -32,7 +35,9 @@ def place(tmp_path_factory):
     head = RecursiveRefinementHeadConfig(hidden_size=32, chunk_size=4, head_hidden_size=8)
     LLaDATRMForMaskedDiffusion.from_backbone(backbone, head).save_pretrained(place / "hybrid")
     sizes = {name: SIZES[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads")}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=1, **sizes)).save_pretrained(place / "lm")
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=1, **sizes)).save_pretrained(
+        place / "lm"
+    )
     DimensionCompressor(DimensionCompressorConfig(hidden_size=32, compressed_size=8)).save_pretrained(
         place / "compressor"
     )
@@ -183,3 +188,36 @@ def test_one_line_names_the_mistake(place, monkeypatch, capfd, command, named):
     assert len(lines) == 1 and named in lines[0], error
     assert "Traceback" not in error and error.splitlines()[-1] == lines[0]
     assert sorted(place.rglob("*")) == before and (place / "file").read_text() == "precious"
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(place, monkeypatch):
+    """As `accelerate launch` starts them with a config for GPUs where there are none."""
+    processes = []
+    for rank in range(2):
+        environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "OMP_NUM_THREADS": "1"}
+        program = (
+            f"from llada_trm_hf.hub.files import output_dir_lock\nwith output_dir_lock({str(place / 'OUT')!r}): 1"
+        )
+        command = [sys.executable, "-c", program]
+        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    for process in processes:
+        _, error = process.communicate()
+        assert process.returncode and "2 processes were launched, but none of them knows of the others" in error
+    assert not (place / "OUT").exists()
+
+
+def test_a_missing_extra_names_what_to_install(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["trace", "--checkpoint", "hybrid", "--prompt", "1=", "--device", "cpu"]) == 2
+    assert "pip install 'llada-trm-hf[" in capsys.readouterr().err
+
+
+def test_no_pairs_are_a_failure(place, tmp_path, capsys):
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text(json.dumps({"prompt": "1=", "reasoning": "", "answer": "1"}) + "\n")
+    flags = ["--model", str(place / "lm"), "--device", "cpu", "--output_dir", str(tmp_path / "pairs")]
+    flags += ["--dataset", str(problems), "--max_new_tokens", "2"]
+    assert main(["datagen", *flags]) == 1
+    assert "No problem has a complete thought" in capsys.readouterr().err
