@@ -37,7 +37,7 @@ class CommandParser(OneLineErrors):
     """For a command with its own options, imported before torch is."""
 
     def __init__(self, **kwargs: Any):
-        super().__init__(allow_abbrev=False, formatter_class=_DefaultsOfValues, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=DefaultsOfValues, **kwargs)
 
     def parse(self, arguments: list[str]) -> argparse.Namespace:
         """The options, with `--import_module` among them; if they are right, `prepare` follows."""
@@ -47,7 +47,7 @@ class CommandParser(OneLineErrors):
         return options
 
 
-class _DefaultsOfValues(argparse.ArgumentDefaultsHelpFormatter):
+class DefaultsOfValues(argparse.ArgumentDefaultsHelpFormatter):
     """Tells the default of an option, unless it is not set or a switch that is off."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:

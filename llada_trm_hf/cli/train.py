@@ -1,11 +1,11 @@
 """`llada-trm train` and `llada-trm demo`. The first is also what `accelerate launch` runs."""
 
-import argparse
 from dataclasses import fields
 from typing import Any
 
 from .command import (
     CommandParser,
+    DefaultsOfValues,
     OneLineErrors,
     add_import_module,
     check_output_dir,
@@ -41,38 +41,13 @@ what most runs set:
 
 """
 # What most runs set, of the Trainer's own settings: listed before the rest.
-_COMMON = [
-    "output_dir",
-    "resume_from_checkpoint",
-    "max_steps",
-    "gradient_accumulation_steps",
-    "per_device_eval_batch_size",
-    "weight_decay",
-    "max_grad_norm",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "optim",
-    "seed",
-    "data_seed",
-    "bf16",
-    "fp16",
-    "gradient_checkpointing",
-    "use_cpu",
-    "eval_strategy",
-    "eval_steps",
-    "save_strategy",
-    "save_steps",
-    "save_total_limit",
-    "load_best_model_at_end",
-    "metric_for_best_model",
-    "greater_is_better",
-    "logging_steps",
-    "report_to",
-    "run_name",
-    "dataloader_num_workers",
-    "push_to_hub",
-    "hub_model_id",
-]
+_COMMON = """
+    output_dir resume_from_checkpoint learning_rate per_device_train_batch_size gradient_accumulation_steps
+    num_train_epochs max_steps weight_decay max_grad_norm lr_scheduler_type warmup_steps optim seed data_seed bf16 fp16
+    gradient_checkpointing use_cpu eval_strategy eval_steps per_device_eval_batch_size save_strategy save_steps
+    save_total_limit load_best_model_at_end metric_for_best_model greater_is_better logging_steps report_to run_name
+    dataloader_num_workers push_to_hub hub_model_id
+"""
 
 
 def run_train(arguments: list[str]) -> None:
@@ -138,24 +113,23 @@ def _parser(method: Any) -> Any:
         prog="llada-trm train",
         usage="llada-trm train --recipe NAME [--config FILE] [--device cpu|cuda] [--import_module FILE] [options]",
         allow_abbrev=False,
+        formatter_class=DefaultsOfValues,
         description="The settings of this recipe with their defaults. In a .yaml or .json they stand without --.",
     )
-    ours = {field.name for field in fields(method.script_arguments)}
-    trainers = {field.name for field in fields(method.training_arguments)} - {
-        f.name for f in fields(TrainingArguments)
-    }
-    # These have a short form here, so they stand for themselves.
-    trainers |= {"learning_rate", "per_device_train_batch_size", "num_train_epochs"}
+    common, own = _COMMON.split(), {field.name for field in fields(method.script_arguments)}
+    trainers = {f.name for f in fields(method.training_arguments)} - {f.name for f in fields(TrainingArguments)}
     titles = ("what is trained on what", "the run", "the method", "everything else of transformers' TrainingArguments")
     groups = [parser.add_argument_group(title) for title in titles]
-    plain = parser._action_groups[1]  # where argparse puts options: the help goes through these lists and nothing else
+    plain = parser._action_groups[1]  # where argparse puts options; only the help reads these lists
     for action in plain._group_actions:
         name = action.dest
-        order = 0 if name in ours else 1 if name in _COMMON else 2 if name in trainers else 3
-        if order == 3 and action.help:
-            action.help = action.help.split(". ")[0].split("\n")[0]  # the first sentence: some have a page
-        if isinstance(action, argparse._HelpAction) or (name != action.option_strings[0].lstrip("-") and order == 3):
-            continue  # --no_x beside --x
-        groups[order]._group_actions.append(action)
+        # Of `--x_y`, `--x-y` and `--no_x_y` the first; of a Trainer's help, which may be a page, the first sentence.
+        action.option_strings = [option for option in action.option_strings if "-" not in option[2:]]
+        order = 0 if name in own else 1 if name in common else 2 if name in trainers else 3
+        if order in (1, 3) and action.help:
+            action.help = " ".join(action.help.split()).split(". ")[0]
+        if f"--{name}" in action.option_strings:
+            groups[order]._group_actions.append(action)
+    groups[1]._group_actions.sort(key=lambda action: common.index(action.dest))
     plain._group_actions = []
     return parser

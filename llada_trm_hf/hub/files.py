@@ -6,7 +6,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from torch import distributed
 
 
 def write_atomically(path: str, write: Callable[[str], object]) -> None:
@@ -41,6 +40,19 @@ def _flush(path: str) -> None:
         os.close(descriptor)
 
 
+def check_processes(number: int, folder: str) -> None:
+    """
+    Raises RuntimeError if more processes were launched (`WORLD_SIZE` in the environment) than the `number` that work
+    together: each would take itself for the only one, and write all of `folder`.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > number:
+        raise RuntimeError(
+            f"{launched} processes were launched, but they do not work together, so each would write the same files "
+            f"in {folder}. Without GPUs launch them with examples/accelerate/cpu.yaml or torchrun, and say --use_cpu."
+        )
+
+
 @contextmanager
 def output_dir_lock(folder: str, lock_name: str = ".training.lock") -> Iterator[None]:
     """
@@ -48,15 +60,8 @@ def output_dir_lock(folder: str, lock_name: str = ".training.lock") -> Iterator[
     ends; of several processes (`RANK` in the environment) the first holds it for all.
 
     Raises:
-        RuntimeError: if another run is writing to the folder, or processes were launched together that would each
-            write all of it.
+        RuntimeError: if another run is writing to the folder.
     """
-    number = int(os.environ.get("WORLD_SIZE", "1"))
-    if number > 1 and not (distributed.is_available() and distributed.is_initialized()):
-        raise RuntimeError(
-            f"{number} processes were launched, but none of them knows of the others, so each would write the same "
-            f"files in {folder}. Without GPUs, launch with examples/accelerate/cpu.yaml or torchrun and --use_cpu."
-        )
     os.makedirs(folder, exist_ok=True)
     if int(os.environ.get("RANK", "0")) > 0:
         yield

@@ -29,6 +29,7 @@ from .run_setup import (
     check_length,
     checkpoint_to_resume,
     reasoning_samples,
+    set_up_processes,
     start_run,
     train_and_eval,
     train_and_save,
@@ -58,6 +59,7 @@ def run_compressor(script_args: CompressorScriptArguments, training_args: Compre
     """
     METHOD.check(script_args)
     _check_settings(script_args)
+    set_up_processes(training_args)
     resume_from = None if script_args.compressed_sizes else start_run(training_args)
     compressors = [_load_compressor(script_args)] if script_args.init == "checkpoint" else []
     backbone = script_args.backbone or _backbone_of(script_args.compressor, compressors)

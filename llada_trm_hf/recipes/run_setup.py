@@ -14,6 +14,7 @@ from ..data import load_reasoning_dataset, tokenize_reasoning
 from ..data.reasoning import column_mapping
 from ..data.reasoning_sources import SOURCES
 from ..data.rows import Rows, is_data_file, parse_split
+from ..hub.files import check_processes
 from ..hub.model_folders import BACKBONE, TOKENIZER, check_model
 from ..training.base_trainer import BaseTrainer
 
@@ -143,11 +144,20 @@ def describe_data(script_args: DataArguments) -> dict[str, str]:
 
 
 def start_run(training_args: TrainingArguments) -> str | None:
-    """Sets the seed and returns the checkpoint to resume from, if any."""
-    if not torch.accelerator.is_available():  # torch would warn in every epoch that it has nothing to pin memory for
-        training_args.dataloader_pin_memory = False
+    """
+    Sets the seed and returns the checkpoint to resume from, if any. Raises as `check_processes` and
+    `checkpoint_to_resume`.
+    """
+    set_up_processes(training_args)
     torch.manual_seed(training_args.seed)
     return checkpoint_to_resume(training_args)
+
+
+def set_up_processes(training_args: TrainingArguments) -> None:
+    """Suits the settings to the machine; RuntimeError if the processes of this run do not know of each other."""
+    check_processes(training_args.world_size, training_args.output_dir)
+    if not torch.accelerator.is_available():  # torch would warn in every epoch that it has nothing to pin memory for
+        training_args.dataloader_pin_memory = False
 
 
 def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:

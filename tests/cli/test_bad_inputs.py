@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from tiny_training import SIZES, new_backbone
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -190,21 +191,21 @@ def test_one_line_names_the_mistake(place, monkeypatch, capfd, command, named):
     assert sorted(place.rglob("*")) == before and (place / "file").read_text() == "precious"
 
 
-def test_processes_that_do_not_know_of_each_other_are_refused(place, monkeypatch):
+def test_processes_that_do_not_know_of_each_other_are_refused(place, tmp_path):
     """As `accelerate launch` starts them with a config for GPUs where there are none."""
+    command = f"{TRAIN} --split train[:8] --num_terms 4".replace("--use_cpu", "").replace("OUT", str(tmp_path / "OUT"))
     processes = []
     for rank in range(2):
         environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "OMP_NUM_THREADS": "1"}
-        program = (
-            f"from llada_trm_hf.hub.files import output_dir_lock\nwith output_dir_lock({str(place / 'OUT')!r}): 1"
-        )
-        command = [sys.executable, "-c", program]
-        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+        arguments = [sys.executable, "-m", "llada_trm_hf.cli", *command.split()]
+        processes.append(subprocess.Popen(arguments, env=environment, cwd=place, stderr=subprocess.PIPE, text=True))
     for process in processes:
         _, error = process.communicate()
-        assert process.returncode and "2 processes were launched, but none of them knows of the others" in error
-    assert not (place / "OUT").exists()
+        last = error.splitlines()[-1]
+        assert process.returncode == 1 and last.startswith("llada-trm train: 2 processes were launched"), error
+        assert "examples/accelerate/cpu.yaml" in last
+    assert not (tmp_path / "OUT").exists()
 
 
 def test_a_missing_extra_names_what_to_install(place, monkeypatch, capsys):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import forget_refiner
 from tiny_training import SIZES, new_backbone
 from transformers import AutoConfig
 
@@ -307,7 +308,7 @@ def test_interrupted_while_it_imports(tmp_path):
 def test_the_command_line_registers_models_once_it_needs_them(checkpoint):
     program = (
         "import sys; sys.argv[0] = 'llada-trm'; from llada_trm_hf.cli.main import main\n"
-        f"code = main(['generate', '--checkpoint', {checkpoint!r}, '--prompt', '1=', '--device', 'cpu'])\n"
+        f"code = main(['generate', '--checkpoint', {checkpoint!r}, '--prompt', '1=', '--max_new_tokens', '4'])\n"
         "from llada_trm_hf import LLaDAConfig, MaskedDiffusionGenerationConfig\n"
         "from transformers import AutoConfig; AutoConfig.for_model('llada'); sys.exit(code)"
     )
@@ -324,7 +325,7 @@ def test_help_of_a_recipe_is_grouped_and_has_its_defaults(capsys):
     assert places == sorted(places)
     for title in ("what is trained on what:", "the run:", "the method:", "TrainingArguments:"):
         assert title in text
-    assert "(default: train[:1000])" in text and "(default: 0.0005)" in text  # as the recipe sets them
+    assert "(default: train[:1000])" in text and "(default: 5e-4)" in text  # as the recipe sets them
 
 
 def test_flags_of_the_overview_exist(capsys):
@@ -368,12 +369,14 @@ def test_your_own_refiner_on_the_command_line(checkpoint, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.json").write_text(json.dumps(SIZES))
     flags = "--backbone small.json --split train[:8] --num_terms 4 --max_steps 1 --use_cpu --save_strategy no"
-    # In processes of their own: the example is imported by other tests too.
-    train = f"train --recipe finetune --import_module my_refiner_module.py --refiner chunk_mean_refiner {flags}"
-    for command in (f"{train} --output_dir run", "generate --checkpoint run --prompt 1= --max_new_tokens 4"):
-        words = [*command.split(), *(() if "train" in command else ("--import_module", "my_refiner_module.py"))]
-        result = subprocess.run([sys.executable, "-m", "llada_trm_hf.cli", *words], capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
+    train = f"train --recipe finetune --refiner chunk_mean_refiner {flags} --output_dir run"
+    try:
+        for command in (train, "generate --checkpoint run --prompt 1= --max_new_tokens 4"):
+            forget_refiner("chunk_mean_refiner")
+            assert main([*command.split(), "--import_module", "my_refiner_module.py"]) == 0
+    finally:
+        forget_refiner("chunk_mean_refiner")
+        del sys.modules["my_refiner_module"]
     assert (tmp_path / "run/my_refiner_module.py").exists()
 
 
