@@ -42,9 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(_help())
         return 0 if arguments else 2
     if arguments[0] == "--version":
-        from .. import __version__
-
-        print(f"llada-trm {__version__}")
+        print(f"llada-trm {sys.modules[__name__.partition('.')[0]].__version__}")
         return 0
     command = arguments[0]
     if command not in COMMANDS:

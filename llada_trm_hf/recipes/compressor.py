@@ -57,8 +57,8 @@ def run_compressor(script_args: CompressorScriptArguments, training_args: Compre
     Trains a compressor as the settings say and saves it in `training_args.output_dir`; of `compressed_sizes` each in
     its own folder, with `sweep.csv`, which compares them with PCA. Raises the same errors as `run_masked_diffusion`.
     """
-    METHOD.check(script_args)
     _check_settings(script_args)
+    METHOD.check(script_args)
     set_up_processes(training_args)
     resume_from = None if script_args.compressed_sizes else start_run(training_args)
     compressors = [_load_compressor(script_args)] if script_args.init == "checkpoint" else []
