@@ -14,12 +14,12 @@ from ..data import load_reasoning_dataset, tokenize_reasoning
 from ..data.reasoning import column_mapping
 from ..data.reasoning_sources import SOURCES
 from ..data.rows import Rows, is_data_file, parse_split
+from ..hidden_pairs.settings import DTYPES
 from ..hub.files import check_processes
 from ..hub.model_folders import BACKBONE, TOKENIZER, check_model
 from ..training.base_trainer import BaseTrainer
 
 T = TypeVar("T")
-DTYPES = ("float32", "bfloat16", "float16", "auto")
 DATA_MODELS = {"tokenizer": TOKENIZER}  # the models that DataArguments name
 
 
