@@ -55,11 +55,13 @@ def generation_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_generation(settings: dict[str, Any], texts: list[str]) -> None:
-    """Raises ValueError for settings that cannot work, and for an empty prompt."""
+    """Raises ValueError for settings that cannot work, and for a prompt that is empty or no text."""
     from ..generation import MaskedDiffusionGenerationConfig
 
     MaskedDiffusionGenerationConfig(**settings)
     for number, text in enumerate(texts, start=1):
+        if any("\ud800" <= character <= "\udfff" for character in text):  # how Python keeps bytes of no character
+            raise ValueError(f"Prompt {number} is not a text in UTF-8: {text[:40]!a}.")
         if not text.strip():
             raise ValueError(f"Prompt {number} is empty.")
 

@@ -38,7 +38,7 @@ def check_model(name: str, option: str, kind: str) -> None:
     above), or can be a repository. What is in a repository is found out when it is loaded.
 
     Raises:
-        FileNotFoundError: for a folder that is not there, or holds no model.
+        FileNotFoundError: for a folder that is not there, or holds no model, or lacks the backbone it needs.
         ValueError: for a folder with another kind of model.
     """
     if not os.path.isdir(name):
@@ -49,12 +49,17 @@ def check_model(name: str, option: str, kind: str) -> None:
         return
     if "config.json" not in entries:
         raise FileNotFoundError(f"--{option}: {name} {_contents(entries)} (there is no config.json).")
-    model_type = read_json(os.path.join(name, "config.json")).get("model_type")
+    config = read_json(os.path.join(name, "config.json"))
+    model_type = config.get("model_type")
     if not _fits(model_type, kind):
         found = _NAMES.get(
             model_type or "", "a refiner" if model_type in REFINERS else f"a model of type {model_type}"
         )
         raise ValueError(f"--{option}: {name} holds {found}, and this takes {kind}.")
+    if config.get("backbone_in_checkpoint") is False:
+        backbone = backbone_place(str(config.get("backbone_name_or_path")), name)
+        if not os.path.isdir(backbone):
+            _check_repository(backbone, f"{option}: {name} holds no backbone, but names one")
 
 
 def load_tokenizer(source: str, **arguments: str) -> PreTrainedTokenizerBase:

@@ -24,7 +24,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), _POSITIVE),
     **dict.fromkeys(("compressed_size", "num_latents", "n_layers", "n_heads", "chunk_size"), _POSITIVE),
     **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon"), _NOT_NEGATIVE),
-    **dict.fromkeys(("dataloader_num_workers", "early_stopping_threshold"), _NOT_NEGATIVE),
+    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps", "dataloader_num_workers"), _NOT_NEGATIVE),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "dropout"), (0, 1)),
     "num_terms": (2, 1000),
 }

@@ -34,7 +34,11 @@ def place(tmp_path_factory):
     backbone = new_backbone(num_hidden_layers=1, max_position_embeddings=64)
     backbone.save_pretrained(place / "backbone")
     head = RecursiveRefinementHeadConfig(hidden_size=32, chunk_size=4, head_hidden_size=8)
-    LLaDATRMForMaskedDiffusion.from_backbone(backbone, head).save_pretrained(place / "hybrid")
+    hybrid = LLaDATRMForMaskedDiffusion.from_backbone(backbone, head)
+    hybrid.save_pretrained(place / "hybrid")
+    for name, path in (("head", "runs/bb"), ("lost", "../bb")):
+        hybrid.config.backbone_name_or_path = path
+        hybrid.save_pretrained(place / name, save_backbone=False)
     sizes = {name: SIZES[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads")}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=1, **sizes)).save_pretrained(
         place / "lm"
@@ -125,6 +129,8 @@ PUSH = "push --dry_run --repo owner/name --checkpoint "
         (PUSH + "empty", "empty"),
         (PUSH + "nowhere", "nowhere"),
         ("export-onnx --output model.onnx --checkpoint pairs", "pairs"),
+        (GENERATE + "head", "head holds no backbone, but names one: There is no folder runs/bb"),
+        (GENERATE + "lost", "lost holds no backbone, and the folder of the one it names is not there: ../bb"),
         # Two sources for one thing.
         (WARMUP + "--checkpoint hybrid --backbone backbone", "has its own backbone"),
         (WARMUP + "--checkpoint hybrid --chunk_size 8", "has its own chunk_size"),
@@ -140,6 +146,7 @@ PUSH = "push --dry_run --repo owner/name --checkpoint "
         (TRAIN + "--max_steps 0", "max_steps must be at least 1"),
         (TRAIN + "--num_train_epochs -1", "num_train_epochs must be above 0"),
         (TRAIN + "--gradient_accumulation_steps 0", "gradient_accumulation_steps must be at least 1, got 0"),
+        (TRAIN + "--logging_steps -1", "logging_steps must be at least 0, got -1"),
         (TRAIN + "--batch_size 0", "per_device_train_batch_size must be at least 1"),
         (TRAIN + "--seed 4294967296", "seed must be between 0 and 4294967295"),
         (TRAIN + "--seed 99999999999999999999", "--seed: must be a number of at most 64 bits"),
@@ -164,6 +171,7 @@ PUSH = "push --dry_run --repo owner/name --checkpoint "
         (GENERATE + "hybrid --import_module no_such_module", "there is no module no_such_module"),
         (PUSH + "hybrid --revision ..", "--revision '..' cannot be the name of a branch"),
         # Data and settings from files.
+        (GENERATE.replace("1=", "caf\udce9") + "hybrid", "Prompt 1 is not a text in UTF-8: 'caf\\udce9'"),
         (GENERATE.replace("--prompt 1=", "--prompts_file latin.txt") + "hybrid", "latin.txt is not a text in UTF-8"),
         (TRAIN + "--dataset_name latin.jsonl", "latin.jsonl is not valid json"),
         (TRAIN + "--dataset_name train.jsonl --split trian", "no split 'trian' (did you mean 'train'?)"),
