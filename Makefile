@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 2
 
 demo: install
 	$(BIN)/llada-trm demo --output_dir outputs/demo
-	@echo "\nTo type llada-trm yourself: source $(BIN)/activate"
+	@echo "To type llada-trm yourself: source $(BIN)/activate"
 
 test: install
 	$(BIN)/python -m pytest tests -n 2
@@ -37,7 +37,7 @@ $(VENV)/.installed: setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
-	@echo "\nInstalled. To type llada-trm yourself: source $(BIN)/activate"
+	@echo "Installed. To type llada-trm yourself: source $(BIN)/activate"
 
 clean:
 	rm -rf $(VENV) outputs build *.egg-info
