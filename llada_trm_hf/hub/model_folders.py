@@ -52,9 +52,7 @@ def check_model(name: str, option: str, kind: str) -> None:
     config = read_json(os.path.join(name, "config.json"))
     model_type = config.get("model_type")
     if not _fits(model_type, kind):
-        found = _NAMES.get(
-            model_type or "", "a refiner" if model_type in REFINERS else f"a model of type {model_type}"
-        )
+        found = _NAMES.get(model_type or "", "a refiner" if model_type in REFINERS else f"a {model_type} model")
         raise ValueError(f"--{option}: {name} holds {found}, and this takes {kind}.")
     if config.get("backbone_in_checkpoint") is False:
         backbone = backbone_place(str(config.get("backbone_name_or_path")), name)
