@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from .command import CommandParser, check_output_file
@@ -114,9 +114,13 @@ def answers_to(path: str | None, number: int) -> Iterator[Callable[[list[dict[st
             *(r["answer"] if number == 1 else f"{r['prompt']}\n{r['answer']}\n" for r in results), sep="\n", flush=True
         )
         return
-    with open(path, "w", encoding="utf-8") as file:
+    with ExitStack() as stack:
+        file = None
 
         def write(results: list[dict[str, Any]]) -> None:
+            nonlocal file
+            if file is None:  # not before there is an answer: until then an older file stays
+                file = stack.enter_context(open(path, "w", encoding="utf-8"))
             file.writelines(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
             file.flush()
 
