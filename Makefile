@@ -12,6 +12,7 @@ export OMP_NUM_THREADS ?= 2
 
 demo: install
 	$(BIN)/llada-trm demo --output_dir outputs/demo
+	@echo "To type llada-trm yourself: source $(BIN)/activate"
 
 test: install
 	$(BIN)/python -m pytest tests -n 2
@@ -60,6 +61,7 @@ $(VENV)/.installed: setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
+	@echo "Installed. To type llada-trm yourself: source $(BIN)/activate"
 
 # PyPI's torch of that age is the CUDA build on Linux, 3 GB to download: PIP_EXTRA_INDEX_URL can name another index, with
 # TORCH=torch==2.10.0+cpu.

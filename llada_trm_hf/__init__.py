@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """
 Latent recursion for language models, Hugging Face-native.
 
@@ -7,28 +6,26 @@ their names are first used.
 """
 
 import importlib
-import logging
+import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# transformers imports torchao where it is installed, which then logs what it has no use for on this machine.
-_NOISY = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-_LEVELS = [logger.level for logger in _NOISY]
-for _logger in _NOISY:
-    _logger.setLevel(logging.ERROR)
+# The command line answers --help and a wrong flag before it imports torch, which takes seconds; `CommandParser` does
+# then what importing the package does elsewhere.
+_IS_COMMAND_LINE = Path(sys.argv[0]).stem == "llada-trm" or f"{__name__}.cli" in sys.orig_argv
 
-# ruff: isort: off
-from .models import *  # noqa: F403 (before generation, which imports one of its files)
-from .models import __all__ as _models
-from .generation import *  # noqa: F403
-from .generation import __all__ as _generation
-from . import inspection  # draws traces, and reports in debug mode
-from .models.hub_model import HUB_HOOKS
-# ruff: isort: on
-
-for _logger, _level in zip(_NOISY, _LEVELS):
-    _logger.setLevel(_level)
+if TYPE_CHECKING or not _IS_COMMAND_LINE:
+    # ruff: isort: off
+    from .models import *  # noqa: F403 (before generation, which imports one of its files)
+    from .models import __all__ as _models
+    from .generation import *  # noqa: F403
+    from .generation import __all__ as _generation
+    from . import inspection  # draws traces, and reports in debug mode
+    # ruff: isort: on
+else:
+    _models = _generation = []
 
 if TYPE_CHECKING:
     from .data import *  # noqa: F403
@@ -121,7 +118,15 @@ def _hub_hook(module: str, name: str) -> Callable[..., Any]:
     return hook
 
 
-HUB_HOOKS.update({name: _hub_hook(module, name) for name, module in _HUB_HOOKS.items()})
+def _fill_hub_hooks() -> None:
+    """Lets models write their cards and push themselves as the command line does; imports `hub` when they do."""
+    from .models.hub_model import HUB_HOOKS
+
+    HUB_HOOKS.update({name: _hub_hook(module, name) for name, module in _HUB_HOOKS.items()})
+
+
+if not _IS_COMMAND_LINE:
+    _fill_hub_hooks()
 
 
 def _import_folder(folder: str) -> Any:
@@ -138,6 +143,11 @@ def __getattr__(name: str) -> Any:
         return _import_folder(name)
     if name in _FOLDER_OF:
         return getattr(_import_folder(_FOLDER_OF[name]), name)
+    if _IS_COMMAND_LINE and not name.startswith("_"):
+        for folder in ("models", "generation"):
+            module = importlib.import_module(f".{folder}", __name__)
+            if name in module.__all__:
+                return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

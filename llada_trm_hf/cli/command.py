@@ -2,29 +2,85 @@
 
 import argparse
 import gc
+import importlib
+import importlib.util
+import logging
+import math
 import os
 import sys
+import warnings
+from collections.abc import Iterable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn
 
-from transformers import HfArgumentParser
+import llada_trm_hf
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_LARGEST_INTEGER = 2**63 - 1
+# Libraries whose announcements of coming changes are for their developers, not for who types a command.
+_LIBRARIES = r"(transformers|huggingface_hub|datasets|accelerate|peft|trl|lm_eval|torch)(\.|$)"
 
 
-class _OneLineErrors:
+class OneLineErrors(argparse.ArgumentParser):
+    """Errors on one line; numbers that are neither NaN nor infinite, and fit into 64 bits."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.register("type", float, _finite_number)
+        self.register("type", int, _whole_number)
+
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message} (--help lists the options)", file=sys.stderr)  # type: ignore[attr-defined]
+        print(f"{self.prog}: {' '.join(message.split())} (--help lists the options)", file=sys.stderr)
         raise SystemExit(2)
 
 
-class CommandParser(_OneLineErrors, argparse.ArgumentParser):
-    """For a command with its own options."""
+class CommandParser(OneLineErrors):
+    """For a command with its own options, imported before torch is."""
 
     def __init__(self, **kwargs: Any):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=DefaultsOfValues, **kwargs)
+
+    def parse(self, arguments: list[str]) -> argparse.Namespace:
+        """The options, with `--import_module` among them; if they are right, `prepare` follows."""
+        add_import_module(self)
+        options = self.parse_args(arguments)
+        prepare(options.import_module)
+        return options
 
 
-class DataclassParser(_OneLineErrors, HfArgumentParser):
-    """For a command whose options are the fields of dataclasses."""
+class DefaultsOfValues(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells the default of an option, unless it is not set or a switch that is off."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False) or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def prepare(modules: Iterable[str] | None = None) -> None:
+    """
+    Does what importing the package does in a program (models are registered, debug mode works), without what the
+    libraries print for their developers; then imports the user's own `modules`, files or names.
+    """
+    # Not: warnings of this package, of user code, of anything but a coming change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=_LIBRARIES)
+    logging.getLogger("transformers.configuration_utils").addFilter(_names_a_model_type)
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # which log what this machine has no use for
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    hub_bars_are_off = are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()
+    if not hub_bars_are_off:
+        enable_progress_bars()  # a download may take an hour
+    for folder in ("models", "generation", "inspection"):
+        importlib.import_module(f"llada_trm_hf.{folder}")
+    llada_trm_hf._fill_hub_hooks()
+    for module in modules or ():
+        _import_users_module(module)
 
 
 def options_for(settings_class: type, options: argparse.Namespace) -> dict[str, Any]:
@@ -33,15 +89,54 @@ def options_for(settings_class: type, options: argparse.Namespace) -> dict[str, 
     return {name: value for name, value in vars(options).items() if name in names}
 
 
+def add_import_module(parser: argparse.ArgumentParser) -> None:
+    """Adds `--import_module`, for `prepare`."""
+    parser.add_argument(
+        "--import_module", action="append", help="a .py file or module to import first, which registers a refiner"
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Adds `--device`, for `checked_device`."""
+    parser.add_argument("--device", help="cuda, cuda:1, cpu, mps, ...; cuda where there is one, else cpu")
+
+
+def checked_device(name: str | None) -> str:
+    """`name`, or the default; raises ValueError for a device that this machine does not have."""
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError):  # of torch, each kind of device in its own words
+        hint = "" if torch.cuda.is_available() else ", which has no GPU that torch can use"
+        raise ValueError(
+            f"--device {name}: there is no such device on this machine{hint}; try --device cpu."
+        ) from None
+    return name
+
+
 def check_output_file(path: str | None, *endings: str) -> None:
-    """Raises an error, before the work, if the folder of `path` is missing or it has none of `endings`."""
-    if not path:
+    """Raises an error, before the work, if `path` cannot be a file: its folder is missing, or its ending wrong."""
+    if path is None:
         return
     folder = os.path.dirname(os.path.abspath(path))
+    if not path or os.path.isdir(path):
+        raise IsADirectoryError(f"{path!r} is a folder: name a file to write.")
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"There is no folder {folder} to write {path} in.")
     if endings and not path.endswith(endings):
         raise ValueError(f"{path} has to end in {' or '.join(endings)}.")
+
+
+def check_output_dir(path: str) -> None:
+    """Raises an error, before the work, if `path` cannot be a folder: it is empty, or a file is in the way."""
+    if not path.strip():
+        raise ValueError("--output_dir is empty: name a folder.")
+    for place in (Path(path), *Path(path).parents):
+        if place.exists() and not place.is_dir():
+            raise NotADirectoryError(f"{place} is a file: choose another --output_dir.")
 
 
 def finish_distributed() -> None:
@@ -59,3 +154,47 @@ def finish_distributed() -> None:
         processes.wait_for_everyone()
         processes.destroy_process_group()
         gc.collect()
+
+
+def _finite_number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
+    return value
+
+
+def _whole_number(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+    if abs(value) > _LARGEST_INTEGER:
+        raise argparse.ArgumentTypeError(f"must be a number of at most 64 bits, got {text}")
+    return value
+
+
+def _names_a_model_type(record: logging.LogRecord) -> bool:
+    """False for transformers' warning that a tokenizer reads the config of a model, "a model of type ``"."""
+    return "of type ``" not in record.getMessage()
+
+
+def _import_users_module(name: str) -> None:
+    if not name.endswith(".py"):
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name.partition(".")[0] and error.name != name:
+                raise
+            raise ValueError(f"--import_module: there is no module {name}; name one, or a .py file.") from None
+        return
+    path = Path(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"--import_module: there is no file {name}.")
+    spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # where pickles, dataclasses and the export of code look a class's module up
+    spec.loader.exec_module(module)

@@ -1,15 +1,23 @@
 """`llada-trm datagen`: hidden pairs, the states of a language model before and after it thinks."""
 
-import torch
-
-from ..data.reasoning import column_mapping
-from ..hidden_pairs import DatagenSettings, TraceSettings, export_legacy_hidden_pairs, run_datagen
-from ..hidden_pairs.settings import DTYPES, STAGES
-from .command import CommandParser, check_output_file, options_for
+from .command import (
+    DTYPES,
+    CommandParser,
+    add_device,
+    check_output_dir,
+    check_output_file,
+    checked_device,
+    options_for,
+)
 
 
 def run(arguments: list[str]) -> None:
-    options = _parser().parse_args(arguments)
+    options = _parser().parse(arguments)
+    from ..data.reasoning import column_mapping
+    from ..hidden_pairs import DatagenSettings, TraceSettings, export_legacy_hidden_pairs, run_datagen
+
+    check_output_dir(options.output_dir)
+    options.device = checked_device(options.device)
     check_output_file(options.export_legacy)
     if options.export_legacy and options.stage == "traces":
         raise ValueError("--export_legacy writes hidden pairs; --stage traces makes none.")
@@ -22,6 +30,11 @@ def run(arguments: list[str]) -> None:
     if summary is None:  # in all processes but the first
         return
     print(summary)
+    if not summary.statuses["complete"]:
+        hint = (
+            "allow longer ones with --max_new_tokens, or name the model's own markers with --think_start, --think_end"
+        )
+        raise RuntimeError(f"No problem has a complete thought, so there is nothing to learn from: {hint}.")
     if options.export_legacy:
         number = export_legacy_hidden_pairs(options.output_dir, options.export_legacy)
         print(f"Wrote {number} pairs to {options.export_legacy}")
@@ -36,7 +49,9 @@ def _parser() -> CommandParser:
     )
     parser.add_argument("--model", required=True, help="name or folder of a causal language model")
     parser.add_argument("--output_dir", required=True, help="folder for shards, traces, metadata and settings")
-    parser.add_argument("--stage", choices=STAGES, default="all", help="write thoughts, take states, or both")
+    parser.add_argument(
+        "--stage", choices=("traces", "states", "all"), default="all", help="write thoughts, take states, or both"
+    )
     parser.add_argument("--dataset", "--dataset_name", default="", help="problems: names or files, with commas")
     parser.add_argument("--split", default="train", help="split or slice of each dataset, e.g. train[:1000]")
     parser.add_argument("--num_samples", type=int, help="at most so many problems of each dataset")
@@ -55,6 +70,6 @@ def _parser() -> CommandParser:
     parser.add_argument("--no_auto_resume", action="store_true", help="refuse a folder that holds an earlier run")
     parser.add_argument("--compressor", help="name or folder of a compressor: store compressed states")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the model")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     parser.add_argument("--export_legacy", help="in the end, also write the older single .pt file here")
     return parser

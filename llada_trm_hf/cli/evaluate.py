@@ -3,12 +3,7 @@
 import json
 import sys
 
-from ..data.reasoning import column_mapping
-from ..evaluation.code_execution import ExecutionLimits
-from ..evaluation.comparison import compare_results
-from ..evaluation.evaluate import EvaluationSettings, run_evaluation
-from ..hub.files import write_text
-from .command import CommandParser, check_output_file, finish_distributed, options_for
+from .command import CommandParser, check_output_dir, check_output_file, finish_distributed, options_for, prepare
 from .generation import add_generation_flags, generation_settings
 
 
@@ -34,11 +29,16 @@ def run_evaluate(arguments: list[str]) -> None:
     parser.add_argument("--code_memory", type=int, default=1024, help="memory limit of such a program, in MB")
     add_generation_flags(parser)
     parser.add_argument("--batch_size", type=int, default=8, help="problems at a time")
-    options = parser.parse_args(arguments)
+    options = parser.parse(arguments)
+    from ..data.reasoning import column_mapping
+    from ..evaluation.code_execution import ExecutionLimits
+    from ..evaluation.evaluate import EvaluationSettings, run_evaluation
 
+    check_output_dir(options.output_dir)
+    generation = generation_settings(options)  # and checks the options
     settings = options_for(EvaluationSettings, options)
     settings["columns"] = column_mapping(options.columns)
-    settings["generation"] = generation_settings(options)
+    settings["generation"] = generation
     if options.no_thinking:
         settings["generation"]["enable_thinking"] = False
     settings["limits"] = ExecutionLimits(options.code_seconds, options.code_memory)
@@ -59,9 +59,12 @@ def run_compare(arguments: list[str]) -> None:
     parser.add_argument("--common_only", action="store_true", help="of different problems, compare those all have")
     parser.add_argument("--plot", help="draw accuracies and differences to this .png file")
     parser.add_argument("--output_file", help="write all numbers to this .json file")
-    options = parser.parse_args(arguments)
+    options = parser.parse(arguments)
     check_output_file(options.plot, ".png")
     check_output_file(options.output_file, ".json")
+    from ..evaluation.comparison import compare_results
+    from ..hub.files import write_text
+
     comparison = compare_results(options.results, options.common_only)
     print(comparison.table())
     if options.plot:
@@ -72,6 +75,7 @@ def run_compare(arguments: list[str]) -> None:
 
 def run_lm_eval(arguments: list[str]) -> None:
     """The command of lm-evaluation-harness, with the models of this package registered."""
+    prepare()
     from lm_eval.__main__ import cli_evaluate
 
     from ..evaluation import harness  # noqa: F401  (registers the models)

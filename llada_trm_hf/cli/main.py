@@ -3,15 +3,12 @@
 import dis
 import importlib
 import json
-import logging
+import os
 import sys
 import traceback
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-
-from ..inspection.debug_report import debug_enabled
+# Nothing here imports torch or transformers, which takes seconds: commands do, when their options are right.
 
 # Name of the command: its module and function, and what it does.
 COMMANDS = {
@@ -26,9 +23,8 @@ COMMANDS = {
     "push": ("publish:push", "upload a checkpoint to the Hub, with a model card"),
     "datagen": ("datagen:run", "make hidden pairs: a language model's states before and after it thinks"),
 }
-# What a user can get wrong, if it was raised for the user; the second is for a config's field of the wrong type.
+# What a user can get wrong.
 WRONG_PATHS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
-MISTAKES = (ValueError, StrictDataclassError, *WRONG_PATHS)
 # What else has a message for the user, if it was raised for the user: a folder another run writes to, a NaN loss.
 FAILURES = (RuntimeError, FloatingPointError)
 # These check what users hand in; transformers_modules is a checkpoint's own code.
@@ -45,20 +41,27 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
         return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"llada-trm {sys.modules[__name__.partition('.')[0]].__version__}")
+        return 0
     command = arguments[0]
     if command not in COMMANDS:
         print(f"llada-trm: unknown command {command!r}; one of {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, used or not
     module, _, function = COMMANDS[command][0].partition(":")
     try:
         getattr(importlib.import_module(f".{module}", __package__), function)(arguments[1:])
     except SystemExit as exit:  # argparse: --help or a wrong flag
         return int(exit.code or 0)
+    except BrokenPipeError:  # whoever read what is printed has gone, as in `llada-trm ... | head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the interpreter would print the same error once more)
+        return 1
     except KeyboardInterrupt:
         print("\nllada-trm: interrupted.", file=sys.stderr)
         return 130
     except Exception as error:
+        from ..inspection.debug_report import debug_enabled
+
         message, code = _explain(error)
         if message is None or debug_enabled():
             traceback.print_exception(error)
@@ -70,6 +73,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _explain(error: Exception) -> tuple[str | None, int]:
     """The message for the user, None for a bug, and the exit code."""
+    from huggingface_hub.errors import StrictDataclassError  # a config's field of the wrong type
+    from safetensors import SafetensorError
+
+    mistakes = (ValueError, StrictDataclassError, *WRONG_PATHS)
     message = str(error) or type(error).__name__
     if isinstance(error, SafetensorError):
         return f"a weights file is damaged or cut short ({error}): copy or download the checkpoint again.", 2
@@ -80,8 +87,8 @@ def _explain(error: Exception) -> tuple[str | None, int]:
     if isinstance(error, OSError):
         # transformers raises a bare OSError for a model that cannot be found; the system's have a number.
         return message, 2 if isinstance(error, WRONG_PATHS) or error.errno is None else 1
-    if isinstance(error, (*MISTAKES, *FAILURES)) and _raised_for_the_user(error):
-        return message, 2 if isinstance(error, MISTAKES) else 1
+    if isinstance(error, (*mistakes, *FAILURES)) and _raised_for_the_user(error):
+        return message, 2 if isinstance(error, mistakes) else 1
     return None, 1
 
 
@@ -97,4 +104,5 @@ def _raised_for_the_user(error: Exception) -> bool:
 
 def _help() -> str:
     commands = "\n".join(f"  {name:<11} {description}" for name, (_, description) in COMMANDS.items())
-    return f"usage: llada-trm COMMAND [options]\n\n{commands}\n\nllada-trm COMMAND --help lists a command's options."
+    more = "llada-trm COMMAND --help lists a command's options; llada-trm --version."
+    return f"usage: llada-trm COMMAND [options]\n\n{commands}\n\n{more}"

@@ -2,14 +2,13 @@
 
 import logging
 import os
+import re
+from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
-
-from ..hub import onnx, push_checkpoint, push_custom_generate
-from ..hub.checkpoint_files import files_to_publish
-from ..hub.push import custom_generate_files, folder_of
-from ..models import DimensionCompressor, LatentThinker, SequenceTRM
 from .command import CommandParser
+
+# A branch as git allows it, in the characters the Hub's addresses keep as they are.
+_BRANCH = re.compile(r"(?!.*(\.\.|//|/\.|\.lock(/|$)))[A-Za-z0-9_][A-Za-z0-9_./-]*(?<![./])")
 
 
 def push(arguments: list[str]) -> None:
@@ -28,7 +27,13 @@ def push(arguments: list[str]) -> None:
     add("--commit_message", help="by default, Upload model")
     add("--create_pr", action="store_true", help="open a pull request instead of committing")
     add("--dry_run", action="store_true", help="list what would be uploaded, without contacting the Hub")
-    options = parser.parse_args(arguments)
+    options = parser.parse(arguments)
+    if options.revision is not None and not _BRANCH.fullmatch(options.revision):
+        raise ValueError(f"--revision {options.revision!r} cannot be the name of a branch: take one such as v2.")
+    from ..hub import push_checkpoint, push_custom_generate
+    from ..hub.checkpoint_files import files_to_publish
+    from ..hub.push import custom_generate_files, folder_of
+
     card = {name: getattr(options, name) for name in ("description", "revision", "base_model", "license", "tags")}
     commit = {"commit_message": options.commit_message, "create_pr": options.create_pr}
     if options.custom_generate is not None:
@@ -63,23 +68,30 @@ def export_onnx(arguments: list[str]) -> None:
     add("--output", required=True, help="file; weights above 1 GiB go to a second one, OUTPUT.data")
     add("--max_recursive_steps", type=int, help="by default the refiner's or the thinker's own")
     difference = "largest difference from PyTorch that is accepted, in units of the output's largest value"
-    add("--tolerance", type=float, default=onnx.TOLERANCE, help=difference)
-    options = parser.parse_args(arguments)
+    add("--tolerance", type=float, help=difference)
+    options = parser.parse(arguments)
+    from ..hub import onnx
+
     onnx.check_export(options.output)
     for library in ("torch.onnx", "onnx_ir"):  # warns of optional packages and of its own code
         logging.getLogger(library).setLevel(logging.ERROR)
     model = _load_for_export(options.checkpoint).eval()
     kind, size = type(model).__name__, model.num_parameters()
     print(f"Writing {kind}, {size:,} parameters, and comparing it with PyTorch ...", flush=True)
-    export = onnx.export_onnx(model, options.output, options.max_recursive_steps, options.tolerance)
+    tolerance = onnx.TOLERANCE if options.tolerance is None else options.tolerance
+    export = onnx.export_onnx(model, options.output, options.max_recursive_steps, tolerance)
     print(f"largest difference from PyTorch: {export.largest_difference:.2g} of the output's largest value")
     if hasattr(model, "refiner"):
         print(f"chunks refined in the comparison: {export.refined_chunks}")
     _print_sizes({file: file for file in export.files})
 
 
-def _load_for_export(checkpoint: str) -> PreTrainedModel:
+def _load_for_export(checkpoint: str) -> Any:
     """The model of `checkpoint` in float32; of a latent thinker, its thinker."""
+    from transformers import PreTrainedConfig
+
+    from ..models import DimensionCompressor, LatentThinker, SequenceTRM
+
     model_type = PreTrainedConfig.get_config_dict(checkpoint)[0].get("model_type")
     parts = {part.config_class.model_type: part for part in (DimensionCompressor, SequenceTRM)}
     if model_type in parts:

@@ -3,12 +3,7 @@
 import importlib
 import os
 
-import torch
-
-from ..evaluation.language_models import decode
-from ..hub.files import write_atomically
-from ..inspection import trace_summary
-from .command import CommandParser
+from .command import CommandParser, check_output_dir
 from .generation import add_generation_flags, check_generation, generate, generation_settings, load
 
 
@@ -22,13 +17,17 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--prompt", required=True)
     add_generation_flags(parser)
     parser.add_argument("--output_dir", default="outputs/trace", help="folder for the files")
-    options = parser.parse_args(arguments)
+    options = parser.parse(arguments)
     settings = {**generation_settings(options), "output_refinement_trace": True}
     check_generation(settings, [options.prompt])
     folder = options.output_dir
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise NotADirectoryError(f"{folder} is a file: choose another --output_dir.")
+    check_output_dir(folder)
     importlib.import_module("matplotlib")  # if it is missing, say so before the work
+    import torch
+
+    from ..evaluation.language_models import decode
+    from ..hub.files import write_atomically
+    from ..inspection import trace_summary
 
     torch.manual_seed(options.seed)
     model, tokenizer = load(options.checkpoint, options.dtype, options.device)

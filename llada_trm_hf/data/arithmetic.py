@@ -1,8 +1,11 @@
 """Generated arithmetic: reasoning problems of any difficulty."""
 
+import math
 import random
 from collections.abc import Iterator
 from itertools import pairwise
+
+_MOST_DRAWS = 2e7  # about 20 seconds
 
 
 def difference_chains(
@@ -25,23 +28,18 @@ def difference_chains(
         `{"prompt": "3942=", "reasoning": "362", "answer": "0"}`: 3, |3-9|=6, |6-4|=2, |2-2|=0.
 
     Raises:
-        ValueError: for an unknown split, or more problems than there are.
+        ValueError: for an unknown split, more problems than there are, or so many that they take minutes to find.
     """
-    if num_terms < 2:
-        raise ValueError(f"num_terms must be at least 2, got {num_terms}.")
+    if not 2 <= num_terms <= 1000:
+        raise ValueError(f"num_terms must be between 2 and 1000, got {num_terms}.")
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}.")
-    generator, misses = random.Random(f"{split}-{num_terms}-{seed}"), 0
+    _check_number(num_problems, num_terms, split)
+    generator = random.Random(f"{split}-{num_terms}-{seed}")
     seen: set[int] = set()
     while len(seen) < num_problems:
         number = generator.randrange(10**num_terms)
-        # A multiplicative hash spreads the tenth of all problems that is the test split.
-        is_test = (number * 2654435761 % 2**32) / 2**32 < 0.1
-        if number in seen or is_test != (split == "test"):
-            misses += 1
-            if misses > 1000 * (num_problems + 1):
-                chains = f"{num_problems} different {split} chains of {num_terms} digits"
-                raise ValueError(f"There are fewer than {chains}: ask for fewer problems or more terms.")
+        if number in seen or _is_test(number) != (split == "test"):
             continue
         seen.add(number)
         digits = f"{number:0{num_terms}d}"
@@ -53,3 +51,25 @@ def difference_chains(
         else:
             reasoning = "".join(map(str, values[:-1]))
         yield {"prompt": f"{digits}=", "reasoning": reasoning, "answer": str(values[-1])}
+
+
+def _is_test(number: int) -> bool:
+    """Whether a chain belongs to the tenth that is the test split, which a multiplicative hash spreads."""
+    return (number * 2654435761 % 2**32) / 2**32 < 0.1
+
+
+def _check_number(num_problems: int, num_terms: int, split: str) -> None:
+    """Raises ValueError if there are not so many chains, or finding them takes too many draws."""
+    chains = f"{num_problems:,} different {split} chains of {num_terms} digits"
+    all_chains = 10.0 ** min(num_terms, 300)
+    available = all_chains * (0.1 if split == "test" else 0.9)
+    if num_terms <= 5:
+        available = sum(_is_test(number) == (split == "test") for number in range(10**num_terms))
+    if num_problems > available:
+        raise ValueError(f"There are fewer than {chains}: ask for fewer problems or more terms.")
+    # Of a draw, the chance to be new shrinks from `available / all_chains` to that of the last chain that is missing.
+    draws = all_chains / available * num_problems
+    if num_problems > available / 10:
+        draws = all_chains * math.log(available / max(available - num_problems, 1))
+    if draws > _MOST_DRAWS:
+        raise ValueError(f"Making {chains} takes minutes: they are drawn one by one, from the first. Ask for fewer.")

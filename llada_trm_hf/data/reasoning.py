@@ -48,7 +48,7 @@ def load_reasoning_dataset(
     """
     path = data_files or (name if is_data_file(name) else None)
     if path is not None:
-        rows = read_rows(path, split, streaming)
+        rows = read_rows(path, split, streaming, SOURCES[name].splits if name in SOURCES else ())
         source = SOURCES.get(name) or _recognise(column_names(rows), columns)
     elif name in SOURCES:
         source = SOURCES[name]

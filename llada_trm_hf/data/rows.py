@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Collection
 from typing import Any, TypeAlias
 
 import pyarrow
@@ -11,8 +12,12 @@ from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
+from ..models.hub_model import nearest_name
+
 Rows: TypeAlias = Dataset | IterableDataset
 
+# What a file may be called as a split: one name for all its rows.
+_SPLITS_OF_FILES = ("train", "test", "validation", "valid", "dev", "eval", "all")
 _FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 _MALFORMED = (DatasetGenerationError, pyarrow.ArrowInvalid, json.JSONDecodeError, UnicodeDecodeError)
 # A name, and a slice by numbers or by percents.
@@ -68,8 +73,13 @@ def check_columns_exist(columns: dict[str, str], found: list[str], source: str) 
         raise ValueError(f"{source} has no such column: {', '.join(unknown)}. It has {', '.join(found)}.")
 
 
-def read_rows(path: str | list[str], split: str = "train", streaming: bool = False) -> Rows:
-    """The rows of a data file, or of several in one format; FileNotFoundError or ValueError for one without rows."""
+def read_rows(
+    path: str | list[str], split: str = "train", streaming: bool = False, other_splits: Collection[str] = ()
+) -> Rows:
+    """
+    The rows of a data file, or of several in one format; FileNotFoundError or ValueError for one without rows, and for
+    a split that is neither an ordinary name nor one of `other_splits`.
+    """
     paths = [path] if isinstance(path, str) else path
     for path in paths:
         if not os.path.isfile(path):
@@ -80,7 +90,13 @@ def read_rows(path: str | list[str], split: str = "train", streaming: bool = Fal
         if not os.path.getsize(path):
             raise ValueError(f"{path} is empty.")
     # A file is one split, whatever it is called: `test[:100]` of test.jsonl is its first 100 rows.
-    file_split = "train" + parse_split(split)[1]
+    split_name, piece = parse_split(split)
+    if split_name not in (*_SPLITS_OF_FILES, *other_splits):
+        hint = nearest_name(split_name, _SPLITS_OF_FILES)
+        raise ValueError(
+            f"{path} has no split {split_name!r}{hint}: a file is one split, such as train or train[:100]."
+        )
+    file_split = "train" + piece
     # A field of a csv file that is empty, or says "NA" or "nan", is that text, not a missing number.
     options = {"keep_default_na": False} if file_format == "csv" else {}
     try:

@@ -115,6 +115,9 @@ class ThoughtFormat:
         return ThoughtTokens(context, opening, thought, self.end_ids), COMPLETE
 
     def _thought_of_ids(self, ids: list[int], opening: list[int]) -> list[int] | None:
+        broken = [token for token in ids if not isinstance(token, int)]
+        if broken:
+            raise ValueError(f"completion_ids must be whole numbers, got {broken[0]!r}.")
         for marker in (opening, self.start_ids):
             if ids[: len(marker)] == marker:
                 ids = ids[len(marker) :]

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..data import load_reasoning_dataset
 from ..data.rows import check_prompts, fingerprint
 from ..generation import MaskedDiffusionGenerationConfig
-from ..hub.files import output_dir_lock
+from ..hub.files import check_processes, output_dir_lock
 from .code_execution import ExecutionLimits
 from .language_models import load_model, make_responder
 from .result_folder import EvaluationSummary, ProblemResult, ResultFolder
@@ -149,9 +149,10 @@ def run_evaluation(settings: EvaluationSettings) -> EvaluationSummary | None:
 
     Raises:
         ValueError, OSError: for settings that cannot work, or that differ from those of the evaluation in the folder.
-        RuntimeError: if another run is writing to the folder.
+        RuntimeError: if another run is writing to the folder, or processes do not know of each other.
     """
     processes = PartialState(cpu=settings.device == "cpu")
+    check_processes(processes.num_processes, settings.output_dir)
     evaluation = Evaluation(settings, processes.device if settings.device == "cuda" else settings.device)
     recorded, folder = evaluation.recorded_settings(), ResultFolder(settings.output_dir)
     with output_dir_lock(settings.output_dir, ".evaluation.lock"):

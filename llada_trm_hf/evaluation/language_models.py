@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import latent_thinking_prompt, prompt_tokens
 from ..generation import MaskedDiffusionGenerationMixin
 from ..generation.configuration_masked_diffusion import DEFAULT_MAX_NEW_TOKENS
+from ..hub.model_folders import LANGUAGE_MODEL, check_model, load_tokenizer
 from ..models import LatentThinkingForCausalLM, LLaDATRMForMaskedDiffusion
 from ..models.backbone_wrapper import load_backbone
 
@@ -39,9 +40,8 @@ def load_model(name: str, dtype: str = "auto", device: Any = "cpu") -> tuple[Pre
     A hybrid, a masked-diffusion backbone or a causal language model, with its tokenizer, ready to generate; ValueError
     or OSError for anything else.
     """
-    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    check_model(name, "checkpoint", LANGUAGE_MODEL)
+    tokenizer = load_tokenizer(name, padding_side="left")
     return load_weights(name, dtype).to(device).eval(), tokenizer
 
 

@@ -11,12 +11,13 @@ import torch
 from datasets import Dataset
 from torch import distributed
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from ..data import ThoughtFormat
 from ..data.thoughts import COMPLETE, EMPTY_PROMPT, NOT_FINITE, TOO_LONG, ThoughtTokens
 from ..generation import MaskedDiffusionGenerationMixin
 from ..hub.files import output_dir_lock
+from ..hub.model_folders import COMPRESSOR, LANGUAGE_MODEL, check_model, load_tokenizer
 from ..models import DimensionCompressor
 from ..models.backbone_wrapper import encode
 from .dataset import CONFIG_FILE, compressed
@@ -43,6 +44,9 @@ def run_datagen(settings: DatagenSettings) -> DatagenSummary | None:
         RuntimeError: if another run is writing to the folder.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    check_model(settings.model, "model", LANGUAGE_MODEL)
+    if settings.compressor:
+        check_model(settings.compressor, "compressor", COMPRESSOR)
     rows = settings.load_rows()
     compressor = DimensionCompressor.from_pretrained(settings.compressor).eval() if settings.compressor else None
     config = settings.recorded(rows, compressor)
@@ -88,7 +92,7 @@ class ShardMaker:
         self, settings: DatagenSettings, folder: ShardFolder, rows: Dataset, compressor: DimensionCompressor | None
     ):
         self.settings, self.folder, self.rows = settings, folder, rows
-        self.tokenizer = AutoTokenizer.from_pretrained(settings.model)
+        self.tokenizer = load_tokenizer(settings.model)
         self.thoughts = ThoughtFormat(self.tokenizer, settings.think_start, settings.think_end)
         device = settings.device
         if device == "cuda" and "LOCAL_RANK" in os.environ:

@@ -85,8 +85,11 @@ def files_to_publish(
     contents: dict[str, str | bytes] = {path.relative_to(folder).as_posix(): str(path) for path in paths}
     contents |= latent_thinking_template_files(folder)
     readme = read_readme(folder)
-    if base_model is not None:
-        if is_adapter and readme is not None:  # PEFT's card names the base in several places
+    base = config.get(base_field)
+    # A whole model does not need to say where its backbone was on this machine.
+    is_private = not is_adapter and config.get("backbone_in_checkpoint", True) and base and _is_local(folder, base)
+    if base_model is not None or is_private:
+        if is_adapter and base_model and readme is not None:  # PEFT's card names the base in several places
             contents[README] = readme.replace(str(config.get(base_field)), base_model).encode()
         config[base_field] = base_model
         contents[config_file] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
@@ -155,10 +158,20 @@ def _check_loadable(folder: Path, config: dict[str, Any], code: set[str], names:
         raise ValueError(f"{folder}/config.json names no code (auto_map): save the model with this package.")
     base = config.get("base_model_name_or_path" if is_adapter else "backbone_name_or_path") or ""
     has_base = not is_adapter and config.get("backbone_in_checkpoint", True)
-    if not has_base and (os.path.isabs(base) or os.path.isdir(base)):
+    if not has_base and _is_local(folder, base):
         hint = "name its repository (--base_model owner/name), or save the model whole"
         raise ValueError(f"{folder} holds no backbone and names a folder of this machine, {base}: {hint}.")
     _check_weights(folder, {name: {key for key in where if where[key] == name} for name in sorted(weights)})
+
+
+def _is_local(folder: Path, base: str) -> bool:
+    """
+    Whether a base model's name is that of a folder, which another machine could take for somebody's repository: older
+    checkpoints name it relative to where training ran, mostly a folder above the checkpoint.
+    """
+    if os.path.isabs(base) or base.startswith(".") or base.count("/") > 1 or os.path.isdir(base):
+        return True
+    return any((place / base).is_dir() for place in (folder.resolve(), *folder.resolve().parents))
 
 
 def _check_weights(folder: Path, tensors: dict[str, set[str]]) -> None:

@@ -40,6 +40,19 @@ def _flush(path: str) -> None:
         os.close(descriptor)
 
 
+def check_processes(number: int, folder: str) -> None:
+    """
+    Raises RuntimeError if more processes were launched (`WORLD_SIZE` in the environment) than the `number` that work
+    together: each would take itself for the only one, and write all of `folder`.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > number:
+        raise RuntimeError(
+            f"{launched} processes were launched, but they do not work together, so each would write the same files "
+            f"in {folder}. Without GPUs launch them with examples/accelerate/cpu.yaml or torchrun, and say --use_cpu."
+        )
+
+
 @contextmanager
 def output_dir_lock(folder: str, lock_name: str = ".training.lock") -> Iterator[None]:
     """

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 from transformers.quantizers import AutoQuantizationConfig, HfQuantizer
 from transformers.utils import logging
 
-from .hub_model import BACKBONES, HubModel, adapter_and_base, model_type_of
+from .hub_model import BACKBONES, HubModel, adapter_and_base, backbone_place, lasting_name, model_type_of
 
 # Arguments of `from_pretrained` that say where files come from.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -265,11 +265,11 @@ class BackboneWrapper(HubModel):
         fields = {name: value for name, value in arguments.items() if name in own}
         others = {name: value for name, value in arguments.items() if name not in own}
         if isinstance(backbone, (str, os.PathLike)):
-            fields.setdefault("backbone_name_or_path", str(backbone))
+            fields.setdefault("backbone_name_or_path", lasting_name(str(backbone)))
             backbone = cls._load_backbone(str(backbone), **others)
         elif others:
             raise ValueError(f"Unknown argument {', '.join(others)} for a backbone that is already loaded.")
-        fields.setdefault("backbone_name_or_path", backbone.config.name_or_path or None)
+        fields.setdefault("backbone_name_or_path", lasting_name(backbone.config.name_or_path or "") or None)
         return backbone, fields
 
     def get_input_embeddings(self) -> nn.Module:
@@ -355,6 +355,7 @@ class BackboneWrapper(HubModel):
             with only_errors_logged():  # of either part, the other's tensors are unexpected
                 backbone = cls._load_backbone(path, **{**kwargs, **of_backbone})
         else:
+            config.backbone_name_or_path = backbone_place(config.backbone_name_or_path, path)
             backbone = cls._load_named_backbone(config, kwargs)
         found, expected = backbone.config.get_text_config(), config.get_text_config()
         for name in ("hidden_size", "vocab_size"):
@@ -417,6 +418,7 @@ class BackboneWrapper(HubModel):
                     "save_backbone=False needs to know where the backbone comes from: set "
                     "model.config.backbone_name_or_path to its folder or repository."
                 )
+            self.config.backbone_name_or_path = lasting_name(self.config.backbone_name_or_path)
             state_dict = self.state_dict() if state_dict is None else state_dict
             state_dict = {
                 name: value for name, value in state_dict.items() if name.startswith(f"{self.recursive_module}.")

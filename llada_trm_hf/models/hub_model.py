@@ -16,6 +16,8 @@ from typing import Any, ClassVar, TypeVar
 
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import CONFIG_NAME, find_adapter_config_file, is_peft_available
 
 # The masked-diffusion families and the refiners by `model_type`, filled by `registered_models.py` and
@@ -230,6 +232,31 @@ def adapter_and_base(path: Any, **place: Any) -> tuple[Any, Any]:
     return path, base
 
 
+# --- Backbones of checkpoints without one ---
+
+
+def lasting_name(name_or_path: str) -> str:
+    """A folder's name in full, so that it is found from anywhere; that of a repository as it is."""
+    return os.path.abspath(name_or_path) if os.path.isdir(name_or_path) else name_or_path
+
+
+def backbone_place(name_or_path: str, checkpoint: Any) -> str:
+    """
+    Where the backbone is that a checkpoint without one names: a repository, a folder, or one relative to the
+    checkpoint. Raises FileNotFoundError for a folder that is not there.
+    """
+    beside = os.path.join(checkpoint, name_or_path)
+    if not os.path.isdir(name_or_path) and os.path.isdir(beside):
+        return os.path.normpath(beside)
+    is_path = os.path.isabs(name_or_path) or name_or_path.startswith(".") or name_or_path.count("/") > 1
+    if is_path and not os.path.isdir(name_or_path):
+        raise FileNotFoundError(
+            f"{checkpoint} holds no backbone, and the folder of the one it names is not there: {name_or_path}. Put it "
+            f"there, or change backbone_name_or_path in the config.json of {checkpoint}."
+        )
+    return name_or_path
+
+
 # --- The code of a class, flat ---
 
 
@@ -377,6 +404,17 @@ def check_at_least_one(config: PreTrainedConfig, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}.")
+
+
+def check_functions(config: PreTrainedConfig) -> None:
+    """Raises ValueError for an activation function or kind of rotary embedding that transformers does not know."""
+    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    for name, value, known in (
+        ("hidden_act", config.hidden_act, ACT2FN),
+        ("rope_type", rope_type, {"default", *ROPE_INIT_FUNCTIONS}),
+    ):
+        if value not in known:
+            raise ValueError(f"Unknown {name} {value!r}{nearest_name(str(value), known)}; one of {', '.join(known)}.")
 
 
 def check_heads(config: PreTrainedConfig) -> None:

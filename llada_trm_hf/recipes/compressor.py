@@ -17,16 +17,19 @@ from ..data import load_text_dataset, tokenize_texts
 from ..data.reasoning_sources import SOURCES
 from ..data.rows import Rows
 from ..hub.files import output_dir_lock, write_text
+from ..hub.model_folders import BACKBONE, COMPRESSOR, check_model, load_tokenizer
 from ..models import DimensionCompressor, DimensionCompressorConfig
+from ..models.hub_model import lasting_name
 from ..training import CompressorTrainer, CompressorTrainingArguments
 from ..training.reconstruction_metrics import head_width
 from .run_setup import (
+    DATA_MODELS,
     DataArguments,
     TrainingMethod,
     check_length,
     checkpoint_to_resume,
-    pretrained_tokenizer,
     reasoning_samples,
+    set_up_processes,
     start_run,
     train_and_eval,
     train_and_save,
@@ -55,11 +58,13 @@ def run_compressor(script_args: CompressorScriptArguments, training_args: Compre
     its own folder, with `sweep.csv`, which compares them with PCA. Raises the same errors as `run_masked_diffusion`.
     """
     _check_settings(script_args)
-    assert script_args.backbone is not None
-    resume_from = None if script_args.compressed_sizes else start_run(training_args, script_args.compressor)
+    METHOD.check(script_args)
+    set_up_processes(training_args)
+    resume_from = None if script_args.compressed_sizes else start_run(training_args)
     compressors = [_load_compressor(script_args)] if script_args.init == "checkpoint" else []
-    tokenizer = pretrained_tokenizer(script_args.tokenizer or script_args.backbone)
-    language_model = AutoModelForCausalLM.from_pretrained(script_args.backbone, dtype=script_args.dtype)
+    backbone = script_args.backbone or _backbone_of(script_args.compressor, compressors)
+    tokenizer = load_tokenizer(script_args.tokenizer or backbone)
+    language_model = AutoModelForCausalLM.from_pretrained(lasting_name(backbone), dtype=script_args.dtype)
     check_length(script_args.max_length, language_model)
     width = head_width(language_model.get_output_embeddings())
     torch.manual_seed(training_args.seed)
@@ -80,7 +85,7 @@ def run_compressor(script_args: CompressorScriptArguments, training_args: Compre
 
 
 def _check_settings(script_args: CompressorScriptArguments) -> None:
-    if script_args.backbone is None:
+    if script_args.backbone is None and script_args.compressor is None:
         raise ValueError("Say whose hidden states to compress: --backbone with the name or folder of a causal LM.")
     if script_args.init not in INITIALISATIONS:
         raise ValueError(f"init must be one of {', '.join(INITIALISATIONS)}, got {script_args.init!r}.")
@@ -104,6 +109,15 @@ def _load_compressor(script_args: CompressorScriptArguments) -> DimensionCompres
     if size not in (None, width):
         raise ValueError(f"{script_args.compressor} compresses to {width}, not to {size}.")
     return compressor
+
+
+def _backbone_of(name: str | None, compressors: list[DimensionCompressor]) -> str:
+    """The language model that the compressor to go on from was made for."""
+    backbone = compressors[0].config.backbone_name_or_path if compressors else None
+    if backbone is None:
+        raise ValueError(f"{name} does not say whose hidden states it compresses: name the model with --backbone.")
+    check_model(backbone, f"compressor {name}, made for another model", BACKBONE)
+    return backbone
 
 
 def _datasets(
@@ -194,4 +208,9 @@ def _write_table(path: str, rows: list[dict[str, Any]]) -> None:
     write_text(path, table.getvalue())
 
 
-METHOD = TrainingMethod(CompressorScriptArguments, CompressorTrainingArguments, run_compressor)
+METHOD = TrainingMethod(
+    CompressorScriptArguments,
+    CompressorTrainingArguments,
+    run_compressor,
+    models={"backbone": BACKBONE, "compressor": COMPRESSOR, **DATA_MODELS},
+)

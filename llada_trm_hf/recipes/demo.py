@@ -152,6 +152,7 @@ class Demo:
             save_strategy="no",
             disable_tqdm=False,
             use_cpu=True,
+            dataloader_pin_memory=False,
             seed=self.seed,
             data_seed=self.seed + (name == "control"),  # not the same order of problems once more
         )

@@ -14,15 +14,16 @@ from ..data.rows import check_prompts
 from ..evaluation.code_execution import ExecutionLimits
 from ..evaluation.scoring import scoring_kind
 from ..hub.files import output_dir_lock
+from ..hub.model_folders import LATENT_THINKING, load_tokenizer
 from ..models import LatentThinkingConfig, LatentThinkingForCausalLM
 from ..rl import LatentGRPOTrainer, LatentGRPOTrainingArguments, correctness_reward
 from ..training import set_trainable
 from .run_setup import (
+    DATA_MODELS,
     DataArguments,
     TrainingMethod,
     check_length,
     load_problems,
-    pretrained_tokenizer,
     start_run,
     train_and_eval,
     train_and_save,
@@ -48,8 +49,9 @@ def run_grpo(script_args: GRPOScriptArguments, training_args: LatentGRPOTraining
         raise ValueError("Say what is to learn: --checkpoint with a latent-thinking model, as latent_answer makes it.")
     if script_args.streaming:
         raise ValueError("GRPO goes through its problems in an order of its own: leave out streaming.")
-    resume_from = start_run(training_args, script_args.checkpoint)
-    tokenizer = pretrained_tokenizer(script_args.tokenizer or script_args.checkpoint)
+    METHOD.check(script_args)
+    resume_from = start_run(training_args)
+    tokenizer = load_tokenizer(script_args.tokenizer or script_args.checkpoint)
     model = _load_model(script_args)
     check_length(script_args.max_length, model)
     config, longest = model.config, script_args.max_length - training_args.max_completion_length
@@ -106,4 +108,6 @@ def _problems(
     return fitting, "code" if is_code else "answer"
 
 
-METHOD = TrainingMethod(GRPOScriptArguments, LatentGRPOTrainingArguments, run_grpo)
+METHOD = TrainingMethod(
+    GRPOScriptArguments, LatentGRPOTrainingArguments, run_grpo, models={"checkpoint": LATENT_THINKING, **DATA_MODELS}
+)

@@ -9,6 +9,7 @@ from transformers.hf_argparser import HfArg
 
 from ..data import tokenize_latent_answers
 from ..hub.files import output_dir_lock
+from ..hub.model_folders import BACKBONE, COMPRESSOR, LATENT_THINKING, SEQUENCE_TRM, load_tokenizer
 from ..models import (
     DimensionCompressor,
     DimensionCompressorConfig,
@@ -18,11 +19,11 @@ from ..models import (
 )
 from ..training import LatentAnswerTrainer, LatentAnswerTrainingArguments, set_trainable
 from .run_setup import (
+    DATA_MODELS,
     DataArguments,
     TrainingMethod,
     check_length,
     load_problems,
-    pretrained_tokenizer,
     start_run,
     train_and_eval,
     train_and_save,
@@ -61,11 +62,9 @@ def run_latent_answer(
     source = script_args.checkpoint or script_args.backbone
     if source is None or (script_args.checkpoint and script_args.backbone):
         raise ValueError("Say what learns: either --backbone CAUSAL_LM or --checkpoint LATENT_THINKING_MODEL.")
-    unused = [name for name in ("compressor", "trm", *_TRM_SETTINGS) if getattr(script_args, name) is not None]
-    if script_args.checkpoint and unused:
-        raise ValueError(f"The model in --checkpoint has its own {', '.join(unused)}: leave them out.")
-    resume_from = start_run(training_args, script_args.checkpoint, script_args.compressor, script_args.trm)
-    tokenizer = pretrained_tokenizer(script_args.tokenizer or source)
+    METHOD.check(script_args)
+    resume_from = start_run(training_args)
+    tokenizer = load_tokenizer(script_args.tokenizer or source)
     model = _load_model(script_args, tokenizer)
     check_length(script_args.max_length, model)
 
@@ -114,4 +113,16 @@ def _thinker_parts(script_args: LatentAnswerScriptArguments, width: int) -> dict
     return {"compressor": compressor or new_compressor, "trm": trm or SequenceTRMConfig(hidden_size=size, **network)}
 
 
-METHOD = TrainingMethod(LatentAnswerScriptArguments, LatentAnswerTrainingArguments, run_latent_answer)
+METHOD = TrainingMethod(
+    LatentAnswerScriptArguments,
+    LatentAnswerTrainingArguments,
+    run_latent_answer,
+    models={
+        "backbone": BACKBONE,
+        "checkpoint": LATENT_THINKING,
+        "compressor": COMPRESSOR,
+        "trm": SEQUENCE_TRM,
+        **DATA_MODELS,
+    },
+    new_model_settings=("compressor", "trm", "num_latents", "compressed_size", "n_layers", "n_heads", *_TRM_SETTINGS),
+)

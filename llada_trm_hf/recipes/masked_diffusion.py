@@ -1,6 +1,8 @@
 """Training of a refiner, of a masked-diffusion model with it, or of the model alone."""
 
+import math
 import os
+import warnings
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -9,17 +11,18 @@ from transformers.hf_argparser import HfArg
 
 from ..data import byte_tokenizer
 from ..hub.files import output_dir_lock
+from ..hub.model_folders import BACKBONE, HYBRID, load_tokenizer
 from ..hub.training_record import read_json
-from ..models import LLaDAConfig, LLaDATRMForMaskedDiffusion
+from ..models import LLaDATRMForMaskedDiffusion
 from ..models.backbone_wrapper import build_backbone, load_backbone
-from ..models.hub_model import BACKBONES, REFINERS
+from ..models.hub_model import BACKBONES, REFINERS, nearest_name
 from ..training import MaskedDiffusionTrainer, MaskedDiffusionTrainingArguments, set_trainable
 from ..training.freezing import last_layers
 from .run_setup import (
+    DATA_MODELS,
     DataArguments,
     TrainingMethod,
     check_length,
-    pretrained_tokenizer,
     reasoning_samples,
     start_run,
     train_and_eval,
@@ -28,6 +31,7 @@ from .run_setup import (
 )
 
 # Settings that every kind of refiner may have: a recipe sets them for whichever it is used with.
+DEFAULT_REFINER = "recursive_refinement_head"
 _SHARED_REFINER_SETTINGS = ("chunk_size", "max_recursive_steps", "convergence_threshold")
 _HYBRID_SETTINGS = (
     "integration",
@@ -45,7 +49,9 @@ class MaskedDiffusionScriptArguments(DataArguments):
 
     backbone: str | None = HfArg(default=None, aliases=["--model"], help="Model, or a config .json for a new one.")
     checkpoint: str | None = HfArg(default=None, help="A hybrid to go on from, instead of a backbone.")
-    refiner: str = HfArg(default="recursive_refinement_head", help="Kinds or folders, with commas; none: no refiner.")
+    refiner: str | None = HfArg(
+        default=None, help="Kinds or folders, with commas; recursive_refinement_head. none: no refiner."
+    )
     integration: str | None = HfArg(default=None, help="How several refiners work together: cascade or mix.")
     chunk_size: int | None = HfArg(default=None, help="Tokens refined together; 16.")
     align_steps_to_chunks: bool = HfArg(default=False, help="Start reasoning steps and answer in a new chunk.")
@@ -62,11 +68,11 @@ class MaskedDiffusionScriptArguments(DataArguments):
     use_gating: bool | None = HfArg(default=None, help="Whether its slots have gates; true.")
     delta_scale: float | None = HfArg(default=None, help="Factor of a slot refiner's updates; 0.1.")
     dropout: float | None = HfArg(default=None, help="Of a slot refiner; 0.")
-    min_confidence: float = HfArg(default=0.5, help="Chunks below it are refined.")
-    deep_supervision_weight: float = HfArg(default=0.3, help="Of the loss over the steps.")
-    deep_supervision_schedule: str = HfArg(default="constant", help="constant, linear or exponential.")
-    confidence_loss_weight: float = HfArg(default=0.05, help="Of the confidence's calibration.")
-    orthogonality_weight: float = HfArg(default=0.01, help="Of the overlap between slots.")
+    min_confidence: float | None = HfArg(default=None, help="Chunks below it are refined; 0.5.")
+    deep_supervision_weight: float | None = HfArg(default=None, help="Of the loss over the steps; 0.3.")
+    deep_supervision_schedule: str | None = HfArg(default=None, help="constant (default), linear or exponential.")
+    confidence_loss_weight: float | None = HfArg(default=None, help="Of the confidence's calibration; 0.05.")
+    orthogonality_weight: float | None = HfArg(default=None, help="Of the overlap between slots; 0.01.")
     freeze_backbone: bool = HfArg(default=False, help="Train the refiner only.")
     trainable: list[str] | None = HfArg(default=None, help="Patterns of module names that train.")
     train_last_layers: int | None = HfArg(default=None, help="Last layers of the backbone that train as well.")
@@ -85,6 +91,7 @@ def run_masked_diffusion(
         RuntimeError: if another run is writing to the folder.
         FloatingPointError: if the loss becomes NaN.
     """
+    METHOD.check(script_args)
     resume_from = start_run(training_args)
     tokenizer = _load_tokenizer(script_args)
     model = _load_model(script_args, tokenizer)
@@ -96,6 +103,7 @@ def run_masked_diffusion(
         script_args, lambda split, path: reasoning_samples(script_args, tokenizer, split, path, align)
     )
     set_trainable(model, _trainable_patterns(script_args, model), train_layer_norms=script_args.train_layer_norms)
+    _warn_of_frozen_random_weights(script_args, model)
     with output_dir_lock(training_args.output_dir):
         trainer = MaskedDiffusionTrainer(
             model, training_args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
@@ -114,12 +122,25 @@ def _trainable_patterns(script_args: MaskedDiffusionScriptArguments, model: PreT
     return patterns if number is None else [*patterns, *last_layers(model, number)]
 
 
+def _warn_of_frozen_random_weights(script_args: MaskedDiffusionScriptArguments, model: PreTrainedModel) -> None:
+    """A refiner cannot learn anything on a new backbone that stays as it is."""
+    is_new = script_args.checkpoint is None and str(script_args.backbone).endswith(".json")
+    backbone = getattr(model, "backbone", None)
+    if is_new and backbone is not None and not any(weight.requires_grad for weight in backbone.parameters()):
+        warnings.warn(
+            f"{script_args.backbone} makes a backbone of random weights, and they are frozen: a refiner has nothing "
+            f"to learn from it. Train a backbone first (--recipe finetune --refiner none --backbone "
+            f"{script_args.backbone}), then the refiner on it (--backbone with that run's folder).",
+            stacklevel=2,
+        )
+
+
 def _load_tokenizer(script_args: MaskedDiffusionScriptArguments) -> PreTrainedTokenizerBase:
     """The named tokenizer, or the model's own, or the byte tokenizer for a new model."""
     source = script_args.tokenizer or script_args.checkpoint or script_args.backbone
     if source is None or (script_args.tokenizer is None and source.endswith(".json")):
         return byte_tokenizer()
-    return pretrained_tokenizer(source)
+    return load_tokenizer(source)
 
 
 def _load_model(script_args: MaskedDiffusionScriptArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -133,21 +154,32 @@ def _load_model(script_args: MaskedDiffusionScriptArguments, tokenizer: PreTrain
     if script_args.refiner == "none":
         return backbone if is_new else load_backbone(backbone, dtype=script_args.dtype)
     config = backbone.config if is_new else AutoConfig.from_pretrained(backbone)
+    if getattr(config.get_text_config(), "mask_token_id", None) is None:
+        needed = "a refiner needs a masked-diffusion model, such as GSAI-ML/LLaDA-8B-Instruct"
+        raise ValueError(f"--backbone: {backbone} is a {config.model_type} model without a mask token: {needed}.")
     refiners = refiner_configs(script_args, config.get_text_config().hidden_size)
-    settings: dict[str, Any] = {name: getattr(script_args, name) for name in _HYBRID_SETTINGS}
+    given = {name: getattr(script_args, name) for name in _HYBRID_SETTINGS}
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if not is_new:
         settings["dtype"] = script_args.dtype
     return LLaDATRMForMaskedDiffusion.from_backbone(backbone, refiners, freeze_backbone=False, **settings)
 
 
 def _new_backbone(config_file: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A LLaDA model with random weights; sizes from a .json file, vocabulary and token ids from the tokenizer."""
+    """A model with random weights; sizes from a .json file, vocabulary and token ids from the tokenizer."""
     if not os.path.isfile(config_file):
         raise FileNotFoundError(f"There is no config file {config_file}.")
     sizes = read_json(config_file)
-    if sizes.get("model_type", "llada") not in BACKBONES:
+    family = BACKBONES.get(sizes.get("model_type", "llada"))
+    if family is None:
         raise ValueError(f"{config_file} must hold the fields of a config of {', '.join(BACKBONES)}.")
-    return build_backbone(LLaDAConfig.from_dict({**sizes, **vocabulary_settings(tokenizer)}))
+    known = {field.name for field in fields(family.config_class)} | {"model_type", "auto_map", "transformers_version"}
+    for name, value in sizes.items():
+        if name not in known:
+            raise ValueError(f"{config_file}: unknown field {name!r}{nearest_name(name, known)}.")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{config_file}: {name} must be a finite number, got {value}.")
+    return build_backbone(family.config_class.from_dict({**sizes, **vocabulary_settings(tokenizer)}))
 
 
 def refiner_configs(script_args: MaskedDiffusionScriptArguments, hidden_size: int) -> list[PreTrainedConfig | str]:
@@ -162,16 +194,43 @@ def refiner_configs(script_args: MaskedDiffusionScriptArguments, hidden_size: in
     known = {name: {field.name for field in fields(kind.config_class)} - inherited for name, kind in REFINERS.items()}
     unused = (set(given) - set(_SHARED_REFINER_SETTINGS)) & set().union(*known.values())
     configs: list[PreTrainedConfig | str] = []
-    for name in script_args.refiner.split(","):
+    for name in (script_args.refiner or DEFAULT_REFINER).split(","):
         if name not in REFINERS:
+            if not os.path.isdir(name) and "/" not in name:
+                kinds = f"a folder, or {', '.join(REFINERS)}"
+                raise ValueError(f"--refiner: there is no {name!r}{nearest_name(name, REFINERS)}; it takes {kinds}.")
             configs.append(name)
             continue
         unused -= known[name]
         settings = {field: value for field, value in given.items() if field in known[name]}
         configs.append(REFINERS[name].config_class(hidden_size=hidden_size, **settings))
     if unused:
-        raise ValueError(f"{', '.join(sorted(unused))}: not a setting of {script_args.refiner}. Leave it out.")
+        raise ValueError(
+            f"{', '.join(sorted(unused))}: not a setting of {script_args.refiner or DEFAULT_REFINER}. Leave it out."
+        )
     return configs
 
 
-METHOD = TrainingMethod(MaskedDiffusionScriptArguments, MaskedDiffusionTrainingArguments, run_masked_diffusion)
+_REFINER_SETTINGS = [
+    "chunk_size",
+    "max_recursive_steps",
+    "convergence_threshold",
+    "head_hidden_size",
+    "head_layers",
+    "step_size",
+    "preset",
+    "dropout",
+    "context_slot_size",
+    "reasoning_slot_size",
+    "refinement_slot_size",
+    "confidence_slot_size",
+    "use_gating",
+    "delta_scale",
+]
+METHOD = TrainingMethod(
+    MaskedDiffusionScriptArguments,
+    MaskedDiffusionTrainingArguments,
+    run_masked_diffusion,
+    models={"backbone": BACKBONE, "checkpoint": HYBRID, **DATA_MODELS},
+    new_model_settings=("backbone", "refiner", *_REFINER_SETTINGS, *_HYBRID_SETTINGS),
+)

@@ -1,6 +1,8 @@
 """Reading a recipe: everything a training run needs, as YAML, each value overridable on the command line."""
 
 import importlib
+import math
+from collections.abc import Collection, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,19 @@ from .run_setup import TrainingMethod
 DEFAULT_KIND = "masked_diffusion"
 # The modules of this folder that define a METHOD.
 KINDS = (DEFAULT_KIND, "compressor", "trm", "latent_answer", "grpo")
+
+_POSITIVE, _NOT_NEGATIVE, _SEED = (1, math.inf), (0, math.inf), (0, 2**32 - 1)
+# The least and the largest value of numbers that every method has, or several.
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("seed", "data_seed"), _SEED),
+    **dict.fromkeys(("gradient_accumulation_steps", "max_length", "save_total_limit"), _POSITIVE),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), _POSITIVE),
+    **dict.fromkeys(("compressed_size", "num_latents", "n_layers", "n_heads", "chunk_size"), _POSITIVE),
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon"), _NOT_NEGATIVE),
+    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps", "dataloader_num_workers"), _NOT_NEGATIVE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "dropout"), (0, 1)),
+    "num_terms": (2, 1000),
+}
 
 
 def training_method(kind: str) -> TrainingMethod:
@@ -40,10 +55,13 @@ def load_recipe(name_or_path: str, kind: str = DEFAULT_KIND) -> dict[str, Any]:
     return recipe
 
 
-def load_settings(recipe: str | None = None, config: str | None = None) -> tuple[TrainingMethod, dict[str, Any]]:
+def load_settings(
+    recipe: str | None = None, config: str | None = None, flags: Collection[str] = ()
+) -> tuple[TrainingMethod, dict[str, Any]]:
     """
-    The training method, and the settings in `recipe` and the file `config`, which overrides it. Raises as
-    `load_recipe`, and a ValueError if the two are for different kinds.
+    The training method, and the settings in `recipe` and the file `config`, which overrides it. If a checkpoint is
+    named, in `config` or by one of the `flags` of the command line, what the recipe says of a new model is left out.
+    Raises as `load_recipe`, and a ValueError if recipe and config are for different kinds.
     """
     settings = load_recipe(recipe) if recipe else {}
     kind = settings.get("kind", DEFAULT_KIND)
@@ -51,7 +69,13 @@ def load_settings(recipe: str | None = None, config: str | None = None) -> tuple
         changes = load_recipe(config, kind)
         if recipe and changes.get("kind", kind) != kind:
             raise ValueError(f"{recipe} is a recipe for {kind}, {config} for {changes['kind']}.")
-        settings.update(changes)
+        flags = {*flags, *changes}
+    else:
+        changes = {}
+    if "checkpoint" in flags:
+        fixed = training_method(kind).new_model_settings
+        settings = {name: value for name, value in settings.items() if name not in fixed}
+    settings.update(changes)
     return training_method(settings.pop("kind", DEFAULT_KIND)), settings
 
 
@@ -63,6 +87,8 @@ def parse_recipe(parser: HfArgumentParser, arguments: list[str], settings: dict[
     # argparse converts a default that is a text as if it stood on the command line.
     defaults = {name: str(value) if type(value) in (int, float) else value for name, value in settings.items()}
     parser.set_defaults(**defaults)
+    # (Before the dataclasses are made: transformers checks some of it with messages that name no setting.)
+    _check_ranges(vars(parser.parse_known_args(arguments)[0]))
     *filled, unknown = parser.parse_args_into_dataclasses(
         arguments, look_for_args_file=False, return_remaining_strings=True
     )
@@ -70,6 +96,19 @@ def parse_recipe(parser: HfArgumentParser, arguments: list[str], settings: dict[
         known = [f"--{name}" for instance in filled for name in vars(instance)]
         raise ValueError(f"Unknown option {unknown[0]}{nearest_name(unknown[0], known)}.")
     return tuple(filled)
+
+
+def _check_ranges(settings: dict[str, Any]) -> None:
+    """Raises ValueError for a number that libraries take as it is and fail on later, or not at all."""
+    for name, (least, most) in _RANGES.items():
+        value = settings.get(name)
+        if isinstance(value, (int, float)) and not least <= value <= most:
+            expected = f"at least {least}" if most == math.inf else f"between {least} and {most}"
+            raise ValueError(f"{name} must be {expected}, got {value}.")
+    if settings.get("max_steps") is not None and settings["max_steps"] < 1 and settings["max_steps"] != -1:
+        raise ValueError(f"max_steps must be at least 1 (-1: num_train_epochs decides), got {settings['max_steps']}.")
+    if settings.get("num_train_epochs") is not None and not settings["num_train_epochs"] > 0:
+        raise ValueError(f"num_train_epochs must be above 0, got {settings['num_train_epochs']}.")
 
 
 def _read_mapping(name_or_path: str) -> dict[str, Any]:
@@ -83,9 +122,26 @@ def _read_mapping(name_or_path: str) -> dict[str, Any]:
     elif not file.is_file():
         raise FileNotFoundError(f"There is no recipe file {name_or_path}.")
     try:
-        recipe = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        recipe = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeyLoader) or {}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name_or_path} is not a text in UTF-8: {error}.") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{name_or_path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"{name_or_path} must be a mapping of settings, got a {type(recipe).__name__}.")
     return recipe
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML where a key that stands twice is an error: the first would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)

@@ -2,21 +2,25 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..data import load_reasoning_dataset, tokenize_reasoning
 from ..data.reasoning import column_mapping
 from ..data.reasoning_sources import SOURCES
-from ..data.rows import Rows, is_data_file
+from ..data.rows import Rows, is_data_file, parse_split
+from ..hidden_pairs.settings import DTYPES
+from ..hub.files import check_processes
+from ..hub.model_folders import BACKBONE, TOKENIZER, check_model
 from ..training.base_trainer import BaseTrainer
 
 T = TypeVar("T")
+DATA_MODELS = {"tokenizer": TOKENIZER}  # the models that DataArguments name
 
 
 @dataclass
@@ -38,23 +42,39 @@ class DataArguments:
 
 @dataclass(frozen=True)
 class TrainingMethod:
-    """The dataclasses that a recipe fills, and the function that takes both."""
+    """
+    The dataclasses that a recipe fills, and the function that takes both.
+
+    Attributes:
+        models: the script's arguments that name a model, and the kind each takes (see `check_model`).
+        new_model_settings: those that describe a new model; one in `checkpoint` has its own.
+    """
 
     script_arguments: type
     training_arguments: type
     run: Callable[[Any, Any], Any]
+    models: dict[str, str] = field(default_factory=dict)
+    new_model_settings: tuple[str, ...] = ()
 
     def option_names(self) -> list[str]:
         """The keys of a recipe, and the options of the command line."""
         return [field.name for cls in (self.script_arguments, self.training_arguments) for field in fields(cls)]
 
-
-def pretrained_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder or repository; without a padding token, it pads with the end of the sequence."""
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    def check(self, script_args: Any) -> None:
+        """
+        Raises ValueError if `script_args` describe a model that their `checkpoint` holds already, or a dtype that does
+        not exist, and what `check_model` raises for the models they name.
+        """
+        defaults = {field.name: field.default for field in fields(self.script_arguments)}
+        given = [name for name in self.new_model_settings if getattr(script_args, name) != defaults[name]]
+        if given and getattr(script_args, "checkpoint", None) is not None:
+            raise ValueError(f"The model in --checkpoint has its own {', '.join(given)}: leave them out.")
+        for option, kind in self.models.items():
+            name = getattr(script_args, option)
+            if name is not None and not (kind == BACKBONE and name.endswith(".json")):  # the config of a new one
+                check_model(name, option, kind)
+        if getattr(script_args, "dtype", "auto") not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {script_args.dtype!r}.")
 
 
 def vocabulary_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -72,6 +92,16 @@ def check_length(max_length: int, model: PreTrainedModel) -> None:
 
 def train_and_eval(script_args: DataArguments, load: Callable[[str, str | None], T]) -> tuple[T, T | None]:
     """`load(split, local file)` of the training data, and of the evaluation data if there is any."""
+    is_file = script_args.data_files is not None or is_data_file(script_args.dataset_name)
+    if is_file and script_args.eval_split is not None and script_args.eval_data_files is None:
+        # A file is one split: its slices have to differ.
+        train_rows, eval_rows = parse_split(script_args.split)[1], parse_split(script_args.eval_split)[1]
+        if train_rows == eval_rows:
+            source = script_args.data_files or script_args.dataset_name
+            remedy = (
+                "Name a file with --eval_data_files, or slices such as --split train[100:] --eval_split train[:100]"
+            )
+            raise ValueError(f"--eval_split {script_args.eval_split} of {source} is what is trained on. {remedy}.")
     train = load(script_args.split, script_args.data_files)
     if script_args.eval_split is None and script_args.eval_data_files is None:
         return train, None
@@ -113,16 +143,21 @@ def describe_data(script_args: DataArguments) -> dict[str, str]:
     return {name: value for name, value in described.items() if value}
 
 
-def start_run(training_args: TrainingArguments, *inputs: str | None) -> str | None:
+def start_run(training_args: TrainingArguments) -> str | None:
     """
-    Sets the seed and returns the checkpoint to resume from, if any. Raises FileNotFoundError for one of `inputs` that
-    is neither a folder nor, as owner/name, a repository.
+    Sets the seed and returns the checkpoint to resume from, if any. Raises as `check_processes` and
+    `checkpoint_to_resume`.
     """
-    for name in inputs:
-        if name is not None and not os.path.isdir(name) and (os.path.isabs(name) or name.count("/") != 1):
-            raise FileNotFoundError(f"There is no folder {name}.")
+    set_up_processes(training_args)
     torch.manual_seed(training_args.seed)
     return checkpoint_to_resume(training_args)
+
+
+def set_up_processes(training_args: TrainingArguments) -> None:
+    """Suits the settings to the machine; RuntimeError if the processes of this run do not know of each other."""
+    check_processes(training_args.world_size, training_args.output_dir)
+    if not torch.accelerator.is_available():  # torch would warn in every epoch that it has nothing to pin memory for
+        training_args.dataloader_pin_memory = False
 
 
 def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:

@@ -10,7 +10,9 @@ from transformers.hf_argparser import HfArg
 
 from ..hidden_pairs import HiddenPairsDataset
 from ..hub.files import output_dir_lock
+from ..hub.model_folders import COMPRESSOR, LANGUAGE_MODEL, SEQUENCE_TRM
 from ..models import DimensionCompressor, SequenceTRM, SequenceTRMConfig
+from ..models.hub_model import lasting_name
 from ..training import TRMTrainer, TRMTrainingArguments
 from .run_setup import TrainingMethod, start_run, train_and_save
 
@@ -45,14 +47,16 @@ def run_trm(script_args: TRMScriptArguments, training_args: TRMTrainingArguments
         raise ValueError("Say what to learn: --pairs_dir with a folder or file of hidden pairs.")
     if not 0 <= script_args.eval_fraction < 1:
         raise ValueError(f"eval_fraction must be at least 0 and below 1, got {script_args.eval_fraction}.")
-    resume_from = start_run(training_args, script_args.compressor, script_args.checkpoint)
+    METHOD.check(script_args)
+    resume_from = start_run(training_args)
     name = script_args.compressor
     compressor = None if name is None else DimensionCompressor.from_pretrained(name)
     pairs = _load_pairs(script_args.pairs_dir, compressor)
     train, held_out = _train_and_held_out(script_args, pairs, training_args.seed, compressor)
     model = _new_model(script_args, pairs.hidden_size)
     names = (pairs.model_name, compressor and compressor.config.backbone_name_or_path, script_args.backbone)
-    model.config.backbone_name_or_path = next(filter(None, names), model.config.backbone_name_or_path)
+    name = next(filter(None, names), model.config.backbone_name_or_path)
+    model.config.backbone_name_or_path = name and lasting_name(name)
     lm_head = None
     if script_args.backbone is not None:  # the rest of the language model is freed
         language_model = AutoModelForCausalLM.from_pretrained(script_args.backbone, dtype=script_args.dtype)
@@ -102,4 +106,10 @@ def _new_model(script_args: TRMScriptArguments, width: int) -> SequenceTRM:
     return model
 
 
-METHOD = TrainingMethod(TRMScriptArguments, TRMTrainingArguments, run_trm)
+METHOD = TrainingMethod(
+    TRMScriptArguments,
+    TRMTrainingArguments,
+    run_trm,
+    models={"compressor": COMPRESSOR, "backbone": LANGUAGE_MODEL, "checkpoint": SEQUENCE_TRM},
+    new_model_settings=_NETWORK_SETTINGS,
+)

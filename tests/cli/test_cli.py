@@ -2,24 +2,30 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import new_backbone
+from conftest import forget_refiner
+from tiny_training import SIZES, new_backbone
 from transformers import AutoConfig
 
+import llada_trm_hf.cli.generate
 from llada_trm_hf import (
     LLaDATRMForMaskedDiffusion,
     MaskedDiffusionGenerationConfig,
     RecursiveRefinementHeadConfig,
     RefinementTrace,
 )
-from llada_trm_hf.cli.main import main
+from llada_trm_hf.cli.main import COMMANDS, main
 from llada_trm_hf.data import byte_tokenizer
 from llada_trm_hf.inspection import trace_summary
+from llada_trm_hf.recipes.recipe import KINDS, training_method
 
 
 @pytest.fixture(scope="module")
@@ -277,3 +283,159 @@ def test_demo_runs_from_start_to_end(tmp_path, capsys):
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     assert main(["demo", "--smoke_test", "--output_dir", str(tmp_path / "mine")]) == 2
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+# --- The first minutes ---
+
+
+@pytest.mark.parametrize(
+    "arguments, printed",
+    [
+        *[([command, "--help"], f"usage: llada-trm {command}") for command in COMMANDS if command != "lm-eval"],
+        (["--help"], "usage: llada-trm COMMAND"),
+        (["--version"], f"llada-trm {llada_trm_hf.__version__}"),
+    ],
+)
+def test_help_does_not_wait_for_torch(arguments, printed, capfd):
+    """Of the command line as a process of its own, since torch is imported here."""
+    program = (
+        "import sys; sys.argv[0] = 'llada-trm'; from llada_trm_hf.cli.main import main\n"
+        f"code = main({arguments}); sys.exit(code or bool({{'torch', 'transformers', 'datasets'}} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+    assert printed in capfd.readouterr().out
+
+
+def test_interrupted_while_it_imports(tmp_path):
+    """Ctrl-C while torch is being imported: an interrupt stands in for it, in a module of that name."""
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nwhile True: pass\n")
+    result = subprocess.run(
+        [sys.executable, "-m", "llada_trm_hf.cli", "generate", "--checkpoint", "x", "--prompt", "1"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 130 and result.stderr.strip() == "llada-trm: interrupted."
+
+
+def test_the_command_line_registers_models_once_it_needs_them(checkpoint):
+    program = (
+        "import sys; sys.argv[0] = 'llada-trm'; from llada_trm_hf.cli.main import main\n"
+        f"code = main(['generate', '--checkpoint', {checkpoint!r}, '--prompt', '1=', '--max_new_tokens', '4'])\n"
+        "from llada_trm_hf import LLaDAConfig, MaskedDiffusionGenerationConfig\n"
+        "from transformers import AutoConfig; AutoConfig.for_model('llada'); sys.exit(code)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for noise in ("FutureWarning", "of type ``", "Loading weights", "pin_memory"):
+        assert noise not in result.stderr
+
+
+def test_help_of_a_recipe_is_grouped_and_has_its_defaults(capsys):
+    assert main(["train", "--recipe", "slot_warmup_cpu", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    places = [text.index(f" {flag} ") for flag in ("--backbone", "--output_dir", "--use_ema", "--jit_mode_eval")[:3]]
+    assert places == sorted(places)
+    for title in ("what is trained on what:", "the run:", "the method:", "TrainingArguments:"):
+        assert title in text
+    assert "(default: train[:1000])" in text and "(default: 5e-4)" in text  # as the recipe sets them
+
+
+def test_flags_of_the_overview_exist(capsys):
+    assert main(["train", "--help"]) == 0
+    flags = set(re.findall(r"--(\w+)", capsys.readouterr().out)) - {"help", "recipe", "config", "device"}
+    known = {name for kind in KINDS for name in training_method(kind).option_names()}
+    assert flags - known <= {"lr", "batch_size", "num_epochs"} and len(flags) > 15
+
+
+def test_a_killed_run_keeps_the_answers_it_had(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("1=\n2=\n3=\n")
+    output, calls = tmp_path / "answers.jsonl", []
+
+    def killed_in_the_third(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            lines = [json.loads(line) for line in output.read_text().splitlines()]
+            assert [line["prompt"] for line in lines] == ["1=", "2="]  # on the disk by now, not in a buffer
+            raise KeyboardInterrupt
+        return generate_batch(*arguments)
+
+    generate_batch = llada_trm_hf.cli.generate.generate
+    monkeypatch.setattr("llada_trm_hf.cli.generate.generate", killed_in_the_third)
+    flags = ["--prompts_file", str(tmp_path / "prompts.txt"), "--output_file", str(output), "--batch_size", "1"]
+    assert generate(checkpoint, *flags) == 130
+    assert len(output.read_text().splitlines()) == 2
+
+
+def test_a_prompt_too_long_leaves_earlier_answers_alone(checkpoint, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("1=\n" + "2" * 70 + "\n")
+    output = tmp_path / "answers.jsonl"
+    output.write_text("precious")
+    assert generate(checkpoint, "--prompts_file", str(tmp_path / "prompts.txt"), "--output_file", str(output)) == 2
+    assert "Prompt 2 has 70 tokens" in capsys.readouterr().err and output.read_text() == "precious"
+
+
+def test_your_own_refiner_on_the_command_line(checkpoint, tmp_path, monkeypatch):
+    """Trained, saved and used by commands alone, its file given to each."""
+    module = Path(__file__).parents[2] / "examples/custom_refiner.py"
+    shutil.copy(module, tmp_path / "my_refiner_module.py")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.json").write_text(json.dumps(SIZES))
+    flags = "--backbone small.json --split train[:8] --num_terms 4 --max_steps 1 --use_cpu --save_strategy no"
+    train = f"train --recipe finetune --refiner chunk_mean_refiner {flags} --output_dir run"
+    try:
+        for command in (train, "generate --checkpoint run --prompt 1= --max_new_tokens 4"):
+            forget_refiner("chunk_mean_refiner")
+            assert main([*command.split(), "--import_module", "my_refiner_module.py"]) == 0
+    finally:
+        forget_refiner("chunk_mean_refiner")
+        del sys.modules["my_refiner_module"]
+    assert (tmp_path / "run/my_refiner_module.py").exists()
+
+
+def test_a_head_finds_its_backbone_and_its_tokenizer_from_anywhere(checkpoint, tmp_path, monkeypatch, capsys):
+    """Trained on a backbone named from the current folder, saved without it."""
+    (tmp_path / "work/runs").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    LLaDATRMForMaskedDiffusion.from_pretrained(checkpoint).backbone.save_pretrained("runs/bb")
+    byte_tokenizer().save_pretrained("runs/bb")
+    head = RecursiveRefinementHeadConfig(hidden_size=32, chunk_size=4, head_hidden_size=8)
+    hybrid = LLaDATRMForMaskedDiffusion.from_backbone("runs/bb", head)
+    hybrid.save_pretrained("runs/head", save_backbone=False)
+    hybrid.save_pretrained("runs/whole")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert generate("../work/runs/head", "--prompt", "12=", "--no_refinement") == 0
+    from_the_head = capsys.readouterr().out
+    assert generate("../work/runs/bb", "--prompt", "12=") == 0
+    assert capsys.readouterr().out == from_the_head
+
+    # An older checkpoint, whose backbone has a name that only the folder beside it explains.
+    config = json.loads((tmp_path / "work/runs/head/config.json").read_text())
+    assert config["backbone_name_or_path"] == str(tmp_path / "work/runs/bb")
+    for relative in ("../bb", "runs/bb"):
+        config["backbone_name_or_path"] = relative
+        (tmp_path / "work/runs/head/config.json").write_text(json.dumps(config))
+        assert main(["push", "--checkpoint", "../work/runs/head", "--repo", "owner/name", "--dry_run"]) == 2
+        assert f"names a folder of this machine, {relative}" in capsys.readouterr().err
+    config["backbone_name_or_path"] = "../bb"
+    (tmp_path / "work/runs/head/config.json").write_text(json.dumps(config))
+    assert generate("../work/runs/head", "--prompt", "12=", "--no_refinement") == 0
+    assert capsys.readouterr().out == from_the_head
+    (tmp_path / "work/runs/bb").rename(tmp_path / "work/runs/renamed")
+    assert generate("../work/runs/head", "--prompt", "12=") == 2
+    assert "the folder of the one it names is not there: ../bb" in capsys.readouterr().err
+
+    files = llada_trm_hf.hub.push.files_to_publish(tmp_path / "work/runs/whole", "owner/name")
+    assert str(tmp_path) not in files["config.json"].decode() and str(tmp_path) not in files["README.md"].decode()
+
+
+def test_a_frozen_random_backbone_is_warned_of(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.json").write_text(json.dumps(SIZES))
+    flags = "--backbone small.json --split train[:8] --num_terms 4 --max_steps 1 --use_cpu --save_strategy no"
+    with pytest.warns(UserWarning, match=r"random weights, and they are frozen: .*--recipe finetune --refiner none"):
+        assert main([*f"train --recipe warmup {flags} --output_dir run".split()]) == 0
+    with warnings.catch_warnings(record=True) as caught:
+        assert main([*f"train --recipe finetune {flags} --output_dir other".split()]) == 0
+    assert not [warning for warning in caught if "random weights" in str(warning.message)]

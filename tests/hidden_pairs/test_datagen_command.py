@@ -254,6 +254,7 @@ def test_traces_of_a_file(model, tmp_path, rows, columns):
         ([{"id": "a", "prompt": "?", "reasoning": "x"}] * 2, "are not unique: 1 different ones in 2 rows"),
         ([{"prompt": "?", "completion_ids": [5, 999, 260]}], "holds token 999, the vocabulary of"),
         ([{"prompt": "?", "completion_ids": [5, -1, 260]}], "holds token -1, the vocabulary of"),
+        ([{"prompt": "?", "completion_ids": [5.0, 1.5, 260.0]}], "completion_ids must be whole numbers, got 5.0"),
         ([], "is empty"),
     ],
 )

@@ -322,7 +322,7 @@ def test_train_command_with_recipe_values_typed_and_overridden(tmp_path, config_
         (["--ema_decay", "1"], "ema_decay must be at least 0 and below 1"),
         (["--learning_rte", "1"], "did you mean '--learning_rate'"),
         (["--resume_from_checkpoint", "true"], "holds no checkpoint"),
-        (["--lr", "fast"], "invalid float value: 'fast'"),
+        (["--lr", "fast"], "must be a finite number, got 'fast'"),
         (["--deep_supervision_schedule", "cubic"], "must be one of"),
         (["--label_smoothing_factor", "0.1"], "would replace the model's own loss"),
     ],

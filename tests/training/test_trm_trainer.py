@@ -569,7 +569,8 @@ def pairs_file(tmp_path) -> str:
 
 
 def trm_command(pairs: str, folder: Path, *more: str) -> list[str]:
-    flags = f"train --recipe trm --pairs_dir {pairs} --output_dir {folder} --n_heads 2 --n_latent_steps 1 --dropout 0"
+    flags = f"train --recipe trm --pairs_dir {pairs} --output_dir {folder} --n_latent_steps 1"
+    flags += "" if "--checkpoint" in more else " --n_heads 2 --dropout 0"  # a trained one has its own
     flags += " --n_supervision_steps 3 --num_epochs 2 --batch_size 8 --logging_steps 1 --use_cpu --disable_tqdm true"
     return [*flags.split(), *more]
 

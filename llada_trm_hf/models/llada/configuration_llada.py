@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from ..hub_model import check_at_least_one, check_heads, check_token_id, model_type_of
+from ..hub_model import check_at_least_one, check_functions, check_heads, check_token_id, model_type_of
 
 # Field names of the official `config.json` files and what they are called in transformers.
 _OFFICIAL_NAMES = {
@@ -150,4 +150,5 @@ class LLaDAConfig(PreTrainedConfig):
     def _check_sizes(self) -> None:
         check_at_least_one(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
         check_heads(self)
+        check_functions(self)
         check_token_id("mask_token_id", self.mask_token_id, self.vocab_size)

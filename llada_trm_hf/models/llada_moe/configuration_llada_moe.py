@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..hub_model import check_at_least_one, check_heads, check_token_id, model_type_of
+from ..hub_model import check_at_least_one, check_functions, check_heads, check_token_id, model_type_of
 
 # The mask token of the released checkpoints, whose config files do not name it.
 RELEASED_MASK_TOKEN_ID = 156895
@@ -156,6 +156,7 @@ class LLaDAMoEConfig(PreTrainedConfig):
         if self.shared_expert_intermediate_size is not None:
             check_at_least_one(self, "shared_expert_intermediate_size")
         check_heads(self)
+        check_functions(self)
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} is more than there are experts "
