@@ -52,6 +52,7 @@ NEEDS_EXTRAS = ("latent_thinking_prompt", "Trainer", "HiddenPairs", "onnxruntime
 NOT_RUN = ("make ", "pip install", "torchrun", "accelerate launch", "push", "lm-eval", "...")
 # Settings that make a command short, by what it starts with; the last of two counts.
 SHORTER = {
+    "train --recipe compressor_1b": "--max_steps 2 --num_eval_samples 4",
     "train": "--max_steps 2",
     "datagen": "--max_new_tokens 12",
 }
