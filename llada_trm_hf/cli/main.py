@@ -70,7 +70,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _explain(error: Exception) -> tuple[str | None, int]:
     """The message for the user, None for a bug, and the exit code."""
+    from ..hub.files import disk_problem
+
     message = str(error) or type(error).__name__
+    full = disk_problem(error)
+    if full is not None:
+        return full, 1
     if isinstance(error, SafetensorError):
         return f"a weights file is damaged or cut short ({error}): copy or download the checkpoint again.", 2
     if isinstance(error, ModuleNotFoundError):

@@ -99,7 +99,7 @@ def test_another_choice_of_what_is_averaged_is_refused(tmp_path, samples):
     arguments = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     trainer(new_hybrid(), tmp_path, samples, use_ema=True, **arguments).train()
     checkpoint = str(tmp_path / "checkpoint-2")
-    arguments["max_steps"] = 4
+    arguments |= {"max_steps": 4, "resume_with_changes": True}
     with pytest.raises(ValueError, match="was made with use_ema"):
         trainer(new_hybrid(), tmp_path, samples, **arguments).train(resume_from_checkpoint=checkpoint)
     with pytest.raises(ValueError, match="other weights trainable"):
