@@ -83,8 +83,17 @@ def _disk_error_number(error: BaseException) -> int | None:
         found = re.search(r"os error (\d+)", str(error))
         return int(found[1]) if found is not None and int(found[1]) in _DISK_ERRORS else None
     # torch says that a write failed, or that the file does not end where it should.
-    failed = isinstance(error, RuntimeError) and _FAILED_TORCH_SAVE.search(str(error))
-    return errno.ENOSPC if failed else None
+    if not isinstance(error, RuntimeError) or not _FAILED_TORCH_SAVE.search(str(error)):
+        return None
+    return errno.EFBIG if _file_size_is_limited() else errno.ENOSPC
+
+
+def _file_size_is_limited() -> bool:
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return False
+    return resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
 
 
 def write_text(path: str, text: str) -> None:

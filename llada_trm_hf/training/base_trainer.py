@@ -34,9 +34,8 @@ from .resuming import (
     check_settings,
     check_trainer_state,
     checkpoints_in,
-    damaged,
     optimizer_settings,
-    raise_if_damaged,
+    raise_if_weights_are_damaged,
     remove_leftovers,
     restore_optimizer_settings,
     run_settings,
@@ -111,10 +110,11 @@ class BaseTrainer(Trainer):
         if may_differ and self.is_deepspeed_enabled:
             raise ValueError("DeepSpeed restores the old settings: start a new run instead of resume_with_changes.")
         check_settings(checkpoint, self._settings_of_run(), may_differ)
-        if not self.is_deepspeed_enabled:
+        if not self.is_deepspeed_enabled and self.args.local_process_index == 0:  # which keeps its own
             check_files(checkpoint, *([] if self.is_fsdp_enabled else [OPTIMIZER_NAME]), SCHEDULER_NAME)
         if not may_differ:  # other processes have other random numbers
-            check_files(checkpoint, self._random_state_name())
+            several = self.args.world_size > 1
+            check_files(checkpoint, f"rng_state_{self.args.process_index}.pth" if several else "rng_state.pth")
 
     def _settings_of_run(self) -> dict[str, Any]:
         """Of the data and settings with which training began."""
@@ -122,9 +122,6 @@ class BaseTrainer(Trainer):
             data = self.train_dataset
             self._run_settings = run_settings(self.args, data, self.data_description, self.recipe_settings)
         return self._run_settings
-
-    def _random_state_name(self) -> str:
-        return f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """
@@ -330,24 +327,17 @@ class BaseTrainer(Trainer):
             self.state.save_to_json(os.path.join(unfinished, TRAINER_STATE_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As in `Trainer`; ValueError naming a damaged file. `args.resume_with_changes` keeps the new settings."""
+        """As in `Trainer`, but `args.resume_with_changes` keeps the new settings of the optimizer."""
         settings = optimizer_settings(self.optimizer)
-        try:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        except Exception:
-            if checkpoint is not None:
-                raise_if_damaged(checkpoint, OPTIMIZER_NAME, SCHEDULER_NAME)
-            raise
+        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.args.resume_with_changes:
             restore_optimizer_settings(self.optimizer, self.lr_scheduler, settings)
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        try:
-            super()._load_rng_state(checkpoint)
-        except Exception as error:
-            raise damaged(os.path.join(str(checkpoint), self._random_state_name()), error) from error
-
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with writing(output_dir or self.args.output_dir):
+            self._save_model_and_settings(output_dir, state_dict)
+
+    def _save_model_and_settings(self, output_dir: str | None, state_dict: dict | None) -> None:
         if self._save_backbone:
             super()._save(output_dir, state_dict)
         else:
@@ -367,7 +357,7 @@ class BaseTrainer(Trainer):
             try:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
             except SafetensorError:
-                raise_if_damaged(resume_from_checkpoint, "*.safetensors")
+                raise_if_weights_are_damaged(resume_from_checkpoint)
                 raise
 
     def _load_best_model(self) -> None:

@@ -5,13 +5,15 @@ import hashlib
 import json
 import os
 import shutil
+import zipfile
+import zlib
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Subset
 from transformers import TrainingArguments
@@ -91,10 +93,21 @@ def remove_leftovers(folder: str) -> None:
 
 
 def check_files(checkpoint: str, *names: str) -> None:
-    """Raises ValueError naming which of these files `checkpoint` lacks."""
+    """
+    Raises ValueError naming which of these files, as `torch.save` writes them, `checkpoint` lacks or cannot be read.
+    (`torch.load` checks that a file is whole, but not the tensors in it.)
+    """
     missing = [path for name in names if not os.path.isfile(path := os.path.join(checkpoint, name))]
     if missing:
         raise ValueError(f"{', '.join(missing)} is missing. {_remedy(checkpoint)}")
+    for path in (os.path.join(checkpoint, name) for name in names):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                wrong = archive.testzip() if torch.serialization.get_crc32_options() else None
+        except (zipfile.BadZipFile, OSError, EOFError, zlib.error, NotImplementedError) as error:
+            raise _damaged(path, error) from error
+        if wrong is not None:
+            raise _damaged(path, f"the checksum of {wrong}")
 
 
 def check_trainer_state(checkpoint: str) -> None:
@@ -104,21 +117,17 @@ def check_trainer_state(checkpoint: str) -> None:
         raise ValueError(f"{problem}. {_remedy(checkpoint)}")
 
 
-def raise_if_damaged(checkpoint: str, *names: str) -> None:
-    """Raises ValueError naming the first of these files of the checkpoint, glob patterns, that cannot be read."""
-    for path in [path for name in names for path in sorted(glob.glob(os.path.join(glob.escape(checkpoint), name)))]:
+def raise_if_weights_are_damaged(checkpoint: str) -> None:
+    """Raises ValueError naming the first file of weights, of the model or the trainer, that cannot be read."""
+    for path in sorted(glob.glob(os.path.join(glob.escape(checkpoint), "*.safetensors"))):
         try:
-            if path.endswith(".safetensors"):
-                with safe_open(path, "pt"):
-                    continue
-            torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # zip, pickle and tensors each have their own
-            raise damaged(path, error) from error
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError as error:
+            raise _damaged(path, error) from error
 
 
-def damaged(path: str, error: Exception) -> ValueError:
-    """That a file of a checkpoint cannot be read, and what to do."""
-    reason = str(error).strip().partition("\n")[0][:120] or type(error).__name__
+def _damaged(path: str, reason: object) -> ValueError:
     return ValueError(f"{path} is damaged or cut short ({reason}). {_remedy(os.path.dirname(path))}")
 
 
