@@ -3,9 +3,8 @@
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,13 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, rotate_checkpoints
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    HubStrategy,
+    SaveStrategy,
+    get_last_checkpoint,
+    rotate_checkpoints,
+)
 from transformers.utils import PushInProgress, logging
 
 from ..hub.checkpoint_files import files_to_publish
@@ -35,10 +40,12 @@ from .resuming import (
     check_trainer_state,
     checkpoints_in,
     optimizer_settings,
+    quantized_backbone_kept,
     raise_if_weights_are_damaged,
     remove_leftovers,
     restore_optimizer_settings,
     run_settings,
+    trainer_state_problem,
 )
 
 logger = logging.get_logger(__name__)
@@ -101,7 +108,16 @@ class BaseTrainer(Trainer):
             resume_from_checkpoint = complete[-1] if complete else True  # `Trainer` says that there is none
         if isinstance(resume_from_checkpoint, str):
             self._check_checkpoint(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        # A run that was killed after its last save may not have deleted older checkpoints.
+        last = get_last_checkpoint(self.args.output_dir) if os.path.isdir(self.args.output_dir) else None
+        if self.args.should_save and last is not None and trainer_state_problem(last) is None:
+            self._delete_older_checkpoints(self.args.output_dir)
+        return output
+
+    def _delete_older_checkpoints(self, folder: str) -> None:
+        limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+        rotate_checkpoints(folder, save_total_limit=limit, best_model_checkpoint=best)
 
     def _check_checkpoint(self, checkpoint: str) -> None:
         """Raises ValueError for a checkpoint from which the run cannot go on as it was."""
@@ -122,6 +138,15 @@ class BaseTrainer(Trainer):
             data = self.train_dataset
             self._run_settings = run_settings(self.args, data, self.data_description, self.recipe_settings)
         return self._run_settings
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As in `Trainer`, but no step more if the checkpoint that is resumed was the last one."""
+        callbacks = self.callback_handler.callbacks
+        stopped = any(isinstance(callback, _EarlyStopping) and callback.has_stopped for callback in callbacks)
+        if stopped or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """
@@ -311,10 +336,7 @@ class BaseTrainer(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(os.path.join(folder, name))
         if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(
-                folder, save_total_limit=self.args.save_total_limit, best_model_checkpoint=best, use_mtime=True
-            )
+            self._delete_older_checkpoints(folder)
 
     def _name_best_checkpoint(self, folder: str, unfinished: str) -> None:
         """The best checkpoint by the name it will have, also in the state within the checkpoint."""
@@ -334,7 +356,7 @@ class BaseTrainer(Trainer):
             restore_optimizer_settings(self.optimizer, self.lr_scheduler, settings)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        with writing(output_dir or self.args.output_dir):
+        with nullcontext() if self._saves_checkpoint else writing(output_dir or self.args.output_dir):
             self._save_model_and_settings(output_dir, state_dict)
 
     def _save_model_and_settings(self, output_dir: str | None, state_dict: dict | None) -> None:
@@ -353,7 +375,7 @@ class BaseTrainer(Trainer):
             self._save_card(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with _quantized_backbone_kept(self.model):
+        with quantized_backbone_kept(self.model):
             try:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
             except SafetensorError:
@@ -361,42 +383,8 @@ class BaseTrainer(Trainer):
                 raise
 
     def _load_best_model(self) -> None:
-        with _quantized_backbone_kept(self.model):
+        with quantized_backbone_kept(self.model):
             super()._load_best_model()
-
-
-@contextmanager
-def _quantized_backbone_kept(model: Any) -> Iterator[None]:
-    """
-    Within it, `model.load_state_dict` leaves what does not train of a quantised backbone as it is: quantised weights
-    are saved in a form that it cannot load. ValueError if they are others than those of the checkpoint.
-    """
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is None or not hasattr(model, "backbone"):
-        yield
-        return
-    load_state_dict = model.load_state_dict
-
-    def load(state_dict: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        trainable = {name for name, weight in model.named_parameters() if weight.requires_grad}
-        kept = {n: tensor for n, tensor in state_dict.items() if n.startswith("backbone.") and n not in trainable}
-        present, _ = quantizer.get_state_dict_and_metadata(model)
-        for name, tensor in kept.items():
-            # (Scales in floating point may be stored in another format on another device.)
-            if tensor.is_floating_point():
-                continue
-            if name not in present or not torch.equal(present[name].cpu(), tensor.cpu()):
-                raise ValueError(f"{name} is not as in the checkpoint: resume on the backbone it was quantised from.")
-        others = {name: tensor for name, tensor in state_dict.items() if name not in kept}
-        result = load_state_dict(others, *args, **kwargs)
-        result.missing_keys[:] = [name for name in result.missing_keys if not name.startswith("backbone.")]
-        return result
-
-    model.load_state_dict = load
-    try:
-        yield
-    finally:
-        del model.load_state_dict
 
 
 def _check_backbone_can_be_left_out(model: Any) -> None:
@@ -423,6 +411,10 @@ def _report_failure(upload: Future) -> None:
 
 class _EarlyStopping(EarlyStoppingCallback):
     """Goes on counting where the resumed checkpoint stopped."""
+
+    @property
+    def has_stopped(self) -> bool:
+        return self.early_stopping_patience_counter >= self.early_stopping_patience
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)

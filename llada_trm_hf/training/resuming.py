@@ -7,6 +7,8 @@ import os
 import shutil
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -230,3 +232,40 @@ def restore_optimizer_settings(
 def _as_json(value: Any) -> Any:
     """As it will be when it was written and read again."""
     return json.loads(json.dumps(value.value if isinstance(value, Enum) else value, default=str))
+
+
+# --- Quantised backbones ---
+
+
+@contextmanager
+def quantized_backbone_kept(model: Any) -> Iterator[None]:
+    """
+    Within it, `model.load_state_dict` leaves what does not train of a quantised backbone as it is: quantised weights
+    are saved in a form that it cannot load. ValueError if they are others than those of the checkpoint.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or not hasattr(model, "backbone"):
+        yield
+        return
+    load_state_dict = model.load_state_dict
+
+    def load(state_dict: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        trainable = {name for name, weight in model.named_parameters() if weight.requires_grad}
+        kept = {n: tensor for n, tensor in state_dict.items() if n.startswith("backbone.") and n not in trainable}
+        present, _ = quantizer.get_state_dict_and_metadata(model)
+        for name, tensor in kept.items():
+            # (Scales in floating point may be stored in another format on another device.)
+            if tensor.is_floating_point():
+                continue
+            if name not in present or not torch.equal(present[name].cpu(), tensor.cpu()):
+                raise ValueError(f"{name} is not as in the checkpoint: resume on the backbone it was quantised from.")
+        others = {name: tensor for name, tensor in state_dict.items() if name not in kept}
+        result = load_state_dict(others, *args, **kwargs)
+        result.missing_keys[:] = [name for name in result.missing_keys if not name.startswith("backbone.")]
+        return result
+
+    model.load_state_dict = load
+    try:
+        yield
+    finally:
+        del model.load_state_dict

@@ -16,7 +16,7 @@ TRAIN = (
 )
 TRAIN += " --chunk_size 5 --head_hidden_size 16 --max_steps 4 --logging_steps 1 --save_steps 1 --save_total_limit 2"
 TRAIN += " --use_ema true --eval_split test[:8] --eval_strategy steps --eval_steps 1 --load_best_model_at_end true"
-TRAIN += " --metric_for_best_model loss --use_cpu --report_to none --resume_from_checkpoint true"
+TRAIN += " --metric_for_best_model loss --use_cpu --report_to none --disable_tqdm true --resume_from_checkpoint true"
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +64,36 @@ def test_training_that_is_killed_ends_as_if_it_had_not_been(tmp_path, process, c
     whole = process.run(train(config_file, tmp_path / "whole"), tmp_path / "whole")
     assert whole["code"] == 0, whole["stderr"]
     expected, choice, kills = state_of_run(tmp_path / "whole"), random.Random(0), 0
-    for number in range(3):
+    for number in range(2):
         folder = tmp_path / f"killed-{number}"
-        moments = [choice.randrange(1, whole["operations"] // 2) for _ in range(3)]
+        moments = [choice.randrange(1, whole["operations"] // 2) for _ in range(4)]
         runs = kill_and_finish(process, train(config_file, folder), folder, moments)
         assert all(run["code"] in (None, 0) for run in runs) and runs[-1]["code"] == 0, [run["stderr"] for run in runs]
         kills += sum(run["code"] is None for run in runs)
         assert state_of_run(folder) == expected, moments
     assert kills >= 6
+
+
+def test_kills_at_every_point_of_a_save(tmp_path, process, config_file):
+    """Of which the last restart, after a checkpoint was written and the model only in part, takes no more steps."""
+    whole = process.run(train(config_file, tmp_path / "whole"), tmp_path / "whole")
+    last = whole["operations"]
+    folder = tmp_path / "killed"
+    first = process.run(train(config_file, folder), folder, kill_at=last - 20)
+    assert first["code"] is None
+    again = process.run(train(config_file, folder), folder)
+    assert again["code"] == 0, again["stderr"]
+    assert state_of_run(folder) == state_of_run(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("limit", [30_000, 100_000])
+def test_training_that_cannot_write_says_so_in_one_line(tmp_path, process, config_file, limit):
+    """The limits are met by different writers: of tensors, of the optimizer, of the average."""
+    run = process.run(train(config_file, tmp_path / "run"), tmp_path / "run", size_limit=limit)
+    message = run["stderr"].strip().splitlines()[-1]
+    assert run["code"] == 1 and "Traceback" not in run["stderr"], run["stderr"]
+    assert f"could not write {tmp_path}/run/checkpoint-1: File too large" in message
+    assert not [path for path in (tmp_path / "run").rglob("*") if "tmp" in path.name or "checkpoint" in path.name]
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {
+        *(".training.lock", "training_metrics.csv", "validation_metrics.csv")
+    }

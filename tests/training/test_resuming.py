@@ -171,6 +171,10 @@ def test_best_checkpoint_and_early_stopping(tmp_path, samples, more):
     for name, parameter in resumed.model.named_parameters():
         assert torch.equal(parameter, best.get_parameter(name)), name
 
+    again = start("cut", 20, [])
+    again.train(resume_from_checkpoint=get_last_checkpoint(str(tmp_path / "cut")))
+    assert again.state.global_step == 8  # it has stopped, and does not go on
+
 
 # --- Damaged checkpoints, changed settings, full disks ---
 
@@ -233,6 +237,14 @@ def test_a_run_goes_on_with_its_own_settings_only(saved_run, tmp_path, samples, 
     with pytest.raises(ValueError, match=f"was made with {message}.*--resume_with_changes"):
         run.train(resume_from_checkpoint=f"{saved_run}/checkpoint-2")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_whose_last_checkpoint_is_resumed_takes_no_step_more(saved_run, tmp_path, samples):
+    run = trainer(new_hybrid(), tmp_path, samples, **SAVING)
+    run.train(resume_from_checkpoint=f"{saved_run}/checkpoint-4")
+    assert run.state.global_step == 4
+    for name, tensor in load_file(saved_run / "checkpoint-4" / "model.safetensors").items():
+        assert torch.equal(run.model.state_dict()[name], tensor), name
 
 
 def test_what_does_not_change_the_weights_may_change(saved_run, tmp_path, samples):
