@@ -76,8 +76,13 @@ def _explain(error: Exception) -> tuple[str | None, int]:
     from huggingface_hub.errors import StrictDataclassError  # a config's field of the wrong type
     from safetensors import SafetensorError
 
+    from ..hub.files import disk_problem
+
     mistakes = (ValueError, StrictDataclassError, *WRONG_PATHS)
     message = str(error) or type(error).__name__
+    full = disk_problem(error)
+    if full is not None:
+        return full, 1
     if isinstance(error, SafetensorError):
         return f"a weights file is damaged or cut short ({error}): copy or download the checkpoint again.", 2
     if isinstance(error, ModuleNotFoundError):

@@ -26,19 +26,18 @@ def run(arguments: list[str]) -> None:
     import torch
 
     from ..evaluation.language_models import decode
-    from ..hub.files import write_atomically
+    from ..hub.files import output_dir_lock, write_atomically
     from ..inspection import trace_summary
 
     torch.manual_seed(options.seed)
     model, tokenizer = load(options.checkpoint, options.dtype, options.device)
-    output, answers = generate(model, tokenizer, [options.prompt], settings)
-    trace = output.refinement_trace
-
-    os.makedirs(folder, exist_ok=True)
     page, picture, data = (os.path.join(folder, f"trace.{ending}") for ending in ("html", "png", "json"))
-    write_atomically(page, lambda path: trace.to_html(path, tokenizer))
-    write_atomically(data, lambda path: trace.to_json(path, tokenizer))
-    print(f"{decode(answers[0], tokenizer)}\n\n{trace_summary(trace)}\n\n{page}\n{data}")
-    if trace.passes:
-        write_atomically(picture, trace.plot)
-        print(picture)
+    with output_dir_lock(folder, ".trace.lock"):  # so that the three files are of one answer
+        output, answers = generate(model, tokenizer, [options.prompt], settings)
+        trace = output.refinement_trace
+        write_atomically(page, lambda path: trace.to_html(path, tokenizer))
+        write_atomically(data, lambda path: trace.to_json(path, tokenizer))
+        print(f"{decode(answers[0], tokenizer)}\n\n{trace_summary(trace)}\n\n{page}\n{data}")
+        if trace.passes:
+            write_atomically(picture, trace.plot)
+            print(picture)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..hub.files import write_atomically
+from ..hub.files import write_atomically, writing
 from ..hub.training_record import read_json
 from .scoring import Accuracy
 
@@ -127,7 +127,7 @@ class ResultFolder:
         return results
 
     def append(self, results: list[ProblemResult]) -> None:
-        with open(self.problems_file, "a", encoding="utf-8") as file:
+        with writing(self.problems_file), open(self.problems_file, "a", encoding="utf-8") as file:
             file.writelines(result.line for result in results)
             file.flush()
             os.fsync(file.fileno())

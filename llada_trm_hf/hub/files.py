@@ -1,11 +1,18 @@
 """Files that appear complete or not at all, and output folders that one run at a time writes to."""
 
+import errno
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+_NOT_WRITTEN = "could not write"
+_FAILED_TORCH_SAVE = re.compile(r"PytorchStreamWriter failed writing|unexpected pos \d+ vs \d+")
+_DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 def write_atomically(path: str, write: Callable[[str], object]) -> None:
@@ -17,14 +24,76 @@ def write_atomically(path: str, write: Callable[[str], object]) -> None:
     folder, name = os.path.split(os.path.abspath(path))
     temporary = os.path.join(folder, f".{name}.tmp")
     try:
-        write(temporary)
-        _flush(temporary)
+        with writing(path):
+            write(temporary)
+            _flush(temporary)
         os.replace(temporary, path)
     except BaseException:
         with suppress(FileNotFoundError):
             os.remove(temporary)
         raise
     _flush(folder)
+
+
+def move_folder(temporary: str, path: str) -> None:
+    """Gives a finished folder its name in one step, once it is on the disk; an older folder `path` is replaced."""
+    for folder, _, names in os.walk(temporary):
+        for name in names:
+            _flush(os.path.join(folder, name))
+        _flush(folder)
+    replaced = f"{temporary}.replaced"
+    if os.path.isdir(path):
+        os.replace(path, replaced)
+    os.replace(temporary, path)
+    _flush(os.path.dirname(os.path.abspath(path)))
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def writing(path: str) -> Iterator[None]:
+    """Within it, a full disk or a limit on the size of files is an OSError that names `path`, whoever writes."""
+    try:
+        yield
+    except Exception as error:
+        problem = disk_problem(error, path)
+        if problem is None or problem == error.args[-1]:
+            raise
+        raise OSError(_disk_error_number(error), problem) from error
+
+
+def disk_problem(error: BaseException, path: str | None = None) -> str | None:
+    """One line for the user if `error` means that a disk or a quota is full, or a file too large; else None."""
+    number = _disk_error_number(error)
+    if number is None:
+        return None
+    if str(error.args[-1]).startswith(_NOT_WRITTEN):
+        return error.args[-1]
+    path = path or getattr(error, "filename", None)
+    return (
+        f"{_NOT_WRITTEN} {path or 'a file'}: {os.strerror(number)}. Free space, or raise the limit on the size of "
+        f"files (ulimit -f, a quota), and run the same command again."
+    )
+
+
+def _disk_error_number(error: BaseException) -> int | None:
+    """The system's number of the error, which safetensors has in its text; torch does not tell the two apart."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno if error.errno in _DISK_ERRORS else None
+    if type(error).__name__ == "SafetensorError":
+        found = re.search(r"os error (\d+)", str(error))
+        return int(found[1]) if found is not None and int(found[1]) in _DISK_ERRORS else None
+    # torch says that a write failed, or that the file does not end where it should.
+    if not isinstance(error, RuntimeError) or not _FAILED_TORCH_SAVE.search(str(error)):
+        return None
+    return errno.EFBIG if _file_size_is_limited() else errno.ENOSPC
+
+
+def _file_size_is_limited() -> bool:
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return False
+    return resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
 
 
 def write_text(path: str, text: str) -> None:

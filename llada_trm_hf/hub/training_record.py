@@ -44,9 +44,16 @@ class TrainingRecord(NamedTuple):
 
 
 def write_training_settings(
-    folder: str, model: PreTrainedModel, args: TrainingArguments, data: dict[str, str] | None = None
+    folder: str,
+    model: PreTrainedModel,
+    args: TrainingArguments,
+    data: dict[str, str] | None = None,
+    run: dict[str, Any] | None = None,
 ) -> None:
-    """Writes `training_settings.json`; for `data` see [`TrainingRecord`]."""
+    """
+    Writes `training_settings.json`; for `data` see [`TrainingRecord`]. What is in `run` has to be the same when the
+    run is resumed.
+    """
     settings = {name: getattr(args, name, None) for name in _SETTINGS}
     if not settings["use_ema"]:
         settings["ema_decay"] = None
@@ -63,6 +70,7 @@ def write_training_settings(
         "load_best_model_at_end": args.load_best_model_at_end,
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
+        "run": run,
     }
     write_text(os.path.join(folder, TRAINING_SETTINGS_FILE), json.dumps(content, indent=2))
 
@@ -71,6 +79,7 @@ def read_training_record(folder: str | os.PathLike) -> TrainingRecord:
     """From `training_settings.json` and `trainer_state.json`; pickles such as `training_args.bin` are not opened."""
     settings, state = read_json(Path(folder, TRAINING_SETTINGS_FILE)), read_json(Path(folder, "trainer_state.json"))
     data = settings.pop("data", None) or {}
+    settings.pop("run", None)
     step = state.get("global_step")
     if settings.pop("load_best_model_at_end", False) and state.get("best_global_step"):
         step = state["best_global_step"]

@@ -7,13 +7,16 @@ import inspect
 import json
 import os
 import re
+import shutil
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from torch import distributed
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
@@ -34,6 +37,12 @@ NEEDED_TOKENS = ("mask_token_id", "latent_token_id", "think_start_token_ids", "t
 _HERE = Path(__file__).resolve().parent
 _REGISTRY_FILE = "registered_models.py"
 _SAVE_ARGUMENTS = {*inspect.signature(PreTrainedModel.save_pretrained).parameters} - {"token"}  # that is for pushing
+# Shards, one file for all, or the index: the name, and the variant, before the shard's number or at the index's end.
+_WEIGHTS_FILE = re.compile(
+    r"(?:pytorch_)?(model|adapter_model)"
+    r"(?:(\.[^.]+?)?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)|\.(?:safetensors|bin)\.index(\.[^.]+)?\.json)"
+)
+_UNFINISHED_SAVE = ".saving-"
 _RELATIVE_IMPORT = re.compile(r"from\s+\.[\w.]*")
 
 
@@ -95,7 +104,9 @@ class HubModel:
     ) -> None:
         """
         As in transformers, except that tensors keep this package's names unless `save_original_format=True` asks for
-        those of the official checkpoints. (The HF Trainer resumes by the names in memory.) Where the package is
+        those of the official checkpoints. (The HF Trainer resumes by the names in memory.) Over an older model, all
+        files are written first and then take the place of the old ones: a save that is cut short leaves the old model,
+        the new one or, for a moment, none that could be loaded, never parts of both. Where the package is
         imported, a model card is written too, but never over a README.md that a person wrote or changed, and
         `push_to_hub=True` uploads as `push_to_hub` does.
 
@@ -108,16 +119,19 @@ class HubModel:
         upload: dict[str, Any] = {}
         if push_to_hub and hooks:
             upload = {name: kwargs.pop(name) for name in list(kwargs) if name not in _SAVE_ARGUMENTS}
-        if is_main_process and not has_adapters:
-            os.makedirs(save_directory, exist_ok=True)
-            self.export_code(save_directory)
-        super().save_pretrained(  # type: ignore[misc]
-            save_directory,
-            is_main_process=is_main_process,
-            save_original_format=save_original_format,
-            push_to_hub=push_to_hub and not hooks,
-            **kwargs,
-        )
+        # transformers uploads by the name of the folder it wrote to; its distributed format has many writers.
+        in_place = not is_main_process or (push_to_hub and not hooks) or kwargs.get("distributed_checkpoint", False)
+        with nullcontext(save_directory) if in_place else _replacing_files(save_directory) as folder:
+            if is_main_process and not has_adapters:
+                os.makedirs(folder, exist_ok=True)
+                self.export_code(folder)
+            super().save_pretrained(  # type: ignore[misc]
+                folder,
+                is_main_process=is_main_process,
+                save_original_format=save_original_format,
+                push_to_hub=push_to_hub and not hooks,
+                **kwargs,
+            )
         if hooks and is_main_process:
             tags = self.model_tags  # type: ignore[attr-defined]
             hooks["save_card"](save_directory, tags=tags)
@@ -184,6 +198,45 @@ class HubModel:
         config.auto_map.update(
             {name: f"{module_name(model_class)}.{model_class.__name__}" for name in self.auto_classes}
         )
+
+
+@contextmanager
+def _replacing_files(folder: str | os.PathLike) -> Iterator[str]:
+    """
+    A temporary folder within `folder`; at the end, what was written there takes the place of an older model's files:
+    the old weights go first, index before shards, and the new ones come last, shards before index.
+    """
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f"{_UNFINISHED_SAVE}{os.getpid()}")
+    os.makedirs(temporary)
+    try:
+        yield temporary
+        names = sorted(os.listdir(temporary), key=_is_weights)
+        kinds = {_kind_of_weights(name) for name in names} - {None}
+        old = [name for name in os.listdir(folder) if _kind_of_weights(name) in kinds]
+        for name in sorted(old, key=_is_weights, reverse=True):
+            os.remove(os.path.join(folder, name))
+        for name in names:
+            os.replace(os.path.join(temporary, name), os.path.join(folder, name))
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if not (
+        distributed.is_available() and distributed.is_initialized()
+    ):  # else other processes may be saving here too
+        for name in os.listdir(folder):
+            if name.startswith(_UNFINISHED_SAVE):  # of a process that was killed
+                shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+
+
+def _is_weights(name: str) -> int:
+    """For sorting: 0 for other files, 1 for weights, 2 for their index."""
+    return 0 if _kind_of_weights(name) is None else 1 + (".index." in name)
+
+
+def _kind_of_weights(name: str) -> str | None:
+    """`model` or `adapter_model`, with its variant (`model.fp16`), of files that are loaded together; else None."""
+    file = _WEIGHTS_FILE.fullmatch(name)
+    return f"{file[1]}{file[2] or file[3] or ''}" if file else None
 
 
 def _check_weights_can_be_saved(model: Any, state_dict: dict[str, Any] | None, save_original_format: bool) -> None:

@@ -11,7 +11,6 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..data import load_text_dataset, tokenize_texts
 from ..data.reasoning_sources import SOURCES
@@ -22,6 +21,7 @@ from ..models import DimensionCompressor, DimensionCompressorConfig
 from ..models.hub_model import lasting_name
 from ..training import CompressorTrainer, CompressorTrainingArguments
 from ..training.reconstruction_metrics import head_width
+from ..training.resuming import trainer_state_problem
 from .run_setup import (
     DATA_MODELS,
     DataArguments,
@@ -164,11 +164,9 @@ def _sweep(
         size = compressor.config.compressed_size
         arguments = copy.copy(training_args)
         arguments.output_dir = os.path.join(training_args.output_dir, f"compressed_size_{size}")
-        finished = resuming and os.path.isfile(os.path.join(arguments.output_dir, "trainer_state.json"))
+        finished = resuming and trainer_state_problem(arguments.output_dir) is None
         if finished:
             compressor = DimensionCompressor.from_pretrained(arguments.output_dir)
-        elif resuming and not (os.path.isdir(arguments.output_dir) and get_last_checkpoint(arguments.output_dir)):
-            arguments.resume_from_checkpoint = None
         trainer = CompressorTrainer(compressor, arguments, **parts)
         if pca is None:
             pca = _principal_directions(script_args, trainer, max(script_args.compressed_sizes or []))

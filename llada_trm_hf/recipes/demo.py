@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from ..data import byte_tokenizer, load_reasoning_dataset, tokenize_reasoning
 from ..evaluation import Accuracy, exact_match_accuracy
+from ..hub.files import output_dir_lock, write_atomically, write_text
 from ..models import LLaDAConfig, LLaDAForMaskedDiffusion, LLaDATRMForMaskedDiffusion, RecursiveRefinementHeadConfig
 from ..training import MaskedDiffusionTrainer, MaskedDiffusionTrainingArguments, set_trainable
 from .run_setup import vocabulary_settings
@@ -36,6 +37,7 @@ class DemoSize:
 SMOKE_TEST = DemoSize(problems=2_000, held_out=50, backbone_steps=20, head_steps=10)
 NUM_TERMS = 7
 STEPS_COMPARED = (1, 2, 4)
+_LOCK = ".demo.lock"  # stays in the folder, and so tells that a demo that was killed is one
 # Loads a checkpoint with transformers alone, as on a machine without this package.
 REMOTE_CODE_SCRIPT = """
 import json, sys, torch
@@ -49,15 +51,17 @@ print(json.dumps(model.generate(torch.tensor(json.loads(sys.argv[2]))).tolist())
 def run_demo(output_dir: str, seed: int = 0, smoke_test: bool = False) -> None:
     """
     Trains a backbone, then a head on it, compares them with a control, and saves checkpoint, trace and results in
-    `output_dir`: a new folder, or one with an earlier demo (else ValueError). `smoke_test` takes a few steps only.
+    `output_dir`: a new folder, or one with an earlier demo (else ValueError; RuntimeError while that still runs).
+    `smoke_test` takes a few steps only.
     """
     found = os.listdir(output_dir) if os.path.isdir(output_dir) else []
-    if found and "results.json" not in found:
+    if found and not {"results.json", _LOCK} & set(found):
         raise ValueError(f"{output_dir} is not empty and holds no earlier demo: choose another --output_dir.")
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # of loading and saving
     disable_progress_bars()
-    Demo(output_dir, seed, SMOKE_TEST if smoke_test else DemoSize()).run()
+    with output_dir_lock(output_dir, _LOCK):
+        Demo(output_dir, seed, SMOKE_TEST if smoke_test else DemoSize()).run()
 
 
 class Demo:
@@ -69,7 +73,6 @@ class Demo:
         self.seconds: dict[str, float] = {}
 
     def run(self) -> None:
-        os.makedirs(self.folder, exist_ok=True)
         torch.manual_seed(self.seed)
         train, test = self.timed("make the data", self.make_data)
         backbone = LLaDAForMaskedDiffusion(self.backbone_config())
@@ -170,7 +173,8 @@ class Demo:
         self.tokenizer.save_pretrained(checkpoint)
         prompts = prompts_the_head_fixes(hybrid, test)
         output = hybrid.generate(prompts, output_refinement_trace=True, return_dict_in_generate=True)
-        output.refinement_trace.to_html(os.path.join(self.folder, "trace.html"), self.tokenizer)
+        page, trace = os.path.join(self.folder, "trace.html"), output.refinement_trace
+        write_atomically(page, lambda path: trace.to_html(path, self.tokenizer))
         with tempfile.TemporaryDirectory() as cache:
             process = subprocess.run(
                 [sys.executable, "-c", REMOTE_CODE_SCRIPT, checkpoint, json.dumps(prompts.tolist())],
@@ -191,9 +195,9 @@ class Demo:
         print("\n" + "   ".join(f"{name}: {seconds:.0f} s" for name, seconds in self.seconds.items()))
         print(f"\n{self.folder}/checkpoint: loaded without this package, it generates the same: {reloaded}")
         print(f"{self.folder}/trace.html: three problems that the head fixes, for a browser")
-        with open(os.path.join(self.folder, "results.json"), "w", encoding="utf-8") as file:
-            table = {name: [asdict(accuracy) for accuracy in row] for name, row in results.items()}
-            json.dump({"steps": STEPS_COMPARED, "accuracy": table, "seconds": self.seconds}, file, indent=2)
+        table = {name: [asdict(accuracy) for accuracy in row] for name, row in results.items()}
+        content = {"steps": STEPS_COMPARED, "accuracy": table, "seconds": self.seconds}
+        write_text(os.path.join(self.folder, "results.json"), json.dumps(content, indent=2))
 
 
 def compare(hybrid: PreTrainedModel, control: PreTrainedModel, test: Any) -> dict[str, list[Accuracy]]:

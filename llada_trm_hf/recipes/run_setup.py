@@ -1,6 +1,5 @@
 """What every training method shares: the data and its tokenizer, and a run from its start to the saved model."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
@@ -8,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.hf_argparser import HfArg
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 from ..data import load_reasoning_dataset, tokenize_reasoning
 from ..data.reasoning import column_mapping
@@ -18,9 +17,18 @@ from ..hidden_pairs.settings import DTYPES
 from ..hub.files import check_processes
 from ..hub.model_folders import BACKBONE, TOKENIZER, check_model
 from ..training.base_trainer import BaseTrainer
+from ..training.resuming import check_trainer_state, checkpoints_in, trainer_state_problem
 
+logger = logging.get_logger(__name__)
 T = TypeVar("T")
 DATA_MODELS = {"tokenizer": TOKENIZER}  # the models that DataArguments name
+# Settings of recipes that may be others when a run is resumed: where things are (of the data, a hash tells whether it
+# is the same), what is measured, and limits. All other settings must not.
+_MAY_CHANGE = {
+    *("backbone", "checkpoint", "refiner", "compressor", "trm", "tokenizer", "pca_batches", "compressed_sizes"),
+    *("dataset_name", "data_files", "columns", "split", "eval_split", "eval_data_files", "num_eval_samples"),
+    *("allow_code_execution", "code_seconds", "code_memory"),
+}
 
 
 @dataclass
@@ -161,29 +169,41 @@ def set_up_processes(training_args: TrainingArguments) -> None:
 
 
 def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
-    """Raises ValueError if the output folder's earlier run is not resumed, or there is nothing to resume."""
+    """
+    The checkpoint that `resume_from_checkpoint` names, for `true` the last complete one; None to start anew, with a
+    warning where a run that was to be resumed has none. Raises ValueError if the output folder's earlier run is not
+    resumed, or has ended without a checkpoint.
+    """
     folder, wanted = training_args.output_dir, training_args.resume_from_checkpoint
-    last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+    complete, problems = checkpoints_in(folder)
+    ended = trainer_state_problem(folder) is None
     if wanted is None or str(wanted).lower() == "false":
-        if last is not None or os.path.exists(os.path.join(folder, "trainer_state.json")):
+        if complete or problems or ended:
             raise ValueError(
                 f"{folder} holds an earlier run: go on with --resume_from_checkpoint true, or choose another "
                 f"--output_dir."
             )
         return None
-    if str(wanted).lower() == "true":
-        if last is None:
-            raise ValueError(f"{folder} holds no checkpoint to resume from.")
-        return last
-    if not os.path.isfile(os.path.join(wanted, "trainer_state.json")):
-        raise ValueError(f"{wanted} is not a checkpoint of a training run: it has no trainer_state.json.")
-    return str(wanted)
+    if str(wanted).lower() != "true":
+        check_trainer_state(str(wanted))
+        return str(wanted)
+    if ended and not complete:
+        raise ValueError(f"{folder} holds a run that has ended, and no checkpoint: choose another --output_dir.")
+    if training_args.process_index == 0:
+        remedy = f"the run goes on from {complete[-1]}" if complete else "the run starts anew"
+        for problem in problems:
+            logger.warning(f"{problem}: {remedy}.")
+        if not complete and not problems:
+            logger.warning(f"{folder} holds no checkpoint to resume from: {remedy}.")
+    return complete[-1] if complete else None
 
 
 def train_and_save(trainer: BaseTrainer, resume_from: str | None, script_args: DataArguments | None = None) -> None:
     """Trains, from `resume_from` if given, and leaves model, state and a record of the data in the output folder."""
     if script_args is not None:
         trainer.data_description = describe_data(script_args)
+        given = {name: value for name, value in vars(script_args).items() if name not in _MAY_CHANGE}
+        trainer.recipe_settings = given
     trainer.train(resume_from_checkpoint=resume_from)
     trainer.save_model()
     trainer.save_state()

@@ -34,6 +34,10 @@ class CommonTrainingArguments(TrainingArguments):
         default=None, help="Stop after this many evaluations without a better metric_for_best_model."
     )
     early_stopping_threshold: float = HfArg(default=0.0, help="Less than this is no improvement.")
+    resume_with_changes: bool = HfArg(
+        default=False,
+        help="Resume with another learning rate, batch size, seed, length or data than the run began with.",
+    )
     profile_steps: int | None = HfArg(
         default=None, help="Record so many steps, from the third on, as profile.txt and profile.json."
     )

@@ -1,23 +1,31 @@
 """What all trainers share: metrics in every log and as CSV files, early stopping, the NaN check, the Hub."""
 
 import os
+import shutil
 from collections import defaultdict
-from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, HfApi
+from safetensors import SafetensorError
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    HubStrategy,
+    SaveStrategy,
+    get_last_checkpoint,
+    rotate_checkpoints,
+)
 from transformers.utils import PushInProgress, logging
 
 from ..hub.checkpoint_files import files_to_publish
+from ..hub.files import move_folder, write_atomically, writing
 from ..hub.push import publish
 from ..hub.readme_file import save_card
 from ..hub.training_record import write_training_settings
@@ -25,6 +33,20 @@ from ..inspection import NonFiniteWatch
 from ..inspection.non_finite import non_finite_weights
 from .arguments import CommonTrainingArguments
 from .callbacks import CSVMetricsCallback, ProfilerCallback
+from .resuming import (
+    UNFINISHED,
+    check_files,
+    check_settings,
+    check_trainer_state,
+    checkpoints_in,
+    optimizer_settings,
+    quantized_backbone_kept,
+    raise_if_weights_are_damaged,
+    remove_leftovers,
+    restore_optimizer_settings,
+    run_settings,
+    trainer_state_problem,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -43,6 +65,7 @@ class BaseTrainer(Trainer):
     args: CommonTrainingArguments
     hub_model_id: Any  # None until there is a repository
     data_description: dict[str, str] | None = None  # for the card: `name`, `hub_name`, `split` and `eval_split`
+    recipe_settings: dict[str, Any] | None = None  # those that must not change when the run is resumed
 
     def __init__(
         self,
@@ -53,6 +76,8 @@ class BaseTrainer(Trainer):
         **kwargs: Any,
     ):
         self._save_backbone = getattr(args, "save_backbone", True)
+        self._saves_checkpoint = False
+        self._run_settings: dict[str, Any] | None = None
         if not self._save_backbone:
             _check_backbone_can_be_left_out(model)
         self._records: dict[str, list[torch.Tensor]] = defaultdict(list)
@@ -70,6 +95,59 @@ class BaseTrainer(Trainer):
         is in evaluation mode, else of training. NaN does not count. Every process must record the same names.
         """
         self._records[name if self.model.training else f"eval_{name}"].append(value.detach())
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """
+        As in `Trainer`; `True` goes on from the last complete checkpoint. Raises ValueError, naming it, for a missing
+        or damaged file, and for settings or data that are not those of the run, unless `args.resume_with_changes`.
+        """
+        self._run_settings = None
+        if self.is_world_process_zero():
+            remove_leftovers(self.args.output_dir)
+        if resume_from_checkpoint is True:
+            complete, _ = checkpoints_in(self.args.output_dir)
+            resume_from_checkpoint = complete[-1] if complete else True  # `Trainer` says that there is none
+        if isinstance(resume_from_checkpoint, str):
+            self._check_checkpoint(resume_from_checkpoint)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        # A run that was killed after its last save may not have deleted older checkpoints.
+        last = get_last_checkpoint(self.args.output_dir) if os.path.isdir(self.args.output_dir) else None
+        if self.args.should_save and last is not None and trainer_state_problem(last) is None:
+            self._delete_older_checkpoints(self.args.output_dir)
+        return output
+
+    def _delete_older_checkpoints(self, folder: str) -> None:
+        limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+        rotate_checkpoints(folder, save_total_limit=limit, best_model_checkpoint=best)
+
+    def _check_checkpoint(self, checkpoint: str) -> None:
+        """Raises ValueError for a checkpoint from which the run cannot go on as it was."""
+        check_trainer_state(checkpoint)
+        may_differ = self.args.resume_with_changes
+        if may_differ and self.is_deepspeed_enabled:
+            raise ValueError("DeepSpeed restores the old settings: start a new run instead of resume_with_changes.")
+        check_settings(checkpoint, self._settings_of_run(), may_differ)
+        if not self.is_deepspeed_enabled and self.args.local_process_index == 0:  # which keeps its own
+            check_files(checkpoint, *([] if self.is_fsdp_enabled else [OPTIMIZER_NAME]), SCHEDULER_NAME)
+        if not may_differ:  # other processes have other random numbers
+            several = self.args.world_size > 1
+            check_files(checkpoint, f"rng_state_{self.args.process_index}.pth" if several else "rng_state.pth")
+
+    def _settings_of_run(self) -> dict[str, Any]:
+        """Of the data and settings with which training began."""
+        if self._run_settings is None:
+            data = self.train_dataset
+            self._run_settings = run_settings(self.args, data, self.data_description, self.recipe_settings)
+        return self._run_settings
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As in `Trainer`, but no step more if the checkpoint that is resumed was the last one."""
+        callbacks = self.callback_handler.callbacks
+        stopped = any(isinstance(callback, _EarlyStopping) and callback.has_stopped for callback in callbacks)
+        if stopped or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """
@@ -129,7 +207,8 @@ class BaseTrainer(Trainer):
 
     def save_state(self) -> None:
         """As in `Trainer`; the results also go into the card."""
-        super().save_state()
+        if self.is_world_process_zero():
+            write_atomically(os.path.join(self.args.output_dir, TRAINER_STATE_NAME), self.state.save_to_json)
         self._save_card(self.args.output_dir)
 
     def create_model_card(
@@ -145,7 +224,7 @@ class BaseTrainer(Trainer):
         """
         _refuse_for_card(kwargs)
         if self.is_world_process_zero():
-            super().save_state()
+            write_atomically(os.path.join(self.args.output_dir, TRAINER_STATE_NAME), self.state.save_to_json)
             self._save_card(self.args.output_dir, model_name, license, tags)
 
     def _save_card(
@@ -203,6 +282,8 @@ class BaseTrainer(Trainer):
         As in `Trainer`, but uploads what `push_to_hub` does, from the checkpoint, in the background. With a
         `hub_strategy` of `checkpoint` or `all_checkpoints`, what it takes to resume goes into a folder beside it.
         """
+        if self._saves_checkpoint:  # not before it is whole
+            return
         strategy = HubStrategy(self.args.hub_strategy)
         if not self.is_world_process_zero() or strategy == HubStrategy.END:
             return
@@ -228,7 +309,60 @@ class BaseTrainer(Trainer):
         message = f"Training in progress, step {step}"
         return publish(files, self.hub_model_id, args.hub_private_repo, revision, args.hub_token, message)
 
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, UNFINISHED) if self._saves_checkpoint else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As in `Trainer`, but what is named `checkpoint-N` is complete: it gets its name when all is written."""
+        folder = self._get_output_dir(trial)
+        unfinished, name = os.path.join(folder, UNFINISHED), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        writes = self.args.local_process_index == 0  # on machines that share no disk, each has its own part
+        if writes:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._saves_checkpoint = True
+        try:
+            with writing(os.path.join(folder, name)):
+                super()._save_checkpoint(model, trial)
+                self._name_best_checkpoint(folder, os.path.join(unfinished, name))
+            self._saves_checkpoint = False
+            self.accelerator.wait_for_everyone()
+            if writes:
+                with suppress(FileNotFoundError):  # moved by another machine with the same disk
+                    move_folder(os.path.join(unfinished, name), os.path.join(folder, name))
+        finally:
+            self._saves_checkpoint = False
+            if writes:
+                shutil.rmtree(unfinished, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(os.path.join(folder, name))
+        if self.args.should_save:
+            self._delete_older_checkpoints(folder)
+
+    def _name_best_checkpoint(self, folder: str, unfinished: str) -> None:
+        """The best checkpoint by the name it will have, also in the state within the checkpoint."""
+        if not self.state.best_global_step or self.args.save_strategy == SaveStrategy.NO:
+            return
+        best = os.path.join(folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        if os.path.basename(best) == os.path.basename(unfinished) or os.path.isdir(best):
+            self.state.best_model_checkpoint = best
+        if self.args.should_save:
+            self.state.save_to_json(os.path.join(unfinished, TRAINER_STATE_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As in `Trainer`, but `args.resume_with_changes` keeps the new settings of the optimizer."""
+        settings = optimizer_settings(self.optimizer)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.args.resume_with_changes:
+            restore_optimizer_settings(self.optimizer, self.lr_scheduler, settings)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with nullcontext() if self._saves_checkpoint else writing(output_dir or self.args.output_dir):
+            self._save_model_and_settings(output_dir, state_dict)
+
+    def _save_model_and_settings(self, output_dir: str | None, state_dict: dict | None) -> None:
         if self._save_backbone:
             super()._save(output_dir, state_dict)
         else:
@@ -240,50 +374,20 @@ class BaseTrainer(Trainer):
                 del self.model.save_pretrained
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
-            write_training_settings(folder, self.model, self.args, self.data_description)
+            write_training_settings(folder, self.model, self.args, self.data_description, self._settings_of_run())
             self._save_card(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with _quantized_backbone_kept(self.model):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with quantized_backbone_kept(self.model):
+            try:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            except SafetensorError:
+                raise_if_weights_are_damaged(resume_from_checkpoint)
+                raise
 
     def _load_best_model(self) -> None:
-        with _quantized_backbone_kept(self.model):
+        with quantized_backbone_kept(self.model):
             super()._load_best_model()
-
-
-@contextmanager
-def _quantized_backbone_kept(model: Any) -> Iterator[None]:
-    """
-    Within it, `model.load_state_dict` leaves what does not train of a quantised backbone as it is: quantised weights
-    are saved in a form that it cannot load. ValueError if they are others than those of the checkpoint.
-    """
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is None or not hasattr(model, "backbone"):
-        yield
-        return
-    load_state_dict = model.load_state_dict
-
-    def load(state_dict: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        trainable = {name for name, weight in model.named_parameters() if weight.requires_grad}
-        kept = {n: tensor for n, tensor in state_dict.items() if n.startswith("backbone.") and n not in trainable}
-        present, _ = quantizer.get_state_dict_and_metadata(model)
-        for name, tensor in kept.items():
-            # (Scales in floating point may be stored in another format on another device.)
-            if tensor.is_floating_point():
-                continue
-            if name not in present or not torch.equal(present[name].cpu(), tensor.cpu()):
-                raise ValueError(f"{name} is not as in the checkpoint: resume on the backbone it was quantised from.")
-        others = {name: tensor for name, tensor in state_dict.items() if name not in kept}
-        result = load_state_dict(others, *args, **kwargs)
-        result.missing_keys[:] = [name for name in result.missing_keys if not name.startswith("backbone.")]
-        return result
-
-    model.load_state_dict = load
-    try:
-        yield
-    finally:
-        del model.load_state_dict
 
 
 def _check_backbone_can_be_left_out(model: Any) -> None:
@@ -310,6 +414,10 @@ def _report_failure(upload: Future) -> None:
 
 class _EarlyStopping(EarlyStoppingCallback):
     """Goes on counting where the resumed checkpoint stopped."""
+
+    @property
+    def has_stopped(self) -> bool:
+        return self.early_stopping_patience_counter >= self.early_stopping_patience
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)

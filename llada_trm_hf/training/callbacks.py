@@ -1,12 +1,15 @@
 """Callbacks that write to the output folder: metrics as CSV files, and a profile."""
 
 import csv
+import io
 import os
 from pathlib import Path
 from typing import Any
 
 from torch.profiler import profile, schedule
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..hub.files import write_text
 
 TRAINING_METRICS_FILE = "training_metrics.csv"
 VALIDATION_METRICS_FILE = "validation_metrics.csv"
@@ -102,8 +105,8 @@ def _write_history(path: str, state: TrainerState) -> None:
         return
     columns = dict.fromkeys(["step", "epoch", *(column for row in rows for column in row)])
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path + ".tmp", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(path + ".tmp", path)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, table.getvalue())

@@ -111,8 +111,9 @@ def test_trace_writes_page_picture_and_data(checkpoint, tmp_path, capsys):
     assert trace(checkpoint, tmp_path / "new" / "out", "--prompt", "12=", "--num_diffusion_steps", "3") == 0
     printed = capsys.readouterr().out
     folder = tmp_path / "new" / "out"
-    assert sorted(os.listdir(folder)) == ["trace.html", "trace.json", "trace.png"]
-    assert all(str(folder / name) in printed for name in os.listdir(folder))
+    written = sorted(set(os.listdir(folder)) - {".trace.lock"})
+    assert written == ["trace.html", "trace.json", "trace.png"]
+    assert all(str(folder / name) in printed for name in written)
     recorded = RefinementTrace.from_json(folder / "trace.json")
     assert printed.startswith(f"{answer}\n\n6 tokens decided in 3 diffusion steps\n")
     assert f"{trace_summary(recorded)}\n" in printed and len(recorded.passes) == 3
@@ -128,7 +129,7 @@ def test_trace_writes_page_picture_and_data(checkpoint, tmp_path, capsys):
 
 def test_trace_of_the_backbone_alone_has_no_picture(checkpoint, tmp_path, capsys):
     assert trace(checkpoint, tmp_path / "out", "--prompt", "12=", "--no_refinement") == 0
-    assert sorted(os.listdir(tmp_path / "out")) == ["trace.html", "trace.json"]
+    assert sorted(os.listdir(tmp_path / "out")) == [".trace.lock", "trace.html", "trace.json"]
     assert "no refiner ran" in capsys.readouterr().out
 
 

@@ -208,7 +208,8 @@ def test_resuming_on_another_backbone_is_refused(tmp_path, backbone_folder, samp
     other = new_backbone(hidden_size=WIDTH)
     nn.init.normal_(other.model.layers[1].mlp.up_proj.weight)
     other.save_pretrained(tmp_path / "other")
-    resumed = trainer(new_hybrid(str(tmp_path / "other")), tmp_path / "again", samples, max_steps=2)
+    changed = {"max_steps": 2, "resume_with_changes": True}
+    resumed = trainer(new_hybrid(str(tmp_path / "other")), tmp_path / "again", samples, **changed)
     with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.* is not as in the checkpoint"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-1"))
 

@@ -565,9 +565,9 @@ def test_uploads_while_training(hub, samples, tmp_path, strategy):
         for path in (path for path in files if "/" in path):
             (tmp_path / "checkpoint-4" / path.split("/")[1]).parent.mkdir(exist_ok=True)
             (tmp_path / "checkpoint-4" / path.split("/")[1]).write_bytes(files[path])
-        resumed = trainer(new_hybrid(), tmp_path / "again", samples, max_steps=6)
+        resumed = trainer(new_hybrid(), tmp_path / "again", samples, max_steps=6, resume_with_changes=True)
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-        straight = trainer(new_hybrid(), tmp_path / "straight", samples, max_steps=6)
+        straight = trainer(new_hybrid(), tmp_path / "straight", samples, max_steps=6, resume_with_changes=True)
         straight.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-4"))
         for name, tensor in straight.model.state_dict().items():
             assert torch.equal(resumed.model.state_dict()[name], tensor), name

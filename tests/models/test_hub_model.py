@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,12 +23,13 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from latent_thinking_models import make_lm, make_model
 from load_from_hub import PAUSE, outputs
 from tiny_training import TOKENIZER, new_backbone, new_hybrid
-from transformers import GenerationMixin, ModernBertConfig, ModernBertForMaskedLM, PreTrainedModel
+from transformers import GenerationMixin, ModernBertConfig, ModernBertForMaskedLM, PreTrainedModel, modeling_utils
 
 import llada_trm_hf
 from llada_trm_hf import (
     DimensionCompressor,
     DimensionCompressorConfig,
+    LLaDAForMaskedDiffusion,
     LLaDAMoEConfig,
     LLaDAMoEForMaskedDiffusion,
     LLaDATRMForMaskedDiffusion,
@@ -562,3 +564,75 @@ def test_exported_code_imports_torch_and_transformers_only(published):
                 checked += len(names)
                 assert {name.split(".")[0] for name in names} <= {"torch", "transformers", *sys.stdlib_module_names}
     assert checked > 100
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing that follows runs, not even what cleans up."""
+
+
+def kill_at(number, monkeypatch):
+    """After so many changes to the file system, none happens any more."""
+    count = 0
+
+    def until_killed(change):
+        def changed(*arguments, **kwargs):
+            nonlocal count
+            count += 1
+            if count > number:
+                raise Killed
+            return change(*arguments, **kwargs)
+
+        return changed
+
+    monkeypatch.setattr(os, "replace", until_killed(os.replace))
+    monkeypatch.setattr(os, "remove", until_killed(os.remove))
+    monkeypatch.setattr(shutil, "rmtree", until_killed(shutil.rmtree))
+    monkeypatch.setattr(modeling_utils, "safe_save_file", until_killed(modeling_utils.safe_save_file))
+
+
+@pytest.mark.parametrize("sizes", [("10KB", "10KB"), ("10KB", "1GB"), ("1GB", "10KB"), ("1GB", "1GB")])
+def test_a_save_that_is_killed_leaves_the_old_model_or_the_new_one(tmp_path, make_backbone, sizes):
+    """Or one without weights, for stock transformers too; never parts of both."""
+    old, new = make_backbone(seed=0), make_backbone(seed=1)
+    weights = [
+        {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+        for model in (old, new)
+    ]
+    found = set()
+    for number in range(200):
+        folder = tmp_path / str(number)
+        old.save_pretrained(folder, max_shard_size=sizes[0])
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at(number, patch)
+            try:
+                new.save_pretrained(folder, max_shard_size=sizes[1])
+                finished = True
+            except Killed:
+                finished = False
+        try:
+            loaded = LLaDAForMaskedDiffusion.from_pretrained(folder).state_dict()
+        except OSError as error:
+            assert "no file named model.safetensors" in str(error)
+            found.add("none")
+            continue
+        same = [all(torch.equal(loaded[name], tensor) for name, tensor in state.items()) for state in weights]
+        assert any(same), number
+        found.add(("old", "new")[same.index(True)])
+        if finished:
+            assert same == [False, True]
+            assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+            break
+        shutil.rmtree(folder)
+    assert finished and found == {"old", "none", "new"}
+
+
+def test_a_finished_save_removes_what_killed_ones_left(tmp_path, make_backbone):
+    (tmp_path / ".saving-1").mkdir()
+    (tmp_path / ".saving-1" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "mine.txt").write_text("kept")
+    (tmp_path / "model.fp16.safetensors").write_bytes(b"another variant")
+    make_backbone().save_pretrained(tmp_path, max_shard_size="10KB")
+    make_backbone().save_pretrained(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"mine.txt", "model.fp16.safetensors", "model.safetensors"} <= names
+    assert not [name for name in names if name.startswith(".") or "-of-" in name or "index" in name]

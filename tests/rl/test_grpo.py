@@ -298,7 +298,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, m
 
 def test_a_curriculum_of_other_problems_is_refused(tmp_path):
     model, tokenizer = speaking_model()
-    saving = {"save_strategy": "steps", "save_steps": 2}
+    saving = {"save_strategy": "steps", "save_steps": 2, "resume_with_changes": True}
     grpo(model, tokenizer, tmp_path, max_steps=2, **saving).train()
     checkpoint = str(tmp_path / "checkpoint-2")
     with pytest.raises(ValueError, match="the run had no curriculum"):
@@ -353,7 +353,8 @@ def test_recipe(tmp_path, folders, capsys):
 
     assert train(tmp_path / "run", *options) == 2
     assert "holds an earlier run" in capsys.readouterr().err
-    assert train(tmp_path / "run", *options, "--resume_from_checkpoint", "true", "--max_steps", "5") == 0
+    longer = ["--resume_from_checkpoint", "true", "--resume_with_changes", "true", "--max_steps", "5"]
+    assert train(tmp_path / "run", *options, *longer) == 0
     rows = list(csv.DictReader((tmp_path / "run/training_metrics.csv").open()))
     assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5]
 

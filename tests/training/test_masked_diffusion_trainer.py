@@ -303,7 +303,21 @@ def test_train_command_with_recipe_values_typed_and_overridden(tmp_path, config_
 
     assert main(train_command(config_file, folder)) == 2
     assert "holds an earlier run" in capsys.readouterr().err
-    assert main(train_command(config_file, folder, "--resume_from_checkpoint", "true", "--max_steps", "6")) == 0
+    assert (
+        main(
+            train_command(
+                config_file,
+                folder,
+                "--resume_from_checkpoint",
+                "true",
+                "--resume_with_changes",
+                "true",
+                "--max_steps",
+                "6",
+            )
+        )
+        == 0
+    )
     assert len(list(csv.DictReader((folder / "training_metrics.csv").open()))) == 6
 
 
@@ -321,7 +335,7 @@ def test_train_command_with_recipe_values_typed_and_overridden(tmp_path, config_
         (["--muon_learning_rate", "1e-3"], "has no effect without use_muon"),
         (["--ema_decay", "1"], "ema_decay must be at least 0 and below 1"),
         (["--learning_rte", "1"], "did you mean '--learning_rate'"),
-        (["--resume_from_checkpoint", "true"], "holds no checkpoint"),
+        (["--resume_from_checkpoint", "nowhere"], "trainer_state.json is missing"),
         (["--lr", "fast"], "must be a finite number, got 'fast'"),
         (["--deep_supervision_schedule", "cubic"], "must be one of"),
         (["--label_smoothing_factor", "0.1"], "would replace the model's own loss"),

@@ -420,7 +420,8 @@ def test_no_pickle_of_ours_in_checkpoints_and_refusal_of_another_layout(tmp_path
         ({"use_ema": False}, "was made with use_ema"),
     ):
         with pytest.raises(ValueError, match=message):
-            make_trainer(tmp_path, **{**run, "max_steps": 8, **change}).train(resume_from_checkpoint=str(checkpoint))
+            changed = {**run, "max_steps": 8, "resume_with_changes": True, **change}
+            make_trainer(tmp_path, **changed).train(resume_from_checkpoint=str(checkpoint))
     os.remove(checkpoint / "supervision_state_0.safetensors")
     with pytest.raises(ValueError, match="go on with as many processes"):
         make_trainer(tmp_path, **run).train(resume_from_checkpoint=str(checkpoint))
@@ -593,7 +594,7 @@ def test_train_command(tmp_path, pairs_file, capsys):
     assert len(metrics(tmp_path / "out", "validation_metrics.csv", "eval_mean_steps")) == 2
     saved = torch.load(tmp_path / "out" / "training_args.bin", weights_only=False)  # written by the run above
     assert (saved.adam_beta2, saved.ema_decay, saved.adaptive_halt_threshold) == (0.95, 0.999, True)
-    on = [*more, "--resume_from_checkpoint", "true", "--num_epochs", "3"]
+    on = [*more, "--resume_from_checkpoint", "true", "--resume_with_changes", "true", "--num_epochs", "3"]
     assert main(trm_command(pairs_file, tmp_path / "out", *on)) == 0
     assert len(metrics(tmp_path / "out", "training_metrics.csv", "mse_loss")) == 27
     again = ["--checkpoint", str(tmp_path / "out"), "--max_steps", "3"]

@@ -1,0 +1,99 @@
+"""Commands that are killed while they write, or that cannot write, and are run again."""
+
+import csv
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from killed_commands import commands
+from safetensors.torch import load_file
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+TRAIN = (
+    "--recipe warmup --refiner recursive_refinement_head --dataset_name arithmetic --split train[:64] --num_terms 4"
+)
+TRAIN += " --chunk_size 5 --head_hidden_size 16 --max_steps 4 --logging_steps 1 --save_steps 1 --save_total_limit 2"
+TRAIN += " --use_ema true --eval_split test[:8] --eval_strategy steps --eval_steps 1 --load_best_model_at_end true"
+TRAIN += " --metric_for_best_model loss --use_cpu --report_to none --disable_tqdm true --resume_from_checkpoint true"
+
+
+@pytest.fixture(scope="module")
+def process():
+    with commands() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "small.json"
+    path.write_text(json.dumps({**SIZES, "max_position_embeddings": 512}))
+    return path
+
+
+def train(config_file, folder: Path) -> list[str]:
+    return ["train", *TRAIN.split(), "--backbone", str(config_file), "--output_dir", str(folder)]
+
+
+def state_of_run(folder: Path) -> dict:
+    """What a run leaves, without times and the paths in it."""
+    last = max((path for path in folder.glob("checkpoint-*")), key=lambda path: int(path.name[11:]))
+    state = json.loads((last / "trainer_state.json").read_text())
+    rows = [list(csv.DictReader((folder / f"{name}_metrics.csv").open())) for name in ("training", "validation")]
+    times = ("runtime", "per_second")
+    return {
+        "files": sorted(path.name for path in folder.iterdir() if path.name != "README.md"),
+        "weights": {name: tensor.tolist() for name, tensor in load_file(folder / "model.safetensors").items()},
+        "checkpoint": {name: tensor.tolist() for name, tensor in load_file(last / "model.safetensors").items()},
+        "average": {name: tensor.tolist() for name, tensor in load_file(last / "ema_state.safetensors").items()},
+        "optimizer": str(torch.load(last / "optimizer.pt", weights_only=True)),
+        "schedule": torch.load(last / "scheduler.pt", weights_only=True),
+        "best": (state["best_global_step"], Path(state["best_model_checkpoint"] or "").name, state["best_metric"]),
+        "logs": [[{k: v for k, v in row.items() if not k.endswith(times)} for row in table] for table in rows],
+    }
+
+
+def kill_and_finish(process, command, folder: Path, moments: list[int]) -> list[dict]:
+    """Kills the command at each of these file operations in turn, and lets it end; the runs."""
+    runs = [process.run(command, folder, kill_at=moment) for moment in moments]
+    return [*runs, process.run(command, folder)]
+
+
+def test_training_that_is_killed_ends_as_if_it_had_not_been(tmp_path, process, config_file):
+    whole = process.run(train(config_file, tmp_path / "whole"), tmp_path / "whole")
+    assert whole["code"] == 0, whole["stderr"]
+    expected, choice, kills = state_of_run(tmp_path / "whole"), random.Random(0), 0
+    for number in range(2):
+        folder = tmp_path / f"killed-{number}"
+        moments = [choice.randrange(1, whole["operations"] // 2) for _ in range(4)]
+        runs = kill_and_finish(process, train(config_file, folder), folder, moments)
+        assert all(run["code"] in (None, 0) for run in runs) and runs[-1]["code"] == 0, [run["stderr"] for run in runs]
+        kills += sum(run["code"] is None for run in runs)
+        assert state_of_run(folder) == expected, moments
+    assert kills >= 6
+
+
+def test_kills_at_every_point_of_a_save(tmp_path, process, config_file):
+    """Of which the last restart, after a checkpoint was written and the model only in part, takes no more steps."""
+    whole = process.run(train(config_file, tmp_path / "whole"), tmp_path / "whole")
+    last = whole["operations"]
+    folder = tmp_path / "killed"
+    first = process.run(train(config_file, folder), folder, kill_at=last - 20)
+    assert first["code"] is None
+    again = process.run(train(config_file, folder), folder)
+    assert again["code"] == 0, again["stderr"]
+    assert state_of_run(folder) == state_of_run(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("limit", [30_000, 100_000])
+def test_training_that_cannot_write_says_so_in_one_line(tmp_path, process, config_file, limit):
+    """The limits are met by different writers: of tensors, of the optimizer, of the average."""
+    run = process.run(train(config_file, tmp_path / "run"), tmp_path / "run", size_limit=limit)
+    message = run["stderr"].strip().splitlines()[-1]
+    assert run["code"] == 1 and "Traceback" not in run["stderr"], run["stderr"]
+    assert f"could not write {tmp_path}/run/checkpoint-1: File too large" in message
+    assert not [path for path in (tmp_path / "run").rglob("*") if "tmp" in path.name or "checkpoint" in path.name]
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {
+        *(".training.lock", "training_metrics.csv", "validation_metrics.csv")
+    }
