@@ -106,7 +106,7 @@ _LAZY = {
     ),
 }
 # Saving and pushing a model import `hub`.
-_HUB_HOOKS = {"save_card": "readme_file", "push_model": "push", "push_folder": "push"}
+_HUB_HOOKS = {"save_card": "readme_file", "push_model": "push", "push_folder": "push", "replacing_files": "files"}
 _FOLDER_OF = {name: folder for folder, names in _LAZY.items() for name in names}
 __all__ = [*_models, *_generation, *_FOLDER_OF, *_LAZY, "inspection"]
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from torch import distributed
 
 _NOT_WRITTEN = "could not write"
 _FAILED_TORCH_SAVE = re.compile(r"PytorchStreamWriter failed writing|unexpected pos \d+ vs \d+")
@@ -144,3 +145,52 @@ def output_dir_lock(folder: str, lock_name: str = ".training.lock") -> Iterator[
         yield
     finally:
         lock.release()
+
+
+# --- Models that replace others ---
+
+# Shards, one file for all, or the index: the name, and the variant, before the shard's number or at the index's end.
+_WEIGHTS_FILE = re.compile(
+    r"(?:pytorch_)?(model|adapter_model)"
+    r"(?:(\.[^.]+?)?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)|\.(?:safetensors|bin)\.index(\.[^.]+)?\.json)"
+)
+_UNFINISHED_SAVE = ".saving-"
+
+
+@contextmanager
+def replacing_files(folder: str | os.PathLike) -> Iterator[str]:
+    """
+    A temporary folder within `folder`; at the end, what was written there takes the place of an older model's files:
+    the old weights go first, index before shards, and the new ones come last, shards before index.
+    """
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f"{_UNFINISHED_SAVE}{os.getpid()}")
+    os.makedirs(temporary)
+    try:
+        yield temporary
+        names = sorted(os.listdir(temporary), key=_is_weights)
+        kinds = {_kind_of_weights(name) for name in names} - {None}
+        old = [name for name in os.listdir(folder) if _kind_of_weights(name) in kinds]
+        for name in sorted(old, key=_is_weights, reverse=True):
+            os.remove(os.path.join(folder, name))
+        for name in names:
+            os.replace(os.path.join(temporary, name), os.path.join(folder, name))
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if not (
+        distributed.is_available() and distributed.is_initialized()
+    ):  # else other processes may be saving here too
+        for name in os.listdir(folder):
+            if name.startswith(_UNFINISHED_SAVE):  # of a process that was killed
+                shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+
+
+def _is_weights(name: str) -> int:
+    """For sorting: 0 for other files, 1 for weights, 2 for their index."""
+    return 0 if _kind_of_weights(name) is None else 1 + (".index." in name)
+
+
+def _kind_of_weights(name: str) -> str | None:
+    """`model` or `adapter_model`, with its variant (`model.fp16`), of files that are loaded together; else None."""
+    file = _WEIGHTS_FILE.fullmatch(name)
+    return f"{file[1]}{file[2] or file[3] or ''}" if file else None

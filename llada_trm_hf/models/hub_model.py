@@ -7,16 +7,14 @@ import inspect
 import json
 import os
 import re
-import shutil
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable
+from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from torch import distributed
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
@@ -29,7 +27,7 @@ BACKBONES: dict[str, type[PreTrainedModel]] = {}
 REFINERS: dict[str, type[PreTrainedModel]] = {}
 
 # What `save_pretrained` and `push_to_hub` do beyond transformers, filled where the package is imported: "save_card",
-# "push_model" and "push_folder" of its `hub`. Empty in the code that travels with a checkpoint.
+# "push_model", "push_folder" and "replacing_files" of its `hub`. Empty in the code that travels with a checkpoint.
 HUB_HOOKS: dict[str, Callable[..., Any]] = {}
 # Fields of a config with ids of tokens that a model cannot do without.
 NEEDED_TOKENS = ("mask_token_id", "latent_token_id", "think_start_token_ids", "think_end_token_ids")
@@ -37,12 +35,6 @@ NEEDED_TOKENS = ("mask_token_id", "latent_token_id", "think_start_token_ids", "t
 _HERE = Path(__file__).resolve().parent
 _REGISTRY_FILE = "registered_models.py"
 _SAVE_ARGUMENTS = {*inspect.signature(PreTrainedModel.save_pretrained).parameters} - {"token"}  # that is for pushing
-# Shards, one file for all, or the index: the name, and the variant, before the shard's number or at the index's end.
-_WEIGHTS_FILE = re.compile(
-    r"(?:pytorch_)?(model|adapter_model)"
-    r"(?:(\.[^.]+?)?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)|\.(?:safetensors|bin)\.index(\.[^.]+)?\.json)"
-)
-_UNFINISHED_SAVE = ".saving-"
 _RELATIVE_IMPORT = re.compile(r"from\s+\.[\w.]*")
 
 
@@ -104,11 +96,11 @@ class HubModel:
     ) -> None:
         """
         As in transformers, except that tensors keep this package's names unless `save_original_format=True` asks for
-        those of the official checkpoints. (The HF Trainer resumes by the names in memory.) Over an older model, all
-        files are written first and then take the place of the old ones: a save that is cut short leaves the old model,
-        the new one or, for a moment, none that could be loaded, never parts of both. Where the package is
-        imported, a model card is written too, but never over a README.md that a person wrote or changed, and
-        `push_to_hub=True` uploads as `push_to_hub` does.
+        those of the official checkpoints. (The HF Trainer resumes by the names in memory.) Where the package is
+        imported, three things more. Over an older model, all files are written first and then take the place of the
+        old ones: a save that is cut short leaves the old model, the new one or, for a moment, none that could be
+        loaded, never parts of both. A model card is written, but never over a README.md that a person wrote or
+        changed. And `push_to_hub=True` uploads as `push_to_hub` does.
 
         Raises:
             ValueError: for quantised weights that cannot be saved, before anything is written.
@@ -121,7 +113,8 @@ class HubModel:
             upload = {name: kwargs.pop(name) for name in list(kwargs) if name not in _SAVE_ARGUMENTS}
         # transformers uploads by the name of the folder it wrote to; its distributed format has many writers.
         in_place = not is_main_process or (push_to_hub and not hooks) or kwargs.get("distributed_checkpoint", False)
-        with nullcontext(save_directory) if in_place else _replacing_files(save_directory) as folder:
+        replacing_files = nullcontext if in_place else HUB_HOOKS.get("replacing_files", nullcontext)
+        with replacing_files(save_directory) as folder:
             if is_main_process and not has_adapters:
                 os.makedirs(folder, exist_ok=True)
                 self.export_code(folder)
@@ -198,45 +191,6 @@ class HubModel:
         config.auto_map.update(
             {name: f"{module_name(model_class)}.{model_class.__name__}" for name in self.auto_classes}
         )
-
-
-@contextmanager
-def _replacing_files(folder: str | os.PathLike) -> Iterator[str]:
-    """
-    A temporary folder within `folder`; at the end, what was written there takes the place of an older model's files:
-    the old weights go first, index before shards, and the new ones come last, shards before index.
-    """
-    os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f"{_UNFINISHED_SAVE}{os.getpid()}")
-    os.makedirs(temporary)
-    try:
-        yield temporary
-        names = sorted(os.listdir(temporary), key=_is_weights)
-        kinds = {_kind_of_weights(name) for name in names} - {None}
-        old = [name for name in os.listdir(folder) if _kind_of_weights(name) in kinds]
-        for name in sorted(old, key=_is_weights, reverse=True):
-            os.remove(os.path.join(folder, name))
-        for name in names:
-            os.replace(os.path.join(temporary, name), os.path.join(folder, name))
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    if not (
-        distributed.is_available() and distributed.is_initialized()
-    ):  # else other processes may be saving here too
-        for name in os.listdir(folder):
-            if name.startswith(_UNFINISHED_SAVE):  # of a process that was killed
-                shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
-
-
-def _is_weights(name: str) -> int:
-    """For sorting: 0 for other files, 1 for weights, 2 for their index."""
-    return 0 if _kind_of_weights(name) is None else 1 + (".index." in name)
-
-
-def _kind_of_weights(name: str) -> str | None:
-    """`model` or `adapter_model`, with its variant (`model.fp16`), of files that are loaded together; else None."""
-    file = _WEIGHTS_FILE.fullmatch(name)
-    return f"{file[1]}{file[2] or file[3] or ''}" if file else None
 
 
 def _check_weights_can_be_saved(model: Any, state_dict: dict[str, Any] | None, save_original_format: bool) -> None:
