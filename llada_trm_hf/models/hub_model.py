@@ -17,8 +17,6 @@ from typing import Any, ClassVar, TypeVar
 
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.activations import ACT2FN
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import CONFIG_NAME, find_adapter_config_file, is_peft_available
 
 # The masked-diffusion families and the refiners by `model_type`, filled by `registered_models.py` and
@@ -411,17 +409,6 @@ def check_at_least_one(config: PreTrainedConfig, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}.")
-
-
-def check_functions(config: PreTrainedConfig) -> None:
-    """Raises ValueError for an activation function or kind of rotary embedding that transformers does not know."""
-    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-    for name, value, known in (
-        ("hidden_act", config.hidden_act, ACT2FN),
-        ("rope_type", rope_type, {"default", *ROPE_INIT_FUNCTIONS}),
-    ):
-        if value not in known:
-            raise ValueError(f"Unknown {name} {value!r}{nearest_name(str(value), known)}; one of {', '.join(known)}.")
 
 
 def check_heads(config: PreTrainedConfig) -> None:

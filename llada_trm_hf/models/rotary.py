@@ -4,7 +4,12 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
+
+from .hub_model import nearest_name
 
 ROPE_THETA = 10_000.0  # RoPE paper
 
@@ -64,3 +69,14 @@ class FullPrecisionRotaryEmbedding(LlamaRotaryEmbedding):
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> Rotary:
         """Cosine and sine `[B, L, head_dim]` of `position_ids` `[B, L]`, on the device of `hidden_states`."""
         return super().forward(hidden_states.float(), position_ids)
+
+
+def check_functions(config: PreTrainedConfig) -> None:
+    """Raises ValueError for an activation function or kind of rotary embedding that transformers does not know."""
+    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    for name, value, known in (
+        ("hidden_act", config.hidden_act, ACT2FN),
+        ("rope_type", rope_type, {"default", *ROPE_INIT_FUNCTIONS}),
+    ):
+        if value not in known:
+            raise ValueError(f"Unknown {name} {value!r}{nearest_name(str(value), known)}; one of {', '.join(known)}.")

@@ -4,7 +4,8 @@ from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from ..hub_model import check_at_least_one, check_functions, check_heads, check_token_id, model_type_of
+from ..hub_model import check_at_least_one, check_heads, check_token_id, model_type_of
+from ..rotary import check_functions
 
 # Field names of the official `config.json` files and what they are called in transformers.
 _OFFICIAL_NAMES = {

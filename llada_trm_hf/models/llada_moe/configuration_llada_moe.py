@@ -4,7 +4,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..hub_model import check_at_least_one, check_functions, check_heads, check_token_id, model_type_of
+from ..hub_model import check_at_least_one, check_heads, check_token_id, model_type_of
+from ..rotary import check_functions
 
 # The mask token of the released checkpoints, whose config files do not name it.
 RELEASED_MASK_TOKEN_ID = 156895
