@@ -14,8 +14,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-import llada_trm_hf
-
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _LARGEST_INTEGER = 2**63 - 1
 # Libraries whose announcements of coming changes are for their developers, not for who types a command.
@@ -78,7 +76,7 @@ def prepare(modules: Iterable[str] | None = None) -> None:
         enable_progress_bars()  # a download may take an hour
     for folder in ("models", "generation", "inspection"):
         importlib.import_module(f"llada_trm_hf.{folder}")
-    llada_trm_hf._fill_hub_hooks()
+    importlib.import_module("llada_trm_hf")._fill_hub_hooks()
     for module in modules or ():
         _import_users_module(module)
 
