@@ -141,8 +141,6 @@ def models(tmp_path_factory):
     hybrid = new_hybrid()
     hybrid.save_pretrained(folder / "hybrid")
     TOKENIZER.save_pretrained(folder / "hybrid")
-        "".join(f'{{"question": "{n}+1=", "answer": "{n + 1}"}}\n' for n in range(8))
-    )
     (folder / "prompts.json").write_text(json.dumps([f"{n}942=" for n in range(4)]))
     return folder
 
