@@ -150,8 +150,8 @@ def command_of(name: str, models: Path, config_file: Path, folder: Path) -> list
     hybrid, resume = models / "hybrid", "--use_cpu --report_to none --disable_tqdm true --resume_from_checkpoint true"
     text = {
         "sweep": f"train --recipe compressor_1a --backbone {models}/lm --dataset_name arithmetic --split train[:32] "
-        f"--num_eval_samples 8 --compressed_sizes 2 4 --max_steps 3 --save_steps 1 --batch_size 8 {resume} "
-        f"--output_dir {folder}",
+        f"--num_eval_samples 8 --compressed_sizes 2 4 --max_steps 3 --save_steps 1 --eval_steps 1 "
+        f"--batch_size 8 --max_length 64 {resume} --output_dir {folder}",
         "evaluate": f"evaluate --model {hybrid} --dataset_name arithmetic --num_terms 4 --split test[:6] "
         f"--batch_size 2 {generated} --output_dir {folder}",
         "generate": f"generate --checkpoint {hybrid} --prompts_file {models}/prompts.json {generated} "
