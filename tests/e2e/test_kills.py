@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from datagen_models import save_model
 from killed_commands import commands
 from safetensors.torch import load_file
+from tiny_training import TOKENIZER, new_hybrid
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 TRAIN = (
@@ -97,3 +99,93 @@ def test_training_that_cannot_write_says_so_in_one_line(tmp_path, process, confi
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {
         *(".training.lock", "training_metrics.csv", "validation_metrics.csv")
     }
+
+
+# --- All commands that write ---
+
+TIMES = ("seconds", "runtime", "per_second", "time")
+SELDOM_THE_SAME = ("training_args.bin", "README.md", "trainer_state.json", "results.json")
+
+
+def without_times(value):
+    if isinstance(value, dict):
+        return {name: without_times(item) for name, item in value.items() if not name.endswith(TIMES)}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """What is in the files, but times and hidden files; a zip archive counts by its name."""
+    found: dict[str, object] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if path.name in SELDOM_THE_SAME or path.name.endswith(".lock"):
+            continue
+        if path.suffix == ".csv":
+            found[name] = without_times(list(csv.DictReader(path.open())))
+        elif path.suffix in (".json", ".jsonl"):
+            found[name] = [without_times(json.loads(line)) for line in _documents(path)]
+        else:
+            found[name] = None if path.suffix in (".pt", ".pth") else path.read_bytes()
+    return found
+
+
+def _documents(path: Path) -> list[str]:
+    text = path.read_text(encoding="utf-8")
+    return text.splitlines() if path.suffix == ".jsonl" else [text]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    save_model(folder / "lm")
+    hybrid = new_hybrid()
+    hybrid.save_pretrained(folder / "hybrid")
+    TOKENIZER.save_pretrained(folder / "hybrid")
+    (folder / "prompts.json").write_text(json.dumps([f"{n}942=" for n in range(4)]))
+    return folder
+
+
+def command_of(name: str, models: Path, config_file: Path, folder: Path) -> list[str]:
+    generated = "--max_new_tokens 6 --num_diffusion_steps 3 --device cpu"
+    hybrid, resume = models / "hybrid", "--use_cpu --report_to none --disable_tqdm true --resume_from_checkpoint true"
+    text = {
+        "sweep": f"train --recipe compressor_1a --backbone {models}/lm --dataset_name arithmetic --split train[:32] "
+        f"--num_eval_samples 8 --compressed_sizes 2 4 --max_steps 3 --save_steps 1 --eval_steps 1 "
+        f"--batch_size 8 --max_length 64 {resume} --output_dir {folder}",
+        "evaluate": f"evaluate --model {hybrid} --dataset_name arithmetic --num_terms 4 --split test[:6] "
+        f"--batch_size 2 {generated} --output_dir {folder}",
+        "generate": f"generate --checkpoint {hybrid} --prompts_file {models}/prompts.json {generated} "
+        f"--output_file {folder}/answers.jsonl",
+        "trace": f"trace --checkpoint {hybrid} --prompt 3942= {generated} --output_dir {folder}",
+    }
+    return train(config_file, folder) if name == "train" else text[name].split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, kills", [("train", 40), ("sweep", 30), ("evaluate", 10), ("generate", 10), ("trace", 10)]
+)
+def test_a_hundred_kills_over_all_commands_that_write(tmp_path, process, config_file, models, name, kills):
+    whole, choice, done = tmp_path / "whole", random.Random(7), 0
+    whole.mkdir()
+    first = process.run(command_of(name, models, config_file, whole), whole)
+    assert first["code"] == 0, first["stderr"]
+    expected = contents(whole)
+    for number in range(kills):
+        folder = tmp_path / "killed" / str(number)
+        folder.mkdir(parents=True)
+        command, moments = command_of(name, models, config_file, folder), []
+        for _ in range(3):
+            moments.append(choice.randrange(1, first["operations"] + 1))
+            run = process.run(command, folder, kill_at=moments[-1])
+            assert run["code"] in (None, 0), (moments, run["stderr"])
+            done += run["code"] is None
+        last = process.run(command, folder)
+        assert last["code"] == 0, (moments, last["stderr"])
+        text = json.dumps(moments)
+        assert contents(folder).keys() == expected.keys(), text
+        for path, content in contents(folder).items():
+            assert content == expected[path], (text, path)
+        if done >= kills:
+            return
+    raise AssertionError(f"only {done} kills")
