@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     "train": [
-        "accelerate>=1.10",
+        "accelerate>=1.15",
         "datasets>=5.0",
         "pyyaml>=6.0.1",
         "tqdm>=4.66.3",
@@ -16,7 +16,7 @@ EXTRAS = {
         "math-verify>=0.9",
     ],
     "rl": ["trl>=1.14", "scipy>=1.13", "math-verify>=0.9"],
-    "eval": ["lm-eval>=0.4.13", "accelerate>=1.10", "peft>=0.18", "scipy>=1.13"],
+    "eval": ["lm-eval>=0.4.13", "accelerate>=1.15", "peft>=0.18", "scipy>=1.13"],
     "onnx": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5.7"],
     "demo": ["matplotlib>=3.9"],
     "quantize": ["torchao>=0.18", "bitsandbytes>=0.50", "accelerate>=1.10"],
