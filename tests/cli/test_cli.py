@@ -309,7 +309,12 @@ def test_help_does_not_wait_for_torch(arguments, printed, capfd):
 
 def test_interrupted_while_it_imports(tmp_path):
     """Ctrl-C while torch is being imported: an interrupt stands in for it, in a module of that name."""
-    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nwhile True: pass\n")
+    (tmp_path / "torch.py").write_text(
+        "import os, signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what runs in the background ignores it
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "time.sleep(5)\n"
+    )
     result = subprocess.run(
         [sys.executable, "-m", "llada_trm_hf.cli", "generate", "--checkpoint", "x", "--prompt", "1"],
         env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
