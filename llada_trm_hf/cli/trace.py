@@ -32,9 +32,9 @@ def run(arguments: list[str]) -> None:
     torch.manual_seed(options.seed)
     model, tokenizer = load(options.checkpoint, options.dtype, options.device)
     page, picture, data = (os.path.join(folder, f"trace.{ending}") for ending in ("html", "png", "json"))
+    output, answers = generate(model, tokenizer, [options.prompt], settings)
+    trace = output.refinement_trace
     with output_dir_lock(folder, ".trace.lock"):  # so that the three files are of one answer
-        output, answers = generate(model, tokenizer, [options.prompt], settings)
-        trace = output.refinement_trace
         write_atomically(page, lambda path: trace.to_html(path, tokenizer))
         write_atomically(data, lambda path: trace.to_json(path, tokenizer))
         print(f"{decode(answers[0], tokenizer)}\n\n{trace_summary(trace)}\n\n{page}\n{data}")

@@ -114,6 +114,7 @@ def test_code_that_travels_has_no_hooks(tmp_path):
         "save_card",
         "push_model",
         "push_folder",
+        "replacing_files",
     }
 
 
