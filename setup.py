@@ -19,7 +19,7 @@ EXTRAS = {
     "eval": ["lm-eval>=0.4.13", "accelerate>=1.15", "peft>=0.18", "scipy>=1.13"],
     "onnx": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5.7"],
     "demo": ["matplotlib>=3.9"],
-    "quantize": ["torchao>=0.18", "bitsandbytes>=0.50", "accelerate>=1.10"],
+    "quantize": ["torchao>=0.18", "bitsandbytes>=0.50", "accelerate>=1.15"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["train"],
