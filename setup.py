@@ -30,6 +30,7 @@ EXTRAS["dev"] = [
     *EXTRAS["quantize"],
     "mypy>=1.15",
     "pytest>=8.3",
+    "pytest-timeout>=2.4",
     "pytest-xdist>=3.6.1",
     "ruff>=0.12",
     "tensorboard>=2.18",

@@ -154,6 +154,13 @@ def randomise(head, seed=1):
         parameter.copy_(0.3 * noise if parameter.ndim > 1 else parameter + 0.1 * noise)
 
 
+def pytest_collection_modifyitems(items):
+    """A test that hangs fails, by name; what is marked slow may take an hour."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(3600))
+
+
 def forget_refiner(model_type):
     """Undoes `register_refiner`."""
     REFINERS.pop(model_type, None)

@@ -89,6 +89,7 @@ def thinker_weights(model):
 
 
 def train_on_one_of_two(rank, folder):
+    torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     model = new_thinker()
     parallel = DistributedDataParallel(model)
@@ -100,7 +101,7 @@ def train_on_one_of_two(rank, folder):
 
 def test_thoughts_on_one_of_two_processes(tmp_path):
     """`DistributedDataParallel` waits for a gradient of every weight, also from the batch without a thought."""
-    multiprocessing.start_processes(train_on_one_of_two, (tmp_path,), nprocs=2, start_method="fork")
+    multiprocessing.start_processes(train_on_one_of_two, (tmp_path,), nprocs=2, start_method="spawn", daemon=True)
     model = new_thinker()
     for _ in range(2):
         take_step(model, (answer_loss(model, 0) + answer_loss(model, 1)) / 2)
