@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test slow deepspeed lowest wheel lint types install clean
+.PHONY: demo test slow deepspeed lowest portable wheel readme lint types install clean
 
 demo: install
 	$(BIN)/llada-trm demo --output_dir outputs/demo
@@ -35,6 +35,13 @@ lowest: install $(LOWEST)/.installed
 	$(BIN)/python tests/load_across_versions.py save outputs/across_versions/newest
 	$(LOWEST)/bin/python tests/load_across_versions.py load outputs/across_versions/newest
 
+# The whole suite with the kernels of other CPUs (as far as this one has them), and with one thread and two. Every value
+# of the three settings once, not all of their combinations.
+portable: install
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest tests -n 2
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX512_CORE LLADA_TEST_THREADS=2 $(BIN)/python -m pytest tests -n 2
+	ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE_AMX $(BIN)/python -m pytest tests -n 2
+
 # The wheel alone in a clean environment, then with its extras: README's snippets and commands, outside the repository.
 wheel:
 	rm -rf build dist .venv-wheel
@@ -42,9 +49,13 @@ wheel:
 	.venv-wheel/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	.venv-wheel/bin/python -m pip install --quiet -c constraints.txt torch
 	.venv-wheel/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
-	.venv-wheel/bin/python tests/run_readme.py
+	.venv-wheel/bin/python tests/run_readme.py --installed
 	.venv-wheel/bin/python -m pip install --quiet -c constraints.txt "$$(echo dist/*.whl)[train,rl,eval,onnx,demo]"
-	.venv-wheel/bin/python tests/run_readme.py --extras
+	.venv-wheel/bin/python tests/run_readme.py --installed --extras
+
+# The same with what is installed here.
+readme: install
+	$(BIN)/python tests/run_readme.py --extras
 
 lint: install
 	$(BIN)/ruff check .

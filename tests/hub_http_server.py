@@ -12,13 +12,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub import ModelCard, repocard
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import get_session, validate_repo_id
 
 TOKEN = "hf_" + "TestTokenThatMustNotShowUpAnywhere"
 USER = "user"
@@ -70,6 +72,16 @@ class ModelHub(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.cut_uploads: list[int] = []
         self.cut_commits: list[str] = []
+
+    def validate(self, card: ModelCard) -> None:
+        """`card.validate()`; before huggingface_hub 2 it asks huggingface.co, whatever ENDPOINT is."""
+        session = get_session()
+
+        def post(url: str, **arguments: Any) -> Any:
+            return session.post(self.url + urlsplit(url).path, **arguments)
+
+        with patch.object(repocard, "get_session", lambda: SimpleNamespace(post=post)):
+            card.validate()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Connections that are cut on purpose are not reported."""
@@ -210,7 +222,7 @@ class _Handler(BaseHTTPRequestHandler):
     def validate_card(self) -> None:
         """As far as it is known what the Hub checks: the metadata as written, before any client reads them."""
         try:
-            block = REGEX_YAML_BLOCK.search(self.json()["content"])
+            block = repocard.REGEX_YAML_BLOCK.search(self.json()["content"])
             data = yaml.safe_load(block.group(2)) if block else {}
             for name, kind in METADATA.items():
                 if not isinstance(data.get(name, kind()), kind):

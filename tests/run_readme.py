@@ -1,14 +1,14 @@
 """
-README's code, in a temporary folder, with the package as it is installed: `python run_readme.py`, or with `--extras`
-what needs extras too. Small random models and a few problems lie where README names those of the Hub; training takes a
-few steps.
+README's code from top to bottom, in a temporary folder, with the package as it is installed: `python run_readme.py`,
+or with `--extras` what needs extras too. Small random models and a few problems lie where README names those of the
+Hub, uploads go to a server here, and training takes a few steps.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from hub_http_server import TOKEN, model_hub
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GPT2Config,
@@ -48,13 +49,29 @@ TEMPLATE = (
 SIZES = {"hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 # Python code that is not run without extras: it has to say which one it needs.
 NEEDS_EXTRAS = ("latent_thinking_prompt", "Trainer", "HiddenPairs", "onnxruntime")
-# Commands that are not run: other machines, a token, downloads, an older file, or not a command but an outline of one.
-NOT_RUN = ("make ", "pip install", "torchrun", "accelerate launch", "push", "lm-eval", "...")
+# What is not run: it makes the installation that is there already.
+NOT_RUN = ("make ", "pip install")
 # Settings that make a command short, by what it starts with; the last of two counts.
 SHORTER = {
     "train --recipe compressor_1b": "--max_steps 2 --num_eval_samples 4",
     "train": "--max_steps 2",
     "datagen": "--max_new_tokens 12",
+    "lm-eval": "--limit 2 --gen_kwargs max_gen_toks=16",
+}
+# What stands for the dots of a command that README only outlines, by a part of it.
+OUTLINED = {
+    "accelerate launch": "--use_cpu --backbone runs/small --num_terms 4 --output_dir runs/launched --max_steps 2",
+    "--profile_steps": "--backbone runs/small --num_terms 4 --output_dir runs/profiled --max_steps 7",
+    "llada_trm_hf.cli evaluate": "--model runs/head --dataset_name gsm8k --max_new_tokens 16 --output_dir results/two",
+    "--no_thinking": "--dataset_name gsm8k --max_new_tokens 16 --output_dir results/bare_thinker",
+    "llada_trm_hf.cli datagen": "--model HuggingFaceTB/SmolLM3-3B --dataset gsm8k "
+    "--max_new_tokens 12 --output_dir two",
+}
+# For a machine with fewer devices than README's.
+FEWER = {
+    "--nproc_per_node 8": "--nproc_per_node 2",
+    "accelerate launch": "accelerate launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no "
+    "--dynamo_backend no",
 }
 
 
@@ -115,30 +132,59 @@ def make_data(folder):
     (folder / "small.json").write_text(json.dumps(SIZES))
 
 
+def make_older_file(folder):
+    """A trm.pt as a trainer of llm-trm wrote it, with a dataclass of its script pickled in it."""
+    size, layer = 16, "net.layers.0"
+    shapes = {"reasoning_token": (1, 1, size), "output_norm.weight": (size,)}
+    shapes |= {f"{layer}.norm{n}.weight": (size,) for n in (1, 2)}
+    for name, (rows, columns) in {
+        f"{layer}.self_attn.in_proj_": (3 * size, size),
+        f"{layer}.self_attn.out_proj.": (size, size),
+        f"{layer}.mlp.0.": (4 * size, size),
+        f"{layer}.mlp.2.": (size, 4 * size),
+        "halt_head.": (1, size),
+    }.items():
+        shapes |= {f"{name}weight": (rows, columns), f"{name}bias": (rows,)}
+    settings = {"n_layers": 1, "n_heads": 2, "n_latent_steps": 2, "n_deep_recursions": 2, "n_supervision_steps": 2}
+    settings |= {"dropout": 0.1, "halt_threshold": 0.5, "halt_loss_weight": 0.5, "bce_halt_loss": True}
+    config = dataclasses.make_dataclass("Phase2Config", [(key, type(value), value) for key, value in settings.items()])
+    config.__module__ = "__main__"
+    globals()["Phase2Config"] = config
+    weights = {name: torch.randn(shape) for name, shape in shapes.items()}
+    torch.save({"trm_state_dict": weights, "config": config(), "ema_shadow": weights}, folder / "trm.pt")
+
+
 def blocks():
     """Of README: what a block is written in ("" for commands), and its text."""
     return re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
 
 
 def commands():
-    """The lines of README that `llada-trm` can run here, shortened."""
+    """The lines of README's commands, shortened, those it outlines filled in."""
     for language, block in blocks():
         for line in block.replace("\\\n", " ").splitlines():
             command = line.split("  #")[0].strip()
-            if language or "llada-trm" not in command or any(part in command for part in NOT_RUN):
+            if language or not command or command.startswith(NOT_RUN):
                 continue
-            start = next((start for start in SHORTER if f"llada-trm {start}" in command), None)
-            yield command if start is None else f"{command} {SHORTER[start]}"
+            if command.endswith(" ..."):
+                rest = next(rest for part, rest in OUTLINED.items() if part in command)
+                command = command.removesuffix("...") + rest
+            else:
+                start = next((start for start in SHORTER if f"llada-trm {start}" in command), None)
+                command = command if start is None else f"{command} {SHORTER[start]}"
+            for many, few in FEWER.items():
+                command = command.replace(many, few)
+            yield command
 
 
-def run_command(command):
+def run_command(command, hub):
     """What went wrong, if anything."""
-    words, environment = shlex.split(command), dict(os.environ)
-    while "=" in words[0]:
-        name, value = words.pop(0).split("=", 1)
-        environment[name] = value
-    words[0] = str(Path(sys.executable).with_name(words[0]))
-    result = subprocess.run(words, env=environment, capture_output=True, text=True)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment["TOKENIZERS_PARALLELISM"] = "false"
+    if "push" in command:
+        environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
+    # (The shell of a person; its file for a new backbone is written by it.)
+    result = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True, timeout=900)
     if "--output_dir more_pairs" in command:
         # A random model closes no thought: what was made from traces takes the place of what it thought.
         shutil.copytree("more_pairs", "pairs", dirs_exist_ok=True)
@@ -160,10 +206,18 @@ def run_python(code, names, extras):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--extras", action="store_true", help="with the extras, and the commands too")
-    extras = parser.parse_args().extras
-    assert ROOT / "llada_trm_hf" not in Path(llada_trm_hf.__file__).parents, "the wheel has to be installed"
-    steps = [("llada-trm demo --smoke_test", run_command), *((line, run_command) for line in commands())]
-    steps = steps if extras else []
+    parser.add_argument("--installed", action="store_true", help="refuse a package that is not installed, but here")
+    options = parser.parse_args()
+    if options.installed and ROOT / "llada_trm_hf" in Path(llada_trm_hf.__file__).parents:
+        parser.error("the wheel has to be installed")
+    with model_hub() as hub:
+        return run_all(options.extras, hub)
+
+
+def run_all(extras, hub):
+    type_command = partial(run_command, hub=hub)
+    typed = [("llada-trm demo --smoke_test --output_dir outputs/demo", type_command)]
+    steps = [*typed, *((line, type_command) for line in commands())] if extras else []
     # What the loop over an exported model is given.
     names = {"__name__": "README", "tokens": np.array([[5, 6, tokenizer().mask_token_id]])}
     names["mask_token_id"] = tokenizer().mask_token_id
@@ -174,6 +228,7 @@ def main():
         os.chdir(folder)
         make_workspace(Path(folder))
         make_data(Path(folder))
+        make_older_file(Path(folder))
         for step, run in steps:
             problem = run(step)
             print("FAILED" if problem else "ok", "|", step.strip().splitlines()[0], flush=True)

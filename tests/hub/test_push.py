@@ -472,7 +472,7 @@ def test_license(hub, tmp_path, monkeypatch):
     assert pushed(base="user/free") == {"license": "mit"}  # what was said of another base model is not kept
     assert pushed(base=None) == {}
     assert pushed(base=None, license="cc-by-4.0") == pushed(base=None) == {"license": "cc-by-4.0"}
-    ModelCard(hub.files("user/model")["README.md"].decode()).validate()
+    hub.validate(ModelCard(hub.files("user/model")["README.md"].decode()))
 
 
 def test_license_on_the_command_line(hub, checkpoint, capsys):
