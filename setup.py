@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 EXTRAS = {
     "train": [
         "accelerate>=1.15",
-        "datasets>=5.0",
+        "datasets>=5.1",
         "pyyaml>=6.0.1",
         "tqdm>=4.66.3",
         "filelock>=3.16",

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..backbone_wrapper import lm_head_inputs
+from ..backbone_wrapper import lm_head_inputs, select_states
 from .configuration_latent_thinking import LatentThinkingConfig
 from .latent_thinker import LatentThinker
 from .thought_tokens import ThoughtLayout, find_thoughts
@@ -21,7 +21,8 @@ class LatentThinkingOutput(ModelOutput):
         loss: scalar, with labels: cross-entropy of each next token.
         logits: `[B, L, V]`, or at the positions `logits_to_keep` asks for.
         past_key_values: with `use_cache`.
-        hidden_states, attentions: on request, as in transformers.
+        hidden_states, attentions: on request, as in transformers; `output_hidden_states` also takes numbers, such as
+            `[0, -1]`, and gives None in the place of the others.
         reasoning_steps: LongTensor `[B, T]`, supervision steps that each of a row's thoughts took, 0 where a row has
             fewer than the `T` of another; None if no row has any.
         halt_probability: `[B, T]`, after the last step.
@@ -57,6 +58,24 @@ class LatentPasses:
     training: bool
 
     def encode(
+        self, input_ids: torch.Tensor | None, num_logits: int, **arguments: Any
+    ) -> tuple[torch.Tensor, LatentThinkingOutput]:
+        """
+        The states `[B, L, D]` the LM head reads, and the output with logits at the last `num_logits` positions. The
+        other arguments are those of `forward`.
+        """
+        for name in ("output_hidden_states", "output_attentions"):
+            if arguments.get(name) is None and getattr(self.config, name):
+                arguments[name] = getattr(self.config, name)
+        selection = arguments.get("output_hidden_states")
+        if selection is not None:
+            arguments["output_hidden_states"] = bool(selection)
+        states, outputs = self._encode(input_ids, num_logits, **arguments)
+        if outputs.hidden_states is not None:
+            outputs.hidden_states = select_states(outputs.hidden_states, selection)
+        return states, outputs
+
+    def _encode(
         self,
         input_ids: torch.Tensor | None,
         num_logits: int,
@@ -69,13 +88,6 @@ class LatentPasses:
         max_reasoning_steps: int | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, LatentThinkingOutput]:
-        """
-        The states `[B, L, D]` the LM head reads, and the output with logits at the last `num_logits` positions. The
-        other arguments are those of `forward`.
-        """
-        for name in ("output_hidden_states", "output_attentions"):
-            if kwargs.get(name) is None and getattr(self.config, name):
-                kwargs[name] = getattr(self.config, name)
         layout = None
         if enable_latent_thinking is not False and input_ids is not None:
             layout = self._find_thoughts(input_ids, attention_mask, past_key_values)
