@@ -124,12 +124,12 @@ class Comparison:
         left.set_ylim(len(names) - 0.4, -0.7)
         left.set(title="Accuracy", xlabel="problems answered right (%)")
         right.axvline(0, color="grey", linewidth=1)
-        right.text(0, 0, "the one compared with", ha="center", va="center", color="grey", backgroundcolor="white")
+        right.text(0, 0, "reference", ha="center", va="center", color="grey", backgroundcolor="white")
         right.set_xlabel("percentage points (to the right of 0: better)")
         right.set_title(f"Difference from {names[0]}", parse_math=False)
         for axes in (left, right):
             axes.grid(axis="x", alpha=0.3)
-            axes.margins(x=0.15)
+            axes.margins(x=0.25)
         figure.suptitle(f"{self.num_common} problems; points with their 95% intervals", fontweight="bold")
         figure.savefig(path, dpi=150)
 

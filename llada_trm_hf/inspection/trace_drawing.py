@@ -41,7 +41,8 @@ def plot_trace(trace: RefinementTrace, path: str | os.PathLike, tokenizer: Any =
     # Not pyplot's figure: nothing global, so it works in threads and without a display.
     figure = Figure(figsize=(WIDTH, top + 4.2), layout="constrained")
     figure.suptitle(headline(trace), fontsize=14, fontweight="bold", wrap=True)
-    upper, lower = figure.subfigures(2, 1, height_ratios=[top, 3.6])
+    halves: Any = figure.subfigures(2, 1, height_ratios=[top, 3.6])
+    upper, lower = halves
     picture.draw_guesses(upper.subplots())
     updates, confidence, similarity = lower.subplots(1, 3, width_ratios=[1.1, 1.2, 1])
     picture.draw_updates(updates)
@@ -76,7 +77,7 @@ class _Picture:
         extent = (0.5, length + 0.5, num_passes + 0.5, 0.5)  # everything counts from 1
         names = ["still open", "decided before", "decided in this step", "best guess changed by the refiner"]
         colors = [OPEN, DECIDED, DECIDED_NOW, CHANGED]
-        axes.imshow(state, cmap=ListedColormap(colors), vmin=0, vmax=3, aspect="auto", extent=extent, **SHARP)
+        axes.imshow(state.numpy(), cmap=ListedColormap(colors), vmin=0, vmax=3, aspect="auto", extent=extent, **SHARP)
         handles = [Patch(facecolor=c, edgecolor="grey", label=name) for c, name in zip(colors, names)]
         if self.has_letters:
             self._write_letters(axes, state)
@@ -130,16 +131,20 @@ class _Picture:
         expected, final = self.trace.expected[0, self.first :], self.trace.canvases[-1][0, self.first :]
         outcome = torch.where(expected < 0, 0, torch.where(expected == final, 1, 2))
         colors = ListedColormap([OPEN, RIGHT, WRONG])
-        extent = (0.5, len(final) + 0.5, num_passes + 1.5, num_passes + 0.6)
-        axes.imshow(outcome[None], cmap=colors, vmin=0, vmax=2, aspect="auto", extent=extent, alpha=0.3, **SHARP)
+        height = max(1.0, 0.06 * num_passes)  # of the row, so that it is seen below many
+        bottom, middle = num_passes + 0.5 + height, num_passes + 0.5 + 0.55 * height
+        extent = (0.5, len(final) + 0.5, bottom, num_passes + 0.5 + 0.1 * height)
+        axes.imshow(
+            outcome[None].numpy(), cmap=colors, vmin=0, vmax=2, aspect="auto", extent=extent, alpha=0.3, **SHARP
+        )
         if self.has_letters:
             for column, (token, kind) in enumerate(zip(expected.tolist(), outcome.tolist())):
                 if kind:
                     color, mark = (RIGHT, "✓") if kind == 1 else (WRONG, "✗")
-                    self._write(axes, column, num_passes + 0.05, f"{mark} {self.texts(token)}", 13, color=color)
-        axes.set(xlim=(0.5, len(final) + 0.5), ylim=(num_passes + 1.5, 0.5))
+                    self._write(axes, column, middle - 1, f"{mark} {self.texts(token)}", 13, color=color)
+        axes.set(xlim=(0.5, len(final) + 0.5), ylim=(bottom, 0.5))
         ticks = [tick for tick in axes.get_yticks() if 1 <= tick <= num_passes]
-        axes.set_yticks([*ticks, num_passes + 1.05], [*(f"{tick:.0f}" for tick in ticks), "known answer"])
+        axes.set_yticks([*ticks, middle], [*(f"{tick:.0f}" for tick in ticks), "known answer"])
 
     def draw_updates(self, axes: Any) -> None:
         """How many updates each chunk got in each step, for the chunks that had something to decide."""
@@ -154,18 +159,14 @@ class _Picture:
         extent = (0.5, self.num_passes + 0.5, len(chunks) + 0.5, 0.5)
         colors = LinearSegmentedColormap.from_list("updates", ["#e9ddff", REFINER])
         axes.set_facecolor(OPEN)
-        image = axes.imshow(
-            shown, cmap=colors, vmin=0, vmax=most, aspect="auto", interpolation="nearest", extent=extent
-        )
+        image = axes.imshow(shown.numpy(), cmap=colors, vmin=0, vmax=most, aspect="auto", extent=extent, **SHARP)
         if values.numel() <= MOST_NUMBERED_CELLS and self.num_passes <= 20:
             size = 13 if self.num_passes <= 10 else 8
-            for (chunk, step), number in zip(
-                torch.cartesian_prod(*map(torch.arange, values.shape)).tolist(), values.flatten()
-            ):
-                text, color = (
-                    (f"{int(number)}", "white" if number > most / 2 else "black") if number else ("·", "#999")
-                )
-                axes.text(step + 1, chunk + 1, text, ha="center", va="center", color=color, fontsize=size)
+            for chunk, numbers in enumerate(values.int().tolist(), start=1):
+                for step, number in enumerate(numbers, start=1):
+                    text = plural(number, "update") if self.num_passes <= 4 else str(number)
+                    color = "#999" if not number else "white" if number > most / 2 else "black"
+                    axes.text(step, chunk, text, ha="center", va="center", color=color, fontsize=size)
         else:
             axes.figure.colorbar(image, ax=axes, label="updates")
         _whole_numbers(axes)
@@ -190,14 +191,14 @@ class _Picture:
             values = first_row(self.trace, "chunk_confidence", "refiner_confidence")
             both = torch.stack([value.masked_fill(~refined, torch.nan).nanmean(-1) for value in values])
             title, names = "Confidence in the chunks refined", ("backbone", "the refiner's own")
-        both = 100 * both
-        axes.fill_between(steps, both[0], both[1], color=REFINER, alpha=0.1, linewidth=0)
-        for values, name, color, marker in zip(both, names, (BACKBONE, REFINER), "os"):
+        percent = 100 * both.numpy()
+        axes.fill_between(steps, percent[0], percent[1], color=REFINER, alpha=0.1, linewidth=0)
+        for values, name, color, marker in zip(percent, names, (BACKBONE, REFINER), "os"):
             axes.plot(
                 steps, values, marker=marker, color=color, label=name, markersize=6 if self.num_passes <= 32 else 2
             )
         if self.num_passes <= 8:
-            for step, (low, high) in enumerate(both.T.tolist(), start=1):
+            for step, (low, high) in enumerate(percent.T.tolist(), start=1):
                 above = high >= low
                 for value, color, is_above in ((low, BACKBONE, not above), (high, REFINER, above)):
                     if value == value:
@@ -231,12 +232,12 @@ class _Picture:
         if len(curves) <= MOST_CURVES:
             for number, (name, curve) in enumerate(curves):
                 color = f"C{number}"
-                axes.plot(range(1, len(curve) + 1), curve, ".-", label=name, color=color)
+                axes.plot(range(1, len(curve) + 1), curve.numpy(), ".-", label=name, color=color)
             axes.legend(frameon=False, fontsize=9)
         else:
             stacked = torch.stack([curve for _, curve in curves])  # [curves, K]
             stacked = stacked[:, stacked.isfinite().any(0)]
-            low, middle, high = stacked.nanquantile(torch.tensor([0.1, 0.5, 0.9]), dim=0)
+            low, middle, high = stacked.nanquantile(torch.tensor([0.1, 0.5, 0.9]), dim=0).numpy()
             updates = range(1, stacked.shape[1] + 1)
             axes.fill_between(updates, low, high, color=REFINER, alpha=0.2, linewidth=0, label="80% of them")
             axes.plot(updates, middle, "o-", color=REFINER, label=f"median of {plural(len(curves), 'refinement')}")

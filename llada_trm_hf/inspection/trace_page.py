@@ -128,7 +128,7 @@ def _changes_table(trace: RefinementTrace, row: int, texts: TokenTexts) -> str:
 
 
 def _guess(texts: TokenTexts, token: int, probability: float) -> str:
-    return f"<b>{html.escape(texts(token))}</b> <small>{100 * probability:.0f}%</small>"
+    return f"<strong>{html.escape(texts(token))}</strong> <small>{100 * probability:.0f}%</small>"
 
 
 def _outcome(outcome: str) -> str:

@@ -35,17 +35,18 @@ class AnswerScore(NamedTuple):
 def guess_changes(trace: RefinementTrace, row: int = 0) -> list[GuessChange]:
     """Every best guess that the refiner changed, step by step; empty for a trace without guesses."""
     changes = []
+    known = None if trace.expected is None else trace.expected[row].tolist()
     for step, (done, index) in passes_of_row(trace, row):
         if done.guesses is None or done.guess_probability is None:
             continue
-        tokens, probability = done.guesses[index], done.guess_probability[index]
-        before, after = trace.canvases[step - 1][row], trace.canvases[step][row]
-        for position in (tokens[0] != tokens[1]).nonzero().flatten().tolist():
-            (old, new), (p, q) = tokens[:, position].tolist(), probability[:, position].tolist()
-            committed = int(after[position]) if after[position] != before[position] else None
-            changes.append(
-                GuessChange(step, position, old, p, new, q, committed, _outcome(trace, row, position, old, new))
-            )
+        tokens, probability = done.guesses[index], done.guess_probability[index]  # [2, L]
+        before, after = trace.canvases[step - 1][row].tolist(), trace.canvases[step][row].tolist()
+        positions = (tokens[0] != tokens[1]).nonzero().flatten()
+        columns = zip(positions.tolist(), *tokens[:, positions].tolist(), *probability[:, positions].tolist())
+        for position, old, new, old_probability, new_probability in columns:
+            committed = after[position] if after[position] != before[position] else None
+            outcome = "" if known is None else _outcome(known[position], old, new)
+            changes.append(GuessChange(step, position, old, old_probability, new, new_probability, committed, outcome))
     return changes
 
 
@@ -181,7 +182,7 @@ def plural(number: int, one: str, many: str = "") -> str:
     return f"{number} {one if number == 1 else many or one + 's'}"
 
 
-def _outcome(trace: RefinementTrace, row: int, position: int, old: int, new: int) -> str:
-    if trace.expected is None or (right := int(trace.expected[row, position])) < 0:
+def _outcome(right: int, old: int, new: int) -> str:
+    if right < 0:
         return ""
     return "became right" if new == right else "became wrong" if old == right else "still wrong"

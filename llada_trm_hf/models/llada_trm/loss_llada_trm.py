@@ -17,7 +17,7 @@ from ..refiners.modeling_refiner import ChunkLayout, RefinerOutput
 class BestGuesses(NamedTuple):
     """The backbone's best guesses at some tokens, and those after refining; only a trace puts them together."""
 
-    index: tuple[torch.Tensor, ...]  # of those tokens in a tensor [B, L, ...]
+    where: tuple[Any, ...]  # the index of those tokens in a tensor [B, L, ...]
     tokens: tuple[torch.Tensor, torch.Tensor]
     probability: tuple[torch.Tensor, torch.Tensor]  # float32, of those guesses
 
@@ -25,8 +25,8 @@ class BestGuesses(NamedTuple):
         """Guesses and their probabilities `[B, 2, L]`; -1 and NaN where not `relevant` `[B, L]`."""
         tokens = torch.full((*relevant.shape, 2), -1, device=relevant.device)
         probability = torch.full(tokens.shape, torch.nan, device=relevant.device)
-        tokens[self.index] = torch.stack(self.tokens, dim=-1)
-        probability[self.index] = torch.stack(self.probability, dim=-1)
+        tokens[self.where] = torch.stack(self.tokens, dim=-1)
+        probability[self.where] = torch.stack(self.probability, dim=-1)
         hidden = ~relevant[..., None]
         return tokens.masked_fill(hidden, -1).mT, probability.masked_fill(hidden, torch.nan).mT
 

@@ -338,8 +338,8 @@ class LLaDATRMForMaskedDiffusion(
                 best.index_put((row, slot), anew.argmax(-1)),
                 largest.index_put((row, slot), best_probability(anew)),
             )
-            index = (torch.arange(len(best), device=best.device)[:, None], positions)
-            guesses = BestGuesses(index, (best, refined[0]), (largest, refined[1]))
+            where = (torch.arange(len(best), device=best.device)[:, None], positions)
+            guesses = BestGuesses(where, (best, refined[0]), (largest, refined[1]))
             result = result._replace(guesses=guesses)
         return result, logits if positions is logits_to_keep else unpack_logits(logits, wanted, logits_to_keep)
 
