@@ -48,6 +48,8 @@ def plot_trace(trace: RefinementTrace, path: str | os.PathLike, tokenizer: Any =
     picture.draw_updates(updates)
     picture.draw_confidence(confidence)
     picture.draw_similarity(similarity)
+    for axes in (updates, confidence, similarity):
+        axes.title.set_fontsize(11)
     figure.savefig(path, format="png", dpi=150)
 
 

@@ -122,8 +122,9 @@ def _changes_table(trace: RefinementTrace, row: int, texts: TokenTexts) -> str:
     note = f'<p class="hint">And {more} more: play the steps to see them.</p>' if more else ""
     head = "".join(f'<th scope="col">{name}</th>' for name in heads)
     return (
-        f'<div class="changes" data-row="{row}"><table><caption>{plural(len(changes), "change")}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>{note}</div>"
+        f'<div class="changes" data-row="{row}" role="region" tabindex="0" aria-label="Changes"><table><caption>'
+        f"{plural(len(changes), 'change')}</caption><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(lines)}</tbody></table>{note}</div>"
     )
 
 
