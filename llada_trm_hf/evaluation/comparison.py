@@ -109,24 +109,45 @@ class Comparison:
         return {"problems": self.num_common, "problems_of_each": self.num_each, "results": rows}
 
     def plot(self, path: str) -> None:
-        """Draws accuracies and differences, with their intervals, to an image file."""
+        """Draws accuracies and differences, with their intervals and numbers, to an image file."""
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(9, 1.5 + 0.5 * len(self.results)), layout="constrained")
+        figure = Figure(figsize=(12, 2.2 + 0.8 * len(self.results)), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         for row, result in enumerate(self.results):
-            for axes, share in ((left, result.summary.accuracy), (right, result.difference)):
-                if share is not None:
-                    low, value, high = (100 * number for number in (share.interval[0], share.value, share.interval[1]))
-                    errors = [[value - low], [high - value]]
-                    axes.errorbar(value, row, xerr=errors, fmt="o", capsize=4, color="C0")
-        left.set_yticks(range(len(self.results)), [result.name for result in self.results])
-        left.set_ylim(len(self.results) - 0.5, -0.5)
-        left.set_xlabel("accuracy (%)")
-        right.axvline(0, color="grey", linewidth=0.8)
-        right.set_xlabel(f"points more than {self.results[0].name}")
-        figure.suptitle(f"{self.num_common} problems, 95% intervals")
+            _draw_estimate(left, row, result.summary.accuracy, "%")
+            _draw_estimate(right, row, result.difference, "")
+        names = [_shortened(result.name) for result in self.results]
+        left.set_yticks(range(len(names)), names)
+        for label in left.get_yticklabels():
+            label.set_parse_math(False)
+        left.set_ylim(len(names) - 0.4, -0.7)
+        left.set(title="Accuracy", xlabel="problems answered right (%)")
+        right.axvline(0, color="grey", linewidth=1)
+        right.text(0, 0, "reference", ha="center", va="center", color="grey", backgroundcolor="white")
+        right.set_xlabel("percentage points (to the right of 0: better)")
+        right.set_title(f"Difference from {names[0]}", parse_math=False)
+        for axes in (left, right):
+            axes.grid(axis="x", alpha=0.3)
+            axes.margins(x=0.25)
+        figure.suptitle(f"{self.num_common} problems; points with their 95% intervals", fontweight="bold")
         figure.savefig(path, dpi=150)
+
+
+def _draw_estimate(axes: Any, row: int, share: Any, unit: str) -> None:
+    """A point with its interval in a row, and the numbers above it; nothing for None."""
+    if share is None:
+        return
+    low, value, high = (100 * number for number in (share.interval[0], share.value, share.interval[1]))
+    axes.errorbar(value, row, xerr=[[value - low], [high - value]], fmt="o", capsize=4, color="C0", markersize=7)
+    sign = "" if unit else "+"
+    numbers = f"{value:{sign}.1f}{unit}  ({low:{sign}.1f} to {high:{sign}.1f})"
+    axes.annotate(numbers, (value, row), (0, 9), textcoords="offset points", ha="center", va="bottom")
+
+
+def _shortened(name: str, longest: int = 36) -> str:
+    """A name that leaves room for the drawing; paths differ at their ends."""
+    return name if len(name) <= longest else f"…{name[-longest + 1 :]}"
 
 
 def compare_results(paths: list[str], common_only: bool = False) -> Comparison:

@@ -27,6 +27,9 @@ class RefinementPass:
             that step was not run.
         changed_tokens: BoolTensor `[b, L]`, where refinement changed the model's best guess.
         rows: LongTensor `[b]`, which rows of the batch these are.
+        guesses: LongTensor `[b, 2, L]`, the best guesses of the backbone, and those after refining, for the tokens to
+            be decided; -1 elsewhere. None in a trace of an earlier version.
+        guess_probability: FloatTensor `[b, 2, L]`, their probabilities; NaN elsewhere.
     """
 
     chunk_of_token: torch.Tensor
@@ -36,6 +39,8 @@ class RefinementPass:
     similarity: torch.Tensor
     changed_tokens: torch.Tensor
     rows: torch.Tensor
+    guesses: torch.Tensor | None = None
+    guess_probability: torch.Tensor | None = None
 
     @classmethod
     def of_rows(cls, rows: dict[int, dict[str, Any]]) -> "RefinementPass":
@@ -44,6 +49,7 @@ class RefinementPass:
         def stacked(name: str, dtype: torch.dtype) -> torch.Tensor:
             return torch.tensor([_with_nan(row[name]) for row in rows.values()], dtype=dtype)
 
+        has_guesses = all("guesses" in row for row in rows.values())
         return cls(
             chunk_of_token=stacked("chunk_of_token", torch.long),
             chunk_confidence=stacked("chunk_confidence", torch.float32),
@@ -52,16 +58,23 @@ class RefinementPass:
             similarity=stacked("similarity", torch.float32),
             changed_tokens=stacked("changed_tokens", torch.bool),
             rows=torch.tensor(list(rows)),
+            guesses=stacked("guesses", torch.long) if has_guesses else None,
+            guess_probability=stacked("guess_probability", torch.float32) if has_guesses else None,
         )
 
     def first(self, number: int) -> "RefinementPass":
         """The same for the first `number` rows."""
-        return RefinementPass(*(getattr(self, part.name)[:number] for part in fields(self)))
+        return RefinementPass(**{name: values[:number] for name, values in self._tensors().items()})
 
     def of_row(self, index: int) -> dict[str, Any]:
         """Row `index` as plain lists, with None for NaN: JSON has no NaN."""
-        lists = {part.name: getattr(self, part.name)[index].tolist() for part in fields(self) if part.name != "rows"}
+        lists = {name: values[index].tolist() for name, values in self._tensors().items() if name != "rows"}
         return {name: _without_nan(values) for name, values in lists.items()}
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """The fields that are there."""
+        values = {part.name: getattr(self, part.name) for part in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass
@@ -74,12 +87,34 @@ class RefinementTrace:
         prompt_length: columns of the prompt.
         canvases: LongTensors `[B, L]`, the canvas before the first and after each diffusion step.
         passes: what the refiner did in each step; empty for a model without refiner.
+        expected: LongTensor `[B, L]`, the right token in each place, if it is known; -1 where it is not. Set it, or
+            call `expect`, and the page and the picture say what became right and what wrong.
     """
 
     mask_token_id: int
     prompt_length: int
     canvases: list[torch.Tensor] = field(default_factory=list)
     passes: list[RefinementPass] = field(default_factory=list)
+    expected: torch.Tensor | None = None
+
+    def expect(self, answer: list[int]) -> None:
+        """
+        Sets what every row's new tokens should be, as `expected`.
+
+        Args:
+            answer: token ids, with the end token if the answer is to end there. What follows it may be anything.
+
+        Raises:
+            ValueError: if it is empty, or longer than what was generated.
+        """
+        num_rows, length = self.canvases[0].shape
+        if not 0 < len(answer) <= length - self.prompt_length:
+            raise ValueError(
+                f"The known answer has {len(answer)} tokens and {length - self.prompt_length} were generated: an "
+                f"answer needs a token, and as many new ones (max_new_tokens) as it has itself."
+            )
+        self.expected = torch.full((num_rows, length), -1)
+        self.expected[:, self.prompt_length : self.prompt_length + len(answer)] = torch.tensor(answer)
 
     def add_canvas(self, sequences: torch.Tensor, rows: torch.Tensor) -> None:
         """Adds the canvas `[B, L]` after a step that ran for `rows` `[b]`."""
@@ -107,7 +142,8 @@ class RefinementTrace:
                     step["refinement"] = done.of_row(where[0]) if where else None
                 steps.append(step)
             rows.append(steps)
-        return {"mask_token_id": self.mask_token_id, "prompt_length": self.prompt_length, "rows": rows}
+        known = {} if self.expected is None else {"expected": self.expected.tolist()}
+        return {"mask_token_id": self.mask_token_id, "prompt_length": self.prompt_length, **known, "rows": rows}
 
     def to_json(self, path: str | os.PathLike, tokenizer: Any = None) -> None:
         """Writes `to_dict` as JSON."""
@@ -132,17 +168,19 @@ class RefinementTrace:
                     done = {row: step["refinement"] for row, step in enumerate(steps) if step.get("refinement")}
                     if done:
                         trace.passes.append(RefinementPass.of_rows(done))
-            except (ValueError, KeyError, TypeError) as error:
+                if content.get("expected") is not None:
+                    trace.expected = torch.tensor(content["expected"]).view_as(trace.canvases[0])
+            except (ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
                 raise ValueError(f"{path} is not a refinement trace: {error!r}.") from error
         return trace
 
     def to_html(self, path: str | os.PathLike, tokenizer: Any = None) -> None:
-        """Writes one self-contained page: the text appearing, confidence as colour, steps per chunk."""
+        """Writes one self-contained page: the text appearing, what the refiner changed, confidence as colour."""
         self._render("html", path, tokenizer)
 
-    def plot(self, path: str | os.PathLike) -> None:
-        """Writes a PNG of the similarity curves, the steps per chunk and the confidence over time."""
-        self._render("plot", path)
+    def plot(self, path: str | os.PathLike, tokenizer: Any = None) -> None:
+        """Writes a PNG of the first row: guesses changed, updates of each chunk, confidence over time, similarity."""
+        self._render("plot", path, tokenizer)
 
     def _text(self, token: int, tokenizer: Any) -> str | None:
         return None if token == self.mask_token_id else tokenizer.decode([token])

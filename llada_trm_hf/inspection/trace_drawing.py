@@ -1,173 +1,268 @@
-"""Refinement traces shown: as a page to watch, as a picture for a report, as a few lines of text."""
+"""A refinement trace as a picture for a report."""
 
-import json
-import math
 import os
-from importlib.resources import files
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ..generation import RefinementTrace
 from ..generation.refinement_trace import TRACE_RENDERERS
+from .trace_story import TokenTexts, first_masked, first_row, guess_changes, headline, passes_of_row, plural
 
-# Where the page's template expects the data, and the drawings made from it.
-DATA_PLACEHOLDER, CURVES_PLACEHOLDER = "{{trace}}", "{{curves}}"
-# Of a drawing, in pixels.
-WIDTH, HEIGHT, MARGIN = 160, 48, 4
+# Letters and numbers stand in the cells as long as these are large enough to be read.
+MOST_LETTERED_TOKENS, MOST_LETTERED_STEPS, MOST_NUMBERED_CELLS = 24, 10, 160
+MOST_CURVES = 6  # similarity curves drawn one by one
+WIDTH = 13.0  # of the figure, in inches
+BACKBONE, REFINER, RIGHT, WRONG = "#c4641a", "#6a35d9", "#137a3d", "#c02626"
+SHARP: dict[str, Any] = {"interpolation": "nearest"}  # cells, not a landscape
+OPEN, DECIDED, DECIDED_NOW, CHANGED = "#f3f1ec", "#d3d1cc", "#33343a", "#cdb6f7"
 
 
-def write_html(trace: RefinementTrace, path: str | os.PathLike, tokenizer: Any = None) -> None:
+def plot_trace(trace: RefinementTrace, path: str | os.PathLike, tokenizer: Any = None) -> None:
     """
-    Writes one self-contained page that plays the trace of `generate(..., output_refinement_trace=True)`; it loads
-    nothing from anywhere. Without a tokenizer, anything with `decode([id])`, it shows token ids.
-    """
-    # Every "<" is escaped, not only "</": "<!--<script" in a text would hide the end of the script element as well.
-    data = json.dumps(trace.to_dict(tokenizer)).replace("<", "\\u003c")
-    page = files(__package__).joinpath("trace.html").read_text(encoding="utf-8")
-    # The curves first: the data may hold a text that looks like a placeholder.
-    page = page.replace(CURVES_PLACEHOLDER, _similarity_curves(trace)).replace(DATA_PLACEHOLDER, data)
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(page)
-
-
-def plot_trace(trace: RefinementTrace, path: str | os.PathLike) -> None:
-    """
-    Writes a PNG about the first row of the batch: similarity curves of its chunks over the recursion steps, and their
-    updates and confidence over the diffusion steps.
+    Writes a PNG about the first row of the batch: which best guesses the refiner changed in which diffusion step, how
+    often it updated each chunk, the confidence before and after, and how its updates die down. With a tokenizer,
+    anything with `decode([id])`, short texts are written out, else the ids of their tokens are.
 
     Raises:
         ImportError: without matplotlib.
         ValueError: for a trace of a model without refiner.
     """
     try:
-        from matplotlib.cm import ScalarMappable
-        from matplotlib.colors import Normalize
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise ImportError("Plotting a trace needs matplotlib: pip install llada-trm-hf[demo]") from error
     if not trace.passes:
         raise ValueError("The trace has no refinement passes: there is nothing to plot for a model without refiner.")
-    similarity, num_steps, confidence = _first_row(trace, "similarity", "num_steps", "chunk_confidence")
-    num_passes, num_chunks, max_steps = similarity.shape
-    most_updates = max(max_steps, int(num_steps.max()))  # a refiner without similarities has updates all the same
+    picture = _Picture(trace, TokenTexts(trace, tokenizer))
+    lines = picture.num_passes + (trace.expected is not None)
+    top = min(1.2 + 0.75 * lines, 6.0) if picture.has_letters else 3.8
 
     # Not pyplot's figure: nothing global, so it works in threads and without a display.
-    figure = Figure(figsize=(15, 4.2), layout="constrained")
-    curve_axes, update_axes, confidence_axes = figure.subplots(1, 3)
-
-    colors = ScalarMappable(Normalize(1, max(num_chunks, 2)), "viridis")
-    for chunk in range(num_chunks):
-        # Points as well as lines: a chunk that stops after one update has a single value.
-        color, curves = colors.cmap(chunk / max(num_chunks - 1, 1)), similarity[:, chunk].T.numpy()
-        curve_axes.plot(range(1, max_steps + 1), curves, ".-", color=color, alpha=0.6, linewidth=1)
-    figure.colorbar(colors, ax=curve_axes, label="chunk", ticks=MaxNLocator(integer=True))
-    curve_axes.set(title="When a chunk settles", xlabel="recursion step", ylabel="similarity with the step before")
-    curve_axes.set_xlim(0.5, max_steps + 0.5)
-
-    extent = (0.5, num_passes + 0.5, num_chunks + 0.5, 0.5)  # everything counts from 1
-    for axes, values, blank, title, largest in (
-        (update_axes, num_steps, 0, "Updates (blank: left alone)", most_updates),
-        # 1 is also what a chunk with nothing to decide reports; painted, it would drown the rest.
-        (confidence_axes, confidence, 1, "Confidence (blank: nothing to decide)", 1),
-    ):
-        painted = values.masked_fill(values == blank, torch.nan).T.numpy()
-        image = axes.imshow(painted, aspect="auto", interpolation="nearest", extent=extent, vmin=0, vmax=largest)
-        figure.colorbar(image, ax=axes)
-        axes.set(title=title, xlabel="diffusion step", ylabel="chunk")
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in (curve_axes, update_axes, confidence_axes):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure = Figure(figsize=(WIDTH, top + 4.2), layout="constrained")
+    figure.suptitle(headline(trace), fontsize=14, fontweight="bold", wrap=True)
+    halves: Any = figure.subfigures(2, 1, height_ratios=[top, 3.6])
+    upper, lower = halves
+    picture.draw_guesses(upper.subplots())
+    updates, confidence, similarity = lower.subplots(1, 3, width_ratios=[1.1, 1.2, 1])
+    picture.draw_updates(updates)
+    picture.draw_confidence(confidence)
+    picture.draw_similarity(similarity)
+    for axes in (updates, confidence, similarity):
+        axes.title.set_fontsize(11)
     figure.savefig(path, format="png", dpi=150)
 
 
-def trace_summary(trace: RefinementTrace) -> str:
-    """What happened to the first row of the batch, as lines of text."""
-    canvases = torch.stack([canvas[0] for canvas in trace.canvases])  # [steps + 1, L]
-    decided = ((canvases[0] == trace.mask_token_id) & (canvases[-1] != trace.mask_token_id)).sum()
-    lines = [f"{int(decided)} tokens decided in {len(canvases) - 1} diffusion steps"]
-    if not trace.passes:
-        return "\n".join([*lines, "no refiner ran"])
-    num_steps, similarity = _first_row(trace, "num_steps", "similarity")
-    before, after = _first_row(trace, "chunk_confidence", "refiner_confidence")
-    refined = num_steps > 0  # [S, N]
-    changed = sum(int(done.changed_tokens[0].sum()) for done in trace.passes if 0 in done.rows)
-    lines.append(
-        f"{int(refined.sum())} chunks refined, in {int(refined.any(1).sum())} of the steps: {int(num_steps.sum())} "
-        f"updates, {changed} best guesses changed"
-    )
-    if refined.any():
-        means = [confidence[refined].mean().item() for confidence in (before, after)]
-        lines.append(f"mean confidence in them {means[0]:.3f} of the backbone, {means[1]:.3f} of the refiner")
-    last = [curve[curve.isfinite()][-1].item() for curve in similarity.flatten(0, 1) if curve.isfinite().any()]
-    if last:
-        lines.append(f"similarity at the end {sum(last) / len(last):.4f} on average, {min(last):.4f} at worst")
-    return "\n".join(lines)
+class _Picture:
+    """The panels, each about the steps that row 0 took part in."""
+
+    def __init__(self, trace: RefinementTrace, texts: TokenTexts):
+        self.trace, self.texts = trace, texts
+        self.passes = [done for _, (done, _) in passes_of_row(trace, 0)]
+        self.num_passes, self.first = len(self.passes), first_masked(trace, 0)
+        self.canvases = torch.stack([canvas[0] for canvas in trace.canvases[: self.num_passes + 1]])[:, self.first :]
+        self.num_steps, self.similarity = first_row(trace, "num_steps", "similarity")  # [S, N], [S, N, K]
+        self.changes = guess_changes(trace)
+        is_short = self.canvases.shape[1] <= MOST_LETTERED_TOKENS and self.num_passes <= MOST_LETTERED_STEPS
+        self.has_letters = is_short
+
+    def draw_guesses(self, axes: Any) -> None:
+        """A row of cells for each step, a column for each token, by what became of the token there."""
+        from matplotlib.colors import ListedColormap
+        from matplotlib.patches import Patch
+
+        before, after = self.canvases[:-1], self.canvases[1:]  # [S, L]
+        state = torch.where(after == self.trace.mask_token_id, 0, torch.where(after == before, 1, 2))
+        changed = torch.stack([done.changed_tokens[0, self.first :] for done in self.passes])
+        state = state.masked_fill(changed, 3)
+        num_passes, length = state.shape
+        extent = (0.5, length + 0.5, num_passes + 0.5, 0.5)  # everything counts from 1
+        names = ["still open", "decided before", "decided in this step", "best guess changed by the refiner"]
+        colors = [OPEN, DECIDED, DECIDED_NOW, CHANGED]
+        axes.imshow(state.numpy(), cmap=ListedColormap(colors), vmin=0, vmax=3, aspect="auto", extent=extent, **SHARP)
+        handles = [Patch(facecolor=c, edgecolor="grey", label=name) for c, name in zip(colors, names)]
+        if self.has_letters:
+            self._write_letters(axes, state)
+            if any(token in self.texts.end for token in self.canvases[-1].tolist()):
+                handles.append(Patch(alpha=0, label="∎ end of the text"))
+        axes.legend(
+            handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=5, frameon=False, borderaxespad=0.2
+        )
+        axes.set(xlabel="token", ylabel="diffusion step")
+        _whole_numbers(axes)
+        if self.trace.expected is not None:
+            self._mark_answer(axes, num_passes)
+
+    def _write_letters(self, axes: Any, state: torch.Tensor) -> None:
+        """In each cell the token decided, or an open one's best guess; where the refiner changed it, both guesses."""
+        num_passes, length = state.shape
+        changes = {(change.step - 1, change.position - self.first): change for change in self.changes}
+        for step, done in enumerate(self.passes):
+            for column in range(length):
+                token, now = int(self.canvases[step + 1, column]), int(state[step, column]) == 2
+                if (change := changes.get((step, column))) is not None:
+                    share = f"{100 * change.backbone_probability:.0f}→{100 * change.refined_probability:.0f}%"
+                    box = (
+                        {} if change.committed is None else {"bbox": {"facecolor": DECIDED_NOW, "boxstyle": "square"}}
+                    )
+                    color = REFINER if change.committed is None else "white"
+                    self._write(axes, column, step - 0.32, f"{self.texts(change.backbone)} →", 10, color=BACKBONE)
+                    style: dict[str, Any] = {"color": color, "fontweight": "bold", **box}
+                    self._write(axes, column, step, self.texts(change.refined), 15, **style)
+                    self._write(axes, column, step + 0.34, share, 8, color="#333")
+                elif token != self.trace.mask_token_id:
+                    self._write(axes, column, step, self.texts(token), 15, color="white" if now else "#555")
+                elif done.guesses is not None and (guess := int(done.guesses[0, 1, self.first + column])) >= 0:
+                    self._write(axes, column, step, self.texts(guess), 13, color="#6f6d67", fontstyle="italic")
+        for edge in range(1, length):
+            axes.axvline(edge + 0.5, color="white", linewidth=1)
+        for edge in range(1, num_passes):
+            axes.axhline(edge + 0.5, color="white", linewidth=1)
+
+    def _write(self, axes: Any, column: int, row: float, text: str, size: float, **style: Any) -> None:
+        """A text in the middle of a cell, both counted from 0, cut to the cell's width."""
+        room = max(int(0.85 * 72 * WIDTH / self.canvases.shape[1] / (0.65 * size)), 1)
+        text = _drawable(text if len(text) <= room else f"{text[: max(room - 1, 1)]}…")
+        axes.text(column + 1, row + 1, text, fontsize=size, ha="center", va="center", parse_math=False, **style)
+
+    def _mark_answer(self, axes: Any, num_passes: int) -> None:
+        """One more row of cells: the known answer, green where the result is the same, red where it is not."""
+        from matplotlib.colors import ListedColormap
+
+        assert self.trace.expected is not None
+        expected, final = self.trace.expected[0, self.first :], self.trace.canvases[-1][0, self.first :]
+        outcome = torch.where(expected < 0, 0, torch.where(expected == final, 1, 2))
+        colors = ListedColormap([OPEN, RIGHT, WRONG])
+        height = max(1.0, 0.06 * num_passes)  # of the row, so that it is seen below many
+        bottom, middle = num_passes + 0.5 + height, num_passes + 0.5 + 0.55 * height
+        extent = (0.5, len(final) + 0.5, bottom, num_passes + 0.5 + 0.1 * height)
+        axes.imshow(
+            outcome[None].numpy(), cmap=colors, vmin=0, vmax=2, aspect="auto", extent=extent, alpha=0.3, **SHARP
+        )
+        if self.has_letters:
+            for column, (token, kind) in enumerate(zip(expected.tolist(), outcome.tolist())):
+                if kind:
+                    color, mark = (RIGHT, "✓") if kind == 1 else (WRONG, "✗")
+                    self._write(axes, column, middle - 1, f"{mark} {self.texts(token)}", 13, color=color)
+        axes.set(xlim=(0.5, len(final) + 0.5), ylim=(bottom, 0.5))
+        ticks = [tick for tick in axes.get_yticks() if 1 <= tick <= num_passes]
+        axes.set_yticks([*ticks, middle], [*(f"{tick:.0f}" for tick in ticks), "known answer"])
+
+    def draw_updates(self, axes: Any) -> None:
+        """How many updates each chunk got in each step, for the chunks that had something to decide."""
+        from matplotlib.colors import LinearSegmentedColormap
+
+        chunk_of_token = self.passes[0].chunk_of_token[0]
+        was_open = self.trace.canvases[0][0] == self.trace.mask_token_id
+        chunks = sorted({*chunk_of_token[was_open].tolist(), *self.num_steps.any(0).nonzero().flatten().tolist()})
+        values = self.num_steps[:, chunks].T  # [chunks, S]
+        shown = values.masked_fill(values == 0, torch.nan)
+        most = max(int(values.max()), 1)
+        extent = (0.5, self.num_passes + 0.5, len(chunks) + 0.5, 0.5)
+        colors = LinearSegmentedColormap.from_list("updates", ["#e9ddff", REFINER])
+        axes.set_facecolor(OPEN)
+        image = axes.imshow(shown.numpy(), cmap=colors, vmin=0, vmax=most, aspect="auto", extent=extent, **SHARP)
+        if values.numel() <= MOST_NUMBERED_CELLS and self.num_passes <= 20:
+            size = 13 if self.num_passes <= 10 else 8
+            for chunk, numbers in enumerate(values.int().tolist(), start=1):
+                for step, number in enumerate(numbers, start=1):
+                    text = plural(number, "update") if self.num_passes <= 4 else str(number)
+                    color = "#999" if not number else "white" if number > most / 2 else "black"
+                    axes.text(step, chunk, text, ha="center", va="center", color=color, fontsize=size)
+        else:
+            axes.figure.colorbar(image, ax=axes, label="updates")
+        _whole_numbers(axes)
+        if len(chunks) <= 12:
+            spans = [(chunk_of_token == chunk).nonzero().flatten() - self.first + 1 for chunk in chunks]
+            names = [f"tokens {max(int(span[0]), 1)}-{int(span[-1])}" for span in spans]
+            axes.set_yticks(range(1, len(chunks) + 1), names)
+        title = "Where it stepped in: updates of each chunk\n(none where the backbone was sure)"
+        axes.set(title=title, xlabel="diffusion step", ylabel="" if len(chunks) <= 12 else "chunk")
+
+    def draw_confidence(self, axes: Any) -> None:
+        """The mean probability of the best guesses of the tokens still open, before and after refining, per step."""
+        steps = range(1, self.num_passes + 1)
+        if all(done.guesses is not None for done in self.passes):
+            both = torch.stack([done.guess_probability[0].nanmean(-1) for done in self.passes]).T  # [2, S]
+            title, names = (
+                "Confidence: mean probability of the best\nguess, over the tokens still open",
+                ("backbone", "after the refiner"),
+            )
+        else:  # of an earlier version
+            refined = self.num_steps > 0
+            values = first_row(self.trace, "chunk_confidence", "refiner_confidence")
+            both = torch.stack([value.masked_fill(~refined, torch.nan).nanmean(-1) for value in values])
+            title, names = "Confidence in the chunks refined", ("backbone", "the refiner's own")
+        percent = 100 * both.numpy()
+        axes.fill_between(steps, percent[0], percent[1], color=REFINER, alpha=0.1, linewidth=0)
+        for values, name, color, marker in zip(percent, names, (BACKBONE, REFINER), "os"):
+            axes.plot(
+                steps, values, marker=marker, color=color, label=name, markersize=6 if self.num_passes <= 32 else 2
+            )
+        if self.num_passes <= 8:
+            for step, (low, high) in enumerate(percent.T.tolist(), start=1):
+                above = high >= low
+                for value, color, is_above in ((low, BACKBONE, not above), (high, REFINER, above)):
+                    if value == value:
+                        axes.annotate(
+                            f"{value:.0f}%", (step, value), (0, 9 if is_above else -9), textcoords="offset points",
+                            ha="center", va="bottom" if is_above else "top", color=color, fontweight="bold",
+                        )  # fmt: skip
+        axes.set(title=title, xlabel="diffusion step", ylabel="%", ylim=(-4, 112), xlim=(0.6, self.num_passes + 0.4))
+        axes.set_yticks(range(0, 101, 20))
+        axes.grid(axis="y", alpha=0.3)
+        axes.legend(loc="lower right", frameon=False)
+        _whole_numbers(axes, "x")
+
+    def draw_similarity(self, axes: Any) -> None:
+        """How similar each update left a chunk to the update before: 1 is settled."""
+        curves = [
+            (f"step {step + 1}, chunk {chunk + 1}", curve)
+            for step, chunks in enumerate(self.similarity)
+            for chunk, curve in enumerate(chunks)
+            if curve.isfinite().any()
+        ]
+        axes.set(
+            title="Did it settle? Similarity of each update\nto the one before (1: no more change)", xlabel="update"
+        )
+        if not curves:
+            axes.text(
+                0.5, 0.5, "this refiner reports none", ha="center", va="center", transform=axes.transAxes, color="grey"
+            )
+            axes.set_axis_off()
+            return
+        if len(curves) <= MOST_CURVES:
+            for number, (name, curve) in enumerate(curves):
+                color = f"C{number}"
+                axes.plot(range(1, len(curve) + 1), curve.numpy(), ".-", label=name, color=color)
+            axes.legend(frameon=False, fontsize=9)
+        else:
+            stacked = torch.stack([curve for _, curve in curves])  # [curves, K]
+            stacked = stacked[:, stacked.isfinite().any(0)]
+            low, middle, high = stacked.nanquantile(torch.tensor([0.1, 0.5, 0.9]), dim=0).numpy()
+            updates = range(1, stacked.shape[1] + 1)
+            axes.fill_between(updates, low, high, color=REFINER, alpha=0.2, linewidth=0, label="80% of them")
+            axes.plot(updates, middle, "o-", color=REFINER, label=f"median of {plural(len(curves), 'refinement')}")
+            axes.legend(frameon=False, fontsize=9)
+        axes.axhline(1, color="grey", linewidth=0.8, linestyle=":")
+        axes.grid(axis="y", alpha=0.3)
+        _whole_numbers(axes, "x")
 
 
-def _first_row(trace: RefinementTrace, *names: str) -> list[torch.Tensor]:
-    """Fields of the passes of row 0, `[S, N]` or `[S, N, K]`; a padded row has fewer chunks than the batch."""
-    # Rows only ever leave the batch, in order: as long as row 0 is in it, it comes first.
-    passes = [done for done in trace.passes if 0 in done.rows]
-    num_chunks = int(passes[0].chunk_of_token[0].max()) + 1
-    return [torch.stack([getattr(done, name)[0, :num_chunks].float() for done in passes]) for name in names]
+def _whole_numbers(axes: Any, which: str = "both") -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for axis, name in ((axes.xaxis, "x"), (axes.yaxis, "y")):
+        if which in (name, "both"):
+            axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-TRACE_RENDERERS["html"] = write_html
+def _drawable(text: str) -> str:
+    """The text with a box for every character that matplotlib's own font lacks; it would warn of each."""
+    from matplotlib.font_manager import findfont, get_font
+
+    known = get_font(findfont("DejaVu Sans")).get_charmap()
+    return "".join(character if ord(character) in known else "□" for character in text)
+
+
 TRACE_RENDERERS["plot"] = plot_trace
-
-
-class _Curve(NamedTuple):
-    step: int  # of diffusion
-    similarity: list[float]  # of the recursion steps that have one
-    num_updates: int
-
-
-def _similarity_curves(trace: RefinementTrace) -> str:
-    """
-    HTML with a drawing for each refined chunk of each row: a polyline for each diffusion step that refined it, over
-    the recursion steps, from the lowest similarity of the row at the bottom to 1 at the top. Titles give the numbers.
-    """
-    rows = []
-    for row in range(len(trace.canvases[0])):
-        chunks = _chunks(trace, row)
-        similarities = [curve.similarity for curves in chunks.values() for curve in curves]
-        lowest = min(map(min, similarities), default=1.0)
-        longest = max(map(len, similarities), default=0)
-        drawings = (_drawing(chunk, chunks[chunk], lowest, longest) for chunk in sorted(chunks))
-        rows.append(f'<div class="curves" data-row="{row}">{"".join(drawings)}</div>')
-    return "\n".join(rows)
-
-
-def _chunks(trace: RefinementTrace, row: int) -> dict[int, list[_Curve]]:
-    """The curves of each chunk of a row that has any."""
-    chunks: dict[int, list[_Curve]] = {}
-    for step, done in enumerate(trace.passes, start=1):
-        for index in (done.rows == row).nonzero().flatten().tolist():
-            for chunk, curve in enumerate(done.similarity[index].tolist()):
-                if values := [value for value in curve if math.isfinite(value)]:
-                    chunks.setdefault(chunk, []).append(_Curve(step, values, int(done.num_steps[index, chunk])))
-    return chunks
-
-
-def _drawing(chunk: int, curves: list[_Curve], lowest: float, longest: int) -> str:
-    updates, steps = sum(curve.num_updates for curve in curves), len(curves)
-    lines = "".join(
-        f'<polyline data-step="{step}" points="{" ".join(_points(similarity, lowest, longest))}">'
-        f"<title>step {step}: {' '.join(f'{value:.4f}' for value in similarity)}</title></polyline>"
-        for step, similarity, _ in curves
-    )
-    return (
-        f'<figure data-chunk="{chunk}"><svg class="curve" viewBox="0 0 {WIDTH} {HEIGHT}">'
-        f'<path d="M0 {MARGIN}H{WIDTH}"/>{lines}</svg>'
-        f"<figcaption>Chunk {chunk + 1} <small>{updates} update{'s' * (updates != 1)} in "
-        f"{steps} step{'s' * (steps != 1)}</small></figcaption></figure>"
-    )
-
-
-def _points(similarity: list[float], lowest: float, longest: int) -> list[str]:
-    scale = (HEIGHT - 2 * MARGIN) / max(1 - lowest, 1e-6)
-    width = (WIDTH - 2 * MARGIN) / max(longest - 1, 1)
-    points = [f"{MARGIN + n * width:.2f},{MARGIN + (1 - value) * scale:.2f}" for n, value in enumerate(similarity)]
-    return points * 2 if len(points) == 1 else points  # a line of no length is drawn as a dot

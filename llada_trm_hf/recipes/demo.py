@@ -171,9 +171,11 @@ class Demo:
         hybrid.generation_config.update(max_new_tokens=NUM_TERMS + 1, num_diffusion_steps=2)
         hybrid.save_pretrained(checkpoint)
         self.tokenizer.save_pretrained(checkpoint)
-        prompts = prompts_the_head_fixes(hybrid, test)
+        problems = problems_the_head_fixes(hybrid, test)
+        prompts = problems[:, : NUM_TERMS + 1]
         output = hybrid.generate(prompts, output_refinement_trace=True, return_dict_in_generate=True)
         page, trace = os.path.join(self.folder, "trace.html"), output.refinement_trace
+        trace.expected = problems
         write_atomically(page, lambda path: trace.to_html(path, self.tokenizer))
         with tempfile.TemporaryDirectory() as cache:
             process = subprocess.run(
@@ -213,13 +215,15 @@ def compare(hybrid: PreTrainedModel, control: PreTrainedModel, test: Any) -> dic
     }
 
 
-def prompts_the_head_fixes(hybrid: LLaDATRMForMaskedDiffusion, test: Any, number: int = 3) -> torch.Tensor:
-    """Prompts `[number, L]` of held-out problems that the head gets right and the bare backbone wrong, if any."""
+def problems_the_head_fixes(hybrid: LLaDATRMForMaskedDiffusion, test: Any, number: int = 3) -> torch.Tensor:
+    """
+    Held-out problems with their answers `[number, L]` that the head gets right and the bare backbone wrong, if any.
+    """
     expected = torch.tensor(test["input_ids"])
     prompts = expected[:, : NUM_TERMS + 1]
     bare = (hybrid.generate(prompts, enable_refinement=False) == expected).all(-1)
     refined = (hybrid.generate(prompts) == expected).all(-1)
-    return prompts[(refined & ~bare).int().argsort(descending=True, stable=True)[:number]]
+    return expected[(refined & ~bare).int().argsort(descending=True, stable=True)[:number]]
 
 
 class _LossProgressCallback(ProgressCallback):

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -121,10 +122,23 @@ def test_trace_writes_page_picture_and_data(checkpoint, tmp_path, capsys):
     tokens = byte_tokenizer()("12=", return_tensors="pt")["input_ids"]
     sequences = model.generate(tokens, max_new_tokens=6, num_diffusion_steps=3)
     assert torch.equal(recorded.canvases[-1], sequences)
-    recorded.plot(tmp_path / "again.png")
+    recorded.plot(tmp_path / "again.png", byte_tokenizer())
     assert (folder / "trace.png").read_bytes() == (tmp_path / "again.png").read_bytes()
     recorded.to_html(tmp_path / "again.html", byte_tokenizer())
     assert (folder / "trace.html").read_text() == (tmp_path / "again.html").read_text()
+
+
+@pytest.mark.parametrize("length", [4, 6])
+def test_trace_compares_with_the_known_answer(checkpoint, tmp_path, capsys, length):
+    flags = ["--prompt", "12=", "--num_diffusion_steps", "3", "--answer", "123456"[:length]]
+    assert trace(checkpoint, tmp_path / "out", *flags) == 0
+    recorded = RefinementTrace.from_json(tmp_path / "out" / "trace.json")
+    end = [byte_tokenizer().eos_token_id] * (length == 4)  # there is room for it
+    expected = [*byte_tokenizer()("123456"[:length])["input_ids"], *end]
+    assert recorded.expected.tolist() == [[-1] * 3 + expected + [-1] * (6 - len(expected))]
+    right = sum(a == b for a, b in zip(recorded.canvases[-1][0, 3:].tolist(), expected))
+    assert f"\n{right} of {len(expected)} as in the known answer\n" in capsys.readouterr().out
+    assert f"{right} of {len(expected)} tokens as in the known answer" in (tmp_path / "out/trace.html").read_text()
 
 
 def test_trace_of_the_backbone_alone_has_no_picture(checkpoint, tmp_path, capsys):
@@ -139,6 +153,8 @@ def test_trace_of_the_backbone_alone_has_no_picture(checkpoint, tmp_path, capsys
         (["--prompt", " "], "Prompt 1 is empty"),
         ([], "the following arguments are required: --prompt"),
         (["--prompt", "1", "--top_p", "2"], "top_p must be above 0 and at most 1"),
+        (["--prompt", "1", "--answer", ""], "--answer is empty"),
+        (["--prompt", "1", "--answer", "1234567"], "The known answer has 7 tokens and 6 were generated"),
         (["--prompt", "1", "--output_file", "x"], "unrecognized arguments: --output_file"),
     ],
 )
@@ -279,7 +295,11 @@ def test_demo_runs_from_start_to_end(tmp_path, capsys):
     assert "bare backbone" in out and "control" in out and "refined" in out and "the same: True" in out
     results = json.loads((folder / "results.json").read_text())
     assert set(results["accuracy"]) == {"bare backbone", "control: backbone trained on", "refined"}
-    assert (folder / "trace.html").exists() and (folder / "checkpoint" / "model.safetensors").exists()
+    assert (folder / "checkpoint" / "model.safetensors").exists()
+    data = re.search(r'id="trace">(.*?)</script>', (folder / "trace.html").read_text())[1]
+    for row in json.loads(data)["rows"]:  # with the right answer: the difference to the next digit, again and again
+        digits, answer = byte_tokenizer().decode(row["expected"], skip_special_tokens=True).split("=")
+        assert [int(value) for value in answer] == list(accumulate(map(int, digits), lambda a, b: abs(a - b)))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     assert main(["demo", "--smoke_test", "--output_dir", str(tmp_path / "mine")]) == 2

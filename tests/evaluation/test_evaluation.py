@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from itertools import product
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from llada_trm_hf.evaluation import (
     exact_match_accuracy,
     harness,  # noqa: F401  (registers the adapters)
 )
-from llada_trm_hf.evaluation.comparison import PairedDifference
+from llada_trm_hf.evaluation.comparison import PairedDifference, compare_results
 from llada_trm_hf.evaluation.evaluate import Evaluation
 from llada_trm_hf.training import MaskedDiffusionTrainer, MaskedDiffusionTrainingArguments
 
@@ -338,6 +339,27 @@ def test_comparison(tmp_path, capsys):
     from PIL import Image
 
     assert Image.open(files["--plot"]).size[0] > 500
+
+
+def test_plot_writes_its_numbers(tmp_path, monkeypatch):
+    figure_module = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure_module.Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
+    first = write_results(tmp_path / "bare", [True] * 60 + [False] * 40)
+    second = write_results(tmp_path / "ref_$x^{", [True] * 55 + [False] * 5 + [True] * 20 + [False] * 20)
+    comparison = compare_results([first, second])
+    comparison.plot(str(tmp_path / "plot.png"))
+    left, right = drawn[0].axes
+    numbers = [number for text in left.texts for number in re.findall(r"[-+.\d]+", text.get_text())]
+    expected = [(r.summary.accuracy.value, *r.summary.accuracy.interval) for r in comparison.results]
+    assert [float(number) / 100 for number in numbers] == pytest.approx(sum(expected, ()), abs=6e-4)
+    difference = comparison.results[1].difference
+    (label,) = [text.get_text() for text in right.texts if "to" in text.get_text()]
+    numbers = [float(number) / 100 for number in re.findall(r"[-+.\d]+", label)]
+    assert numbers == pytest.approx([0.15, *difference.interval], abs=6e-4) and label.startswith("+15.0")
+    assert [label.get_text() for label in left.get_yticklabels()] == ["bare", "ref_$x^{"]
+    assert "100 problems" in drawn[0].get_suptitle() and "bare" in right.get_title()
+    assert left.get_xlabel() and right.get_xlabel() and left.get_title()
 
 
 def test_different_problems(tmp_path, capsys):

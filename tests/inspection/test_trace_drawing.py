@@ -1,5 +1,6 @@
 """Traces: what they record, and the page and picture drawn from them."""
 
+import html
 import json
 import os
 import re
@@ -143,8 +144,42 @@ def test_json_holds_every_canvas_and_its_refinement(model, tmp_path):
 def test_page_holds_exactly_the_data(model, tmp_path, tokenizer, kwargs):
     trace = generate(model, **kwargs).refinement_trace
     trace.to_html(tmp_path / "trace.html", tokenizer)
-    page = (tmp_path / "trace.html").read_text(encoding="utf-8")
-    assert json.loads(embedded_data(page)) == trace.to_dict(tokenizer)
+    data = json.loads(embedded_data((tmp_path / "trace.html").read_text(encoding="utf-8")))
+    whole = trace.to_dict(tokenizer)
+    assert data["mask_token_id"] == MASK and len(data["rows"]) == len(whole["rows"])
+    for row, steps in zip(data["rows"], whole["rows"]):
+        canvas = row["tokens"]
+        assert canvas == steps[0]["tokens"] and len(row["steps"]) == len(steps) - 1
+        for short, step in zip(row["steps"], steps[1:]):
+            for column, token in short["set"]:
+                canvas[column] = token
+            assert canvas == step["tokens"]
+            if tokenizer is not None:
+                texts = [data["texts"].get(str(token)) for token in canvas]
+                assert texts == [text and text.replace("\u2028", "\\u2028") for text in step["text"]]
+            assert bool(short.get("refinement")) == bool(step.get("refinement"))
+            if step.get("refinement"):
+                assert row["chunk_of_token"] == step["refinement"]["chunk_of_token"]
+                check_refinement(short["refinement"], step["refinement"], [column for column, _ in short["set"]])
+
+
+def check_refinement(short, whole, decided):
+    """That the page's short record of a pass says what the whole one says."""
+    assert short["num_steps"] == whole["num_steps"]
+    assert short["changed"] == [i for i, changed in enumerate(whole["changed_tokens"]) if changed]
+    for name in ("chunk_confidence", "refiner_confidence"):
+        assert short[name] == pytest.approx(whole[name], abs=1e-4)
+    assert [value == 1 for value in short["chunk_confidence"]] == [value >= 1 for value in whole["chunk_confidence"]]
+    for ends, curve in zip(short["similarity"], whole["similarity"]):
+        values = [value for value in curve if value is not None]
+        assert ends == pytest.approx([*values[:1], *values[-1:]], abs=1e-4)
+    (old, new), (p, q) = whole["guesses"], whole["guess_probability"]
+    refined = [chunk >= 0 and whole["num_steps"][chunk] > 0 for chunk in whole["chunk_of_token"]]
+    told = [i for i, token in enumerate(old) if token >= 0 and (refined[i] or i in decided)]
+    assert [guess[0] for guess in short["guesses"]] == told
+    for column, before, before_share, after, after_share in short["guesses"]:
+        assert (before, after) == (old[column], new[column])
+        assert (before_share / 1000, after_share / 1000) == pytest.approx((p[column], q[column]), abs=6e-4)
 
 
 def test_texts_cannot_leave_the_data(model, tmp_path):
@@ -288,12 +323,47 @@ def test_browser_shows_the_tokens(model, tmp_path):
             assert ("undecided" in classes) == (token == MASK)
             assert ("new" in classes) == (token != earlier)
             if token != MASK:
-                assert text == Tokenizer().decode([token]).replace("\n", "↵\n")  # line ends are made visible
+                assert text == Tokenizer().decode([token]).replace("\n", "↵\n").replace(
+                    "\u2028", "\\u2028"
+                )  # all made visible
     # The first row has left the batch, and its padding is folded up.
     page = rendered(tmp_path / "trace.html", NUM_STEPS, row=0)
     assert "finished after step 2." in page
     assert re.search("2 . padding", page)
     assert len(Elements(page).tokens) == PROMPT_LENGTH + NEW_TOKENS - 2
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_browser_shows_the_guesses_of_the_step(make_hybrid, tmp_path):
+    model = make_hybrid(min_confidence=0.5)
+    trace = generate(model).refinement_trace
+    trace.expected = trace.canvases[-1].roll(1, dims=0)
+    trace.to_html(tmp_path / "trace.html", Tokenizer())
+    step = next(i for i, done in enumerate(trace.passes, start=1) if done.changed_tokens[1].any())
+    page = rendered(tmp_path / "trace.html", step, row=1)
+    whole = trace.to_dict()["rows"][1]
+    done, tokens, before = whole[step]["refinement"], whole[step]["tokens"], whole[step - 1]["tokens"]
+    expected = []
+    for column, (old, new) in enumerate(zip(*done["guesses"])):
+        if old < 0 or not done["num_steps"][done["chunk_of_token"][column]]:
+            continue
+        names = ["mask" if t == MASK else Tokenizer().decode([t]).replace("\u2028\n", "\\u2028↵") for t in (old, new)]
+        right = int(trace.expected[1, column])
+        outcome = ("" if old == new else "became " if right in (old, new) else "still ") + ("wrong", "right")[
+            new == right
+        ]
+        shares = [int(1000 * done["guess_probability"][i][column] + 0.5) / 10 for i in (0, 1)]
+        decided = "decided now" if tokens[column] != before[column] else "still open"
+        expected.append([column - PROMPT_LENGTH + 1, [names[1]] if old == new else names, shares, outcome, decided])
+    assert len(expected) > 3 and any(len(names) == 2 for _, names, *_ in expected)
+    tiles = re.findall(r'<li class="tile( changed)?">(.*?)</li>', page, re.DOTALL)
+    assert len(tiles) == len(expected)
+    for (changed, tile), (number, names, shares, outcome, decided) in zip(tiles, expected):
+        text = html.unescape(re.sub(r"<[^>]+>", "|", tile))
+        assert bool(changed) == (len(names) == 2) and f"|token {number}|" in text
+        assert all(f"|{name}|" in text for name in names) and f" {outcome}|" in text and f"|{decided}|" in text
+        found = re.search(r"\|(\d+)% → (\d+)%\|", text)
+        assert [int(share) for share in found.groups()] == pytest.approx(shares, abs=0.6)
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"stop_first": True}, {"cfg_scale": 1.0}])
@@ -302,7 +372,7 @@ def test_plot_is_a_picture(model, tmp_path, kwargs):
     generate(model, **kwargs).refinement_trace.plot(tmp_path / "trace.png")
     picture = (tmp_path / "trace.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n")
-    assert struct.unpack(">II", picture[16:24]) == (2250, 630)
+    assert struct.unpack(">II", picture[16:24]) >= (1500, 800)
     assert matplotlib_image.imread(tmp_path / "trace.png").std() > 0.05  # it can be read and is not blank
 
 
@@ -314,12 +384,18 @@ def test_plot_shows_the_first_row_while_it_takes_part(model, tmp_path, monkeypat
     trace.plot(tmp_path / "trace.png")
     # Eight steps over four blocks: the first row stops after two.
     passes = [step["refinement"] for step in trace.to_dict()["rows"][0][1:3]]
-    num_chunks = max(passes[0]["chunk_of_token"]) + 1
-    updates, confidence = (axes.images[0].get_array() for axes in drawn[0].axes if axes.images)
-    assert updates.shape == confidence.shape == (num_chunks, 2)
+    chunk_of_token = passes[0]["chunk_of_token"]
+    guesses, updates = (axes.images[0].get_array() for axes in drawn[0].axes if axes.images)
+    first, last = chunk_of_token[PROMPT_LENGTH], max(chunk_of_token)  # the prompt has nothing to decide
+    assert guesses.shape == (2, NEW_TOKENS) and updates.shape == (last - first + 1, 2)
+    canvases = trace.to_dict()["rows"][0]
     for step, done in enumerate(passes):
-        assert updates.filled(0)[:, step].tolist() == done["num_steps"][:num_chunks]
-        assert confidence.filled(1)[:, step].tolist() == pytest.approx(done["chunk_confidence"][:num_chunks])
+        assert updates.filled(0)[:, step].tolist() == done["num_steps"][first : last + 1]
+        before, after = (canvases[i]["tokens"][PROMPT_LENGTH:] for i in (step, step + 1))
+        for state, old, new, changed in zip(
+            guesses[step].tolist(), before, after, done["changed_tokens"][PROMPT_LENGTH:]
+        ):
+            assert state == (3 if changed else 0 if new == MASK else 1 if new == old else 2)
 
 
 def test_plot_of_a_refiner_without_similarities_shows_all_updates(model, tmp_path, monkeypatch):
@@ -331,7 +407,7 @@ def test_plot_of_a_refiner_without_similarities_shows_all_updates(model, tmp_pat
         done.similarity = torch.full((*done.num_steps.shape, 1), torch.nan)
         done.num_steps.fill_(number)
     trace.plot(tmp_path / "trace.png")
-    updates = next(axes.images[0] for axes in drawn[0].axes if axes.images)
+    _, updates = (axes.images[0] for axes in drawn[0].axes if axes.images)
     assert updates.get_clim() == (0, len(trace.passes))
 
 

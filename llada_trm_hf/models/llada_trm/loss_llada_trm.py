@@ -14,6 +14,23 @@ from ..modeling_masked_diffusion import MaskedTargets, masked_diffusion_loss, sc
 from ..refiners.modeling_refiner import ChunkLayout, RefinerOutput
 
 
+class BestGuesses(NamedTuple):
+    """The backbone's best guesses at some tokens, and those after refining; only a trace puts them together."""
+
+    where: tuple[Any, ...]  # the index of those tokens in a tensor [B, L, ...]
+    tokens: tuple[torch.Tensor, torch.Tensor]
+    probability: tuple[torch.Tensor, torch.Tensor]  # float32, of those guesses
+
+    def of_tokens(self, relevant: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Guesses and their probabilities `[B, 2, L]`; -1 and NaN where not `relevant` `[B, L]`."""
+        tokens = torch.full((*relevant.shape, 2), -1, device=relevant.device)
+        probability = torch.full(tokens.shape, torch.nan, device=relevant.device)
+        tokens[self.where] = torch.stack(self.tokens, dim=-1)
+        probability[self.where] = torch.stack(self.probability, dim=-1)
+        hidden = ~relevant[..., None]
+        return tokens.masked_fill(hidden, -1).mT, probability.masked_fill(hidden, torch.nan).mT
+
+
 class Refinement(NamedTuple):
     """One refinement: what it was given, and what it did."""
 
@@ -22,7 +39,7 @@ class Refinement(NamedTuple):
     chunk_confidence: torch.Tensor  # [B, N], the backbone's
     active: torch.Tensor  # BoolTensor [B, N], the chunks refined
     refined: RefinerOutput
-    changed_tokens: torch.Tensor  # BoolTensor [B, L], where the best guess is another now; filled in where it is known
+    guesses: BestGuesses | None = None  # where a trace may ask for them
     chunk_accuracy: torch.Tensor | None = None  # [B, N], with labels
 
 
@@ -63,7 +80,8 @@ class RefinementObjective:
         anew = score_tokens(result.refined.hidden_states[again], self._logits, tokens[again])
         losses = base.losses.index_put((again[positions],), anew.losses)
         best = base.best.index_put((again[positions],), anew.best)
-        result.changed_tokens[positions] = base.best != best
+        probabilities = (base.probability, base.probability.index_put((again[positions],), anew.probability))
+        guesses = BestGuesses((positions,), (base.best, best), probabilities)
         counted = targets.positions[positions]  # [P], which of the positions are in the loss
 
         components = {"diffusion": masked_diffusion_loss(losses[counted], targets)}
@@ -77,7 +95,8 @@ class RefinementObjective:
         correct = torch.zeros_like(positions).index_put((targets.positions,), best[counted] == targets.tokens)
         share = layout.mean_per_chunk(correct, targets.positions, empty=1.0)
         components["confidence"] = confidence_loss(result.refined.confidence[result.active], share[result.active])
-        return result._replace(chunk_accuracy=share), *weighted_loss(components, config, backbone_trains)
+        result = result._replace(chunk_accuracy=share, guesses=guesses)
+        return result, *weighted_loss(components, config, backbone_trains)
 
     def _deep_supervision(
         self, refined: RefinerOutput, targets: MaskedTargets, in_active: torch.Tensor
@@ -138,6 +157,12 @@ def confidence_loss(confidence: torch.Tensor, share_correct: torch.Tensor) -> to
 
 
 # --- Where logits are evaluated ---
+
+
+def best_probability(logits: torch.Tensor) -> torch.Tensor:
+    """The probability `[...]` of the best guess of `logits` `[..., V]`, in float32 and without gradient."""
+    scores = logits.detach().float()
+    return (scores.amax(-1) - scores.logsumexp(-1)).exp()
 
 
 def kept_positions(logits_to_keep: int | torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:

@@ -38,8 +38,10 @@ from ..refiners.modeling_refiner import ChunkLayout, refine
 from ..refiners.refiner_integration import assemble_refiner, build_refiner, refiner_class, resolve_refiners
 from .configuration_llada_trm import LLaDATRMConfig
 from .loss_llada_trm import (
+    BestGuesses,
     Refinement,
     RefinementObjective,
+    best_probability,
     columns_of,
     keeps_all,
     kept_positions,
@@ -305,7 +307,7 @@ class LLaDATRMForMaskedDiffusion(
             active = active & (confidence < self.config.min_confidence)
         refined = refine(self.refiner, hidden_states, layout, active_chunks=active, **arguments)
         refined = refined.to(hidden_states.device)
-        return Refinement(layout, relevant, confidence, active, refined, torch.zeros_like(relevant))
+        return Refinement(layout, relevant, confidence, active, refined)
 
     def _refine_logits(
         self,
@@ -323,8 +325,7 @@ class LLaDATRMForMaskedDiffusion(
         positions = columns_of(wanted, kept, logits_to_keep)  # [B, P]
         read = logits_to_keep if keeps_all(logits_to_keep) else positions
         logits = self._logits(select_positions(hidden_states, read))  # [B, P, V]
-        base = logits.detach().float()
-        largest = (base.amax(-1) - base.logsumexp(-1)).exp()
+        largest = best_probability(logits)
         probability = largest.new_zeros(wanted.shape).scatter(1, positions, largest)
         result = self._refine(hidden_states, layout, relevant, probability, arguments)
         best = logits.argmax(-1) if arguments["output_statistics"] else None
@@ -333,7 +334,13 @@ class LLaDATRMForMaskedDiffusion(
         anew = self._logits(result.refined.hidden_states[row, positions[row, slot]])
         logits = logits.index_put_((row, slot), anew)  # in place, for the tensor may be large
         if best is not None:
-            result.changed_tokens.scatter_(1, positions, best != logits.argmax(-1))
+            refined = (
+                best.index_put((row, slot), anew.argmax(-1)),
+                largest.index_put((row, slot), best_probability(anew)),
+            )
+            where = (torch.arange(len(best), device=best.device)[:, None], positions)
+            guesses = BestGuesses(where, (best, refined[0]), (largest, refined[1]))
+            result = result._replace(guesses=guesses)
         return result, logits if positions is logits_to_keep else unpack_logits(logits, wanted, logits_to_keep)
 
     def _refine_all_logits(
@@ -346,12 +353,13 @@ class LLaDATRMForMaskedDiffusion(
     ) -> tuple[Refinement, torch.Tensor]:
         """The same for a compiled or exported graph, whose shapes cannot depend on values: twice at every position."""
         base = self._logits(hidden_states)  # [B, L, V]
-        scores = base.detach().float()
-        probability = (scores.amax(-1) - scores.logsumexp(-1)).exp()
+        probability = best_probability(base)
         result = self._refine(hidden_states, layout, relevant, probability, arguments)
         anew = layout.to_tokens(result.active) & (relevant | kept_positions(logits_to_keep, relevant))  # [B, L]
         logits = torch.where(anew[..., None], self._logits(result.refined.hidden_states), base)
-        result = result._replace(changed_tokens=base.argmax(-1) != logits.argmax(-1))
+        if arguments["output_statistics"]:
+            tokens, probabilities = (base.argmax(-1), logits.argmax(-1)), (probability, best_probability(logits))
+            result = result._replace(guesses=BestGuesses((...,), tokens, probabilities))
         return result, select_positions(logits, logits_to_keep)
 
     def _logits_at(
@@ -384,7 +392,8 @@ class LLaDATRMForMaskedDiffusion(
     def _trace(self, input_ids: torch.Tensor | None, result: Refinement) -> RefinementTrace | None:
         if input_ids is None:
             return None
-        changed = result.changed_tokens & result.relevant
+        assert result.guesses is not None
+        guesses, probability = result.guesses.of_tokens(result.relevant)
         refined = result.refined
         similarity = (refined.statistics or {}).get("similarity")
         if similarity is None:  # a refiner that reports none
@@ -395,8 +404,10 @@ class LLaDATRMForMaskedDiffusion(
             refiner_confidence=refined.confidence.detach().cpu(),
             num_steps=refined.num_steps.cpu(),
             similarity=similarity.cpu(),
-            changed_tokens=changed.cpu(),
-            rows=torch.arange(len(changed)),
+            changed_tokens=(guesses[:, 0] != guesses[:, 1]).cpu(),
+            rows=torch.arange(len(guesses)),
+            guesses=guesses.cpu(),
+            guess_probability=probability.cpu(),
         )
         canvas = input_ids.cpu()
         return RefinementTrace(self.config.mask_token_id, input_ids.shape[1], [canvas, canvas], [recorded])
