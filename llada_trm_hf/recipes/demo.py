@@ -37,6 +37,7 @@ class DemoSize:
 SMOKE_TEST = DemoSize(problems=2_000, held_out=50, backbone_steps=20, head_steps=10)
 NUM_TERMS = 7
 STEPS_COMPARED = (1, 2, 4)
+STEPS_SHOWN = 2  # in the trace: with more, there is hardly anything left for the head to fix
 _LOCK = ".demo.lock"  # stays in the folder, and so tells that a demo that was killed is one
 # Loads a checkpoint with transformers alone, as on a machine without this package.
 REMOTE_CODE_SCRIPT = """
@@ -93,8 +94,9 @@ class Demo:
 
         print("\n4. All three answer the same held-out problems")
         results = self.timed("compare", lambda: compare(hybrid, control, test))
-        reloaded = self.timed("save and reload", lambda: self.save(hybrid, test))
-        self.report(results, reloaded)
+        steps = fewest_steps_of_the_best(results["refined"])
+        example, reloaded = self.timed("save and reload", lambda: self.save(hybrid, test, steps))
+        self.report(results, example, reloaded)
 
     def timed(self, name: str, stage: Callable[[], Any]) -> Any:
         start = time.perf_counter()
@@ -165,15 +167,20 @@ class Demo:
         trainer.train()
         model.eval()
 
-    def save(self, hybrid: LLaDATRMForMaskedDiffusion, test: Any) -> bool:
-        """Saves checkpoint and trace; whether a process without this package generates the same."""
+    def save(self, hybrid: LLaDATRMForMaskedDiffusion, test: Any, steps: int) -> tuple[torch.Tensor, bool]:
+        """
+        Saves checkpoint and trace. A problem with its answer `[L]`, one that the checkpoint's own settings get right
+        if there is any; and whether a process without this package generates the same.
+        """
         checkpoint = os.path.join(self.folder, "checkpoint")
-        hybrid.generation_config.update(max_new_tokens=NUM_TERMS + 1, num_diffusion_steps=2)
+        hybrid.generation_config.update(max_new_tokens=NUM_TERMS + 1, num_diffusion_steps=steps)
         hybrid.save_pretrained(checkpoint)
         self.tokenizer.save_pretrained(checkpoint)
         problems = problems_the_head_fixes(hybrid, test)
         prompts = problems[:, : NUM_TERMS + 1]
-        output = hybrid.generate(prompts, output_refinement_trace=True, return_dict_in_generate=True)
+        output = hybrid.generate(
+            prompts, num_diffusion_steps=STEPS_SHOWN, output_refinement_trace=True, return_dict_in_generate=True
+        )
         page, trace = os.path.join(self.folder, "trace.html"), output.refinement_trace
         trace.expected = problems
         write_atomically(page, lambda path: trace.to_html(path, self.tokenizer))
@@ -186,9 +193,11 @@ class Demo:
             )
         if process.returncode:
             raise RuntimeError(f"The checkpoint does not load as remote code: {process.stderr[-2000:]}")
-        return json.loads(process.stdout.splitlines()[-1]) == hybrid.generate(prompts).tolist()
+        answers = hybrid.generate(prompts)
+        right = (answers == problems).all(-1)
+        return problems[int(right.int().argmax())], json.loads(process.stdout.splitlines()[-1]) == answers.tolist()
 
-    def report(self, results: dict[str, list[Accuracy]], reloaded: bool) -> None:
+    def report(self, results: dict[str, list[Accuracy]], example: torch.Tensor, reloaded: bool) -> None:
         width = max(map(len, results))
         print(f"\nWhole response right, of {self.size.held_out} held-out problems (95% interval)\n")
         print(" " * width + "".join(f"{f'{n} diffusion step' + 's' * (n > 1):>26}" for n in STEPS_COMPARED))
@@ -197,6 +206,8 @@ class Demo:
         print("\n" + "   ".join(f"{name}: {seconds:.0f} s" for name, seconds in self.seconds.items()))
         print(f"\n{self.folder}/checkpoint: loaded without this package, it generates the same: {reloaded}")
         print(f"{self.folder}/trace.html: three problems that the head fixes, for a browser")
+        prompt, answer = self.tokenizer.batch_decode([example[: NUM_TERMS + 1], example[NUM_TERMS + 1 : -1]])
+        print(f'llada-trm generate --checkpoint {self.folder}/checkpoint --prompt "{prompt}"  # {answer} is right')
         table = {name: [asdict(accuracy) for accuracy in row] for name, row in results.items()}
         content = {"steps": STEPS_COMPARED, "accuracy": table, "seconds": self.seconds}
         write_text(os.path.join(self.folder, "results.json"), json.dumps(content, indent=2))
@@ -215,14 +226,22 @@ def compare(hybrid: PreTrainedModel, control: PreTrainedModel, test: Any) -> dic
     }
 
 
+def fewest_steps_of_the_best(accuracies: list[Accuracy]) -> int:
+    """The number of diffusion steps, of those compared, with the highest accuracy; the smallest of several."""
+    values = [accuracy.value for accuracy in accuracies]
+    return STEPS_COMPARED[values.index(max(values))]
+
+
 def problems_the_head_fixes(hybrid: LLaDATRMForMaskedDiffusion, test: Any, number: int = 3) -> torch.Tensor:
     """
     Held-out problems with their answers `[number, L]` that the head gets right and the bare backbone wrong, if any.
     """
     expected = torch.tensor(test["input_ids"])
     prompts = expected[:, : NUM_TERMS + 1]
-    bare = (hybrid.generate(prompts, enable_refinement=False) == expected).all(-1)
-    refined = (hybrid.generate(prompts) == expected).all(-1)
+    bare, refined = (
+        (hybrid.generate(prompts, num_diffusion_steps=STEPS_SHOWN, enable_refinement=on) == expected).all(-1)
+        for on in (False, True)
+    )
     return expected[(refined & ~bare).int().argsort(descending=True, stable=True)[:number]]
 
 

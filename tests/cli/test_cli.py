@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -296,6 +297,13 @@ def test_demo_runs_from_start_to_end(tmp_path, capsys):
     results = json.loads((folder / "results.json").read_text())
     assert set(results["accuracy"]) == {"bare backbone", "control: backbone trained on", "refined"}
     assert (folder / "checkpoint" / "model.safetensors").exists()
+    # What it saves, and how it says to use it, is what it found to be best.
+    correct = [accuracy["correct"] for accuracy in results["accuracy"]["refined"]]
+    settings = json.loads((folder / "checkpoint" / "generation_config.json").read_text())
+    assert settings["num_diffusion_steps"] == results["steps"][correct.index(max(correct))]
+    command, prompt, said = re.search(r'(llada-trm generate .* --prompt "(\d+=)")  # (\d+) is right', out).groups()
+    assert [int(digit) for digit in said] == list(accumulate(map(int, prompt[:-1]), lambda a, b: abs(a - b)))
+    assert main(shlex.split(command)[1:]) == 0
     data = re.search(r'id="trace">(.*?)</script>', (folder / "trace.html").read_text())[1]
     for row in json.loads(data)["rows"]:  # with the right answer: the difference to the next digit, again and again
         digits, answer = byte_tokenizer().decode(row["expected"], skip_special_tokens=True).split("=")
