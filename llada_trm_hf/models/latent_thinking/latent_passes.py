@@ -31,7 +31,7 @@ class LatentThinkingOutput(ModelOutput):
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     reasoning_steps: torch.Tensor | None = None
     halt_probability: torch.Tensor | None = None
