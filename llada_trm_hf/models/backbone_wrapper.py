@@ -172,7 +172,7 @@ def lm_head_inputs(model: PreTrainedModel, inputs: dict[str, Any], num_logits: i
 
 
 def select_states(
-    hidden_states: tuple[torch.Tensor, ...], output_hidden_states: bool | int | list[int] | None
+    hidden_states: tuple[torch.Tensor | None, ...], output_hidden_states: bool | int | list[int] | None
 ) -> tuple[torch.Tensor | None, ...] | None:
     """
     The `hidden_states` that `output_hidden_states` asks for: all of them, none, or by their numbers, also from the
