@@ -26,6 +26,7 @@ def run(arguments: list[str]) -> None:
     from transformers import TextDiffusionStreamer
 
     from ..evaluation.language_models import decode
+    from ..hub.files import write_atomically
 
     torch.manual_seed(options.seed)
     model, tokenizer = load(options.checkpoint, options.dtype, options.device)
@@ -42,7 +43,7 @@ def run(arguments: list[str]) -> None:
                 save = output.refinement_trace.to_html
                 if options.trace_file.endswith(".json"):
                     save = output.refinement_trace.to_json
-                save(options.trace_file, tokenizer)
+                write_atomically(options.trace_file, lambda path, save=save: save(path, tokenizer))
 
 
 def _parser() -> CommandParser:
