@@ -33,7 +33,7 @@ class Commands:
             folder: whose file operations count: files opened to be written, flushed, moved and removed, new folders.
             moment: `kill_at`, the number of the file operation at which it is killed, or `kill_after` so many seconds;
                 `size_limit` of a file in bytes, from the start or, with `limit_from`, once a file whose name contains
-                this is written; `deadline` in seconds.
+                this is written; its `umask`; `deadline` in seconds.
 
         Returns:
             `code`, None if it was killed; the number of file `operations`; `stderr`, its end; `hung`, true if it was
@@ -51,6 +51,7 @@ class Commands:
 @contextmanager
 def commands() -> Iterator[Commands]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # else pyarrow starts a thread
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen([sys.executable, __file__], env=environment, text=True, **pipes)  # type: ignore[call-overload]
     try:
@@ -78,6 +79,8 @@ def _serve() -> None:
     for name in ("train", "trace", "generate", "evaluate", "datagen", "publish"):
         importlib.import_module(f"llada_trm_hf.cli.{name}")
     torch.set_num_threads(1)
+    with suppress(FileNotFoundError):  # where there is no /proc
+        assert len(os.listdir("/proc/self/task")) == 1, "a process with threads must not fork"
     for line in sys.stdin:
         request = json.loads(line)
         read, write = os.pipe()
@@ -122,13 +125,11 @@ def _watch(child: int, pipe: int, request: dict[str, Any]) -> dict[str, Any]:
 
 def _run(request: dict[str, Any], pipe: int) -> int:
     """In the fork: one command, its errors into the pipe."""
-    import torch
-
     from llada_trm_hf.cli.main import main
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(pipe, 2)
-    torch.manual_seed(0)
+    os.umask(request.get("umask", 0o022))
     if request.get("size_limit") and not request.get("limit_from"):
         _limit_files(request["size_limit"])
     count = _count_operations(request)

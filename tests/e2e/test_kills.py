@@ -169,7 +169,7 @@ def command_of(name: str, models: Path, config_file: Path, folder: Path) -> list
 def models(tmp_path_factory, process, config_file):
     """What the commands read."""
     folder = tmp_path_factory.mktemp("models")
-    save_model(folder / "lm")
+    save_model(folder / "lm", favourites={"</think>": 4.0})  # which ends most thoughts of datagen
     hybrid = new_hybrid()
     hybrid.save_pretrained(folder / "hybrid")
     TOKENIZER.save_pretrained(folder / "hybrid")
@@ -182,6 +182,27 @@ def models(tmp_path_factory, process, config_file):
         run = process.run(command, folder / name)
         assert run["code"] == 0, run["stderr"]
     return folder
+
+
+@pytest.mark.parametrize(
+    "umask, names",
+    [
+        (0o022, ("train", "trm", "latent_answer", "datagen", "evaluate", "compare", "generate", "trace")),
+        (0o077, ("train", "datagen", "compare")),
+        pytest.param(0o022, ("slots", "sweep", "export-onnx", "demo"), marks=pytest.mark.slow),
+        pytest.param(0o027, tuple(COMMANDS), marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_written_has_the_mode_of_the_umask(tmp_path, process, config_file, models, umask, names):
+    for name in names:
+        folder = tmp_path / name
+        folder.mkdir(mode=0o777 & ~umask)
+        run = process.run(command_of(name, models, config_file, folder), folder, umask=umask)
+        assert run["code"] == 0, run["stderr"]
+        found = {path: path.stat().st_mode & 0o777 for path in folder.rglob("*") if not path.name.endswith(".lock")}
+        assert found
+        for path, mode in found.items():
+            assert oct(mode) == oct((0o777 if path.is_dir() else 0o666) & ~umask), path
 
 
 KILLS = {"train": 16, "slots": 8, "sweep": 14, "trm": 10, "latent_answer": 8, "datagen": 12, "evaluate": 8}
