@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from .command import CommandParser, check_output_file
@@ -43,7 +44,7 @@ def run(arguments: list[str]) -> None:
                 save = output.refinement_trace.to_html
                 if options.trace_file.endswith(".json"):
                     save = output.refinement_trace.to_json
-                write_atomically(options.trace_file, lambda path, save=save: save(path, tokenizer))
+                write_atomically(options.trace_file, partial(save, tokenizer=tokenizer))
 
 
 def _parser() -> CommandParser:

@@ -47,12 +47,12 @@ def write_atomically(path: str, write: Callable[[str], object]) -> None:
     _flush(folder)
 
 
-def give_usual_mode(path: str) -> None:
+def give_usual_mode(path: str, new: str | None = None) -> None:
     """
-    Lets those read and write a file who may do so with others that this process makes, going by the folder in which it
-    lies, which has just been made (safetensors writes files that only their owner can read, whatever the umask).
+    Lets those read and write a file who may do so with others that this process makes (safetensors writes files that
+    only their owner can read, whatever the umask), going by a `new` file or, by default, the new folder it lies in.
     """
-    usual, mode = os.stat(os.path.dirname(path)).st_mode & 0o666, os.stat(path).st_mode
+    usual, mode = os.stat(new or os.path.dirname(path)).st_mode & 0o666, os.stat(path).st_mode
     if usual & ~mode:
         with suppress(PermissionError):  # of file systems without modes
             os.chmod(path, stat.S_IMODE(mode) | usual)

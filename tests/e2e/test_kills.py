@@ -187,9 +187,9 @@ def models(tmp_path_factory, process, config_file):
 @pytest.mark.parametrize(
     "umask, names",
     [
-        (0o022, ("train", "trm", "latent_answer", "datagen", "evaluate", "compare", "generate", "trace")),
+        (0o022, ("train", "trm", "datagen", "evaluate", "generate")),
         (0o077, ("train", "datagen", "compare")),
-        pytest.param(0o022, ("slots", "sweep", "export-onnx", "demo"), marks=pytest.mark.slow),
+        pytest.param(0o022, tuple(COMMANDS), marks=pytest.mark.slow),
         pytest.param(0o027, tuple(COMMANDS), marks=pytest.mark.slow),
     ],
 )
@@ -216,6 +216,11 @@ def test_a_hundred_kills_over_all_commands_that_write(tmp_path, process, config_
     if name == "export-onnx":
         pytest.importorskip("onnxscript")
     killed_and_run_again(tmp_path, process, partial(command_of, name, models, config_file), kills)
+
+
+@pytest.mark.parametrize("name", ["trm", "evaluate", "generate"])
+def test_a_few_kills(tmp_path, process, config_file, models, name):
+    killed_and_run_again(tmp_path, process, partial(command_of, name, models, config_file), 2)
 
 
 def killed_and_run_again(tmp_path: Path, process, command_for, kills: int) -> None:
