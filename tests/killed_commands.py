@@ -98,7 +98,8 @@ def _serve() -> None:
 def _watch(child: int, pipe: int, request: dict[str, Any]) -> dict[str, Any]:
     """Waits for the child to end, or ends it; what became of it. (What it started itself may hold the pipe longer.)"""
     deadline = request.get("deadline", DEADLINE)
-    limit, start, written, status = request.get("kill_after", deadline), time.monotonic(), b"", None
+    limit = min(request.get("kill_after", deadline), deadline)
+    start, written, status = time.monotonic(), b"", None
     while status is None:
         if select.select([pipe], [], [], POLL)[0]:
             chunk = os.read(pipe, 1 << 16)

@@ -82,6 +82,12 @@ def test_kills_at_every_point_of_a_save(tmp_path, process, config_file):
     assert state_of_run(folder) == state_of_run(tmp_path / "whole")
 
 
+def test_a_command_that_hangs_is_ended_and_the_next_one_runs(tmp_path, process, config_file):
+    run = process.run(train(config_file, tmp_path / "run"), tmp_path / "run", deadline=0.2)
+    assert run["hung"] and run["code"] is None and "had not ended after 0.2 s" in run["stderr"]
+    assert process.run(["--version"], tmp_path) == {"code": 0, "operations": 0, "stderr": "", "hung": False}
+
+
 @pytest.mark.parametrize("limit", [30_000, 100_000])
 def test_training_that_cannot_write_says_so_in_one_line(tmp_path, process, config_file, limit):
     """The limits are met by different writers: of tensors, of the optimizer, of the average."""
