@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from hub_http_server import TOKEN, model_hub
+from killed_commands import commands
 from tiny_training import new_samples
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING
@@ -104,6 +105,13 @@ def hub(monkeypatch):
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr(time, "sleep", lambda seconds: None)
         yield server
+
+
+@pytest.fixture(scope="session")
+def process():
+    """Runs commands outside of this process, and kills them."""
+    with commands() as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from datasets import Dataset
 from latent_thinking_models import backbone_for, make_model, new_tokenizer
-from tiny_training import SIZES, TOKENIZER, losses, new_backbone, new_hybrid, new_samples, trainer
+from tiny_training import SIZES, TOKENIZER, StopAt, losses, new_backbone, new_hybrid, new_samples, trainer
 
 from llada_trm_hf import (
     LLaDAMoEConfig,
@@ -85,11 +85,11 @@ DIFFUSION = {
 NAMES = (*DIFFUSION, "thinker")
 
 
-def new_trainer(name: str, folder: Path, world: int, use_cpu: bool):
-    """A Trainer of three steps, with 8 rows in each of them from all processes together."""
+def new_trainer(name: str, folder: Path, world: int, use_cpu: bool, **more):
+    """A Trainer of three steps, with 8 rows in each of them from all processes together; `more` settings."""
     arguments = {"max_steps": STEPS, "per_device_train_batch_size": 8 // world, "use_cpu": use_cpu}
     arguments |= {"save_strategy": "no", "report_to": "none", "max_grad_norm": 0.0}
-    arguments |= {"optim": "sgd", "learning_rate": 0.03, "lr_scheduler_type": "constant"}
+    arguments |= {"optim": "sgd", "learning_rate": 0.03, "lr_scheduler_type": "constant", **more}
     if name in DIFFUSION:
         model = DIFFUSION[name]()
         if hasattr(model.config, "confidence_loss_weight"):
@@ -115,10 +115,31 @@ def train_all(folder: Path, use_cpu: bool = True) -> dict[str, dict[int, float]]
         run.train()
         run.save_model()
         found[name] = losses(run)
-        run.accelerator.free_memory()
-        for state in (AcceleratorState, GradientState):
-            state._reset_state()
+        forget(run)
     return found
+
+
+def train_and_resume(folder: Path, use_cpu: bool) -> dict[str, dict[int, float]]:
+    """A hybrid trained in one go, and one that stops after two steps and goes on from its checkpoint; the losses."""
+    found = {}
+    world = int(os.environ["WORLD_SIZE"])
+    settings = {"optim": "adamw_torch", "learning_rate": 3e-3, "lr_scheduler_type": "linear", "save_strategy": "steps"}
+    for name, stop, resume in (("whole", STEPS, None), ("cut", 2, None), ("cut", STEPS, True)):
+        run = new_trainer("hybrid", folder / name, world, use_cpu, save_steps=2, **settings)
+        run.add_callback(StopAt(stop))
+        run.train(resume_from_checkpoint=resume)
+        if stop == STEPS:
+            run.save_model()
+        found[name] = losses(run)
+        forget(run)
+    return found
+
+
+def forget(run) -> None:
+    """So that the next trainer starts as in a process of its own."""
+    run.accelerator.free_memory()
+    for state in (AcceleratorState, GradientState):
+        state._reset_state()
 
 
 def main(mode: str, folder: str) -> None:
@@ -127,6 +148,7 @@ def main(mode: str, folder: str) -> None:
         pretend_accelerators()
     with patch.dict(os.environ, launch_settings(mode)):
         found = train_all(Path(folder), use_cpu=mode == "ddp")
+        found |= train_and_resume(Path(folder), use_cpu=mode == "ddp")
     if os.environ.get("RANK", "0") == "0":
         Path(folder, "losses.json").write_text(json.dumps(found))
 

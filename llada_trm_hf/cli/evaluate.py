@@ -63,12 +63,12 @@ def run_compare(arguments: list[str]) -> None:
     check_output_file(options.plot, ".png")
     check_output_file(options.output_file, ".json")
     from ..evaluation.comparison import compare_results
-    from ..hub.files import write_text
+    from ..hub.files import write_atomically, write_text
 
     comparison = compare_results(options.results, options.common_only)
     print(comparison.table())
     if options.plot:
-        comparison.plot(options.plot)
+        write_atomically(options.plot, comparison.plot)
     if options.output_file:
         write_text(options.output_file, json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False))
 

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from .command import CommandParser, check_output_file
@@ -26,6 +27,7 @@ def run(arguments: list[str]) -> None:
     from transformers import TextDiffusionStreamer
 
     from ..evaluation.language_models import decode
+    from ..hub.files import write_atomically
 
     torch.manual_seed(options.seed)
     model, tokenizer = load(options.checkpoint, options.dtype, options.device)
@@ -42,7 +44,7 @@ def run(arguments: list[str]) -> None:
                 save = output.refinement_trace.to_html
                 if options.trace_file.endswith(".json"):
                     save = output.refinement_trace.to_json
-                save(options.trace_file, tokenizer)
+                write_atomically(options.trace_file, partial(save, tokenizer=tokenizer))
 
 
 def _parser() -> CommandParser:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from ..data.thoughts import COMPLETE
 from ..hub import read_legacy_hidden_pairs
-from ..hub.files import write_atomically
+from ..hub.files import disk_problem, write_atomically
 from ..models import DimensionCompressor
 
 METADATA_FILE = "metadata.jsonl"
@@ -214,7 +214,9 @@ def _save_atomically(path: str, save: Callable[[str], object]) -> None:
     def write(temporary: str) -> None:
         try:
             save(temporary)
-        except (SafetensorError, RuntimeError) as error:  # what safetensors and torch make of a full disk
+        except (SafetensorError, RuntimeError) as error:
+            if disk_problem(error) is not None:
+                raise  # `write_atomically` says it better
             raise OSError(errno.EIO, f"cannot write {path}: {error}") from error
 
     write_atomically(path, write)

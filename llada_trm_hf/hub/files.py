@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,28 +19,50 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC
 
 def write_atomically(path: str, write: Callable[[str], object]) -> None:
     """
-    Calls `write` with a temporary name in the folder of `path`, then moves the file to `path` in one step. It is on
-    the disk when this returns. The temporary name is always the same: the next call overwrites what a killed process
-    left. If `write` raises (a full disk, say), `path` is as it was.
+    Calls `write` with the name of a file to be in a temporary folder beside `path`, then moves it to `path` in one
+    step. It is on the disk when this returns, with the mode that the umask gives. The temporary names are always the
+    same: the next call removes what a killed process left, also what `write` named otherwise (safetensors writes to a
+    file of a random name first). If `write` raises (a full disk, say), `path` is as it was.
     """
     folder, name = os.path.split(os.path.abspath(path))
     temporary = os.path.join(folder, f".{name}.tmp")
+    scratch = f"{temporary}.d"
+    inside = os.path.join(scratch, name)
     try:
+        shutil.rmtree(scratch, ignore_errors=True)
         with writing(path):
-            write(temporary)
-            _flush(temporary)
+            os.mkdir(scratch)
+            write(inside)
+            give_usual_mode(inside)
+            _flush(inside)
+        # The folder goes before the file gets its name: a file that is there is not written again by the next run.
+        os.replace(inside, temporary)
+        shutil.rmtree(scratch)
         os.replace(temporary, path)
     except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
         with suppress(FileNotFoundError):
             os.remove(temporary)
         raise
     _flush(folder)
 
 
+def give_usual_mode(path: str, new: str | None = None) -> None:
+    """
+    Lets those read and write a file who may do so with others that this process makes (safetensors writes files that
+    only their owner can read, whatever the umask), going by a `new` file or, by default, the new folder it lies in.
+    """
+    usual, mode = os.stat(new or os.path.dirname(path)).st_mode & 0o666, os.stat(path).st_mode
+    if usual & ~mode:
+        with suppress(PermissionError):  # of file systems without modes
+            os.chmod(path, stat.S_IMODE(mode) | usual)
+
+
 def move_folder(temporary: str, path: str) -> None:
     """Gives a finished folder its name in one step, once it is on the disk; an older folder `path` is replaced."""
     for folder, _, names in os.walk(temporary):
         for name in names:
+            give_usual_mode(os.path.join(folder, name))
             _flush(os.path.join(folder, name))
         _flush(folder)
     replaced = f"{temporary}.replaced"
@@ -174,6 +197,8 @@ def replacing_files(folder: str | os.PathLike) -> Iterator[str]:
         for name in sorted(old, key=_is_weights, reverse=True):
             os.remove(os.path.join(folder, name))
         for name in names:
+            if os.path.isfile(os.path.join(temporary, name)):
+                give_usual_mode(os.path.join(temporary, name))
             os.replace(os.path.join(temporary, name), os.path.join(folder, name))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 import importlib
 import os
-import tempfile
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -95,7 +95,7 @@ def export_onnx(
     forward = _Forward(model, _check_model(model, max_recursive_steps))
     path = os.path.abspath(path)
     folder, name = os.path.split(path)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}.") as scratch, _exportable(model):
+    with _scratch_folder(os.path.join(folder, f".{name}.export")) as scratch, _exportable(model):
         written = os.path.join(scratch, name)
         _write_graph(forward.eval(), written)
         largest, refined = _compare(forward, written)
@@ -162,6 +162,17 @@ class _Forward(nn.Module):
         run: Any = self.model.reason if isinstance(self.model, SequenceTRM) else self.model
         outputs = run(**dict(zip(self.inputs, (read, mask))), **self.arguments)
         return tuple(outputs[name] for name in self.names)
+
+
+@contextmanager
+def _scratch_folder(path: str) -> Iterator[str]:
+    """An empty folder that goes at the end; one that a killed export left goes first."""
+    shutil.rmtree(path, ignore_errors=True)
+    os.mkdir(path)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager

@@ -25,10 +25,10 @@ from transformers.trainer_utils import (
 from transformers.utils import PushInProgress, logging
 
 from ..hub.checkpoint_files import files_to_publish
-from ..hub.files import move_folder, write_atomically, writing
+from ..hub.files import give_usual_mode, move_folder, write_atomically, writing
 from ..hub.push import publish
 from ..hub.readme_file import save_card
-from ..hub.training_record import write_training_settings
+from ..hub.training_record import TRAINING_SETTINGS_FILE, write_training_settings
 from ..inspection import NonFiniteWatch
 from ..inspection.non_finite import non_finite_weights
 from .arguments import CommonTrainingArguments
@@ -375,6 +375,8 @@ class BaseTrainer(Trainer):
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
             write_training_settings(folder, self.model, self.args, self.data_description, self._settings_of_run())
+            for path in Path(folder).glob("*.safetensors"):  # PEFT writes them as safetensors does
+                give_usual_mode(str(path), os.path.join(folder, TRAINING_SETTINGS_FILE))
             self._save_card(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

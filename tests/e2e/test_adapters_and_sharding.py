@@ -3,6 +3,7 @@
 import os
 import runpy
 import sys
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -68,6 +69,10 @@ def test_lora_example_trains_and_reloads(tmp_path, backbone_folder, tokens, monk
     assert not torch.equal(logits(loaded, tokens), before)
     head = sum(p.numel() for p in loaded.get_base_model().refiner.modules_to_save["default"].parameters())
     written = os.path.getsize(os.path.join(folder, "adapter_model.safetensors"))
+    usual = tmp_path / "usual"
+    usual.touch()
+    modes = {path.stat().st_mode for path in Path(folder).glob("*.*")}
+    assert modes == {usual.stat().st_mode}  # others may read what they may read elsewhere
     assert written < 4 * (head + 2 * 2 * 32 * 4 * 2) + 20_000  # rank 2, two factors, width 32, four maps, two layers
     prompt = TOKENIZER("3942=", return_tensors="pt")["input_ids"]
     assert torch.equal(

@@ -3,28 +3,22 @@
 import csv
 import json
 import random
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from datagen_models import save_model
-from killed_commands import commands
 from safetensors.torch import load_file
 from tiny_training import TOKENIZER, new_hybrid
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-TRAIN = (
-    "--recipe warmup --refiner recursive_refinement_head --dataset_name arithmetic --split train[:64] --num_terms 4"
-)
-TRAIN += " --chunk_size 5 --head_hidden_size 16 --max_steps 4 --logging_steps 1 --save_steps 1 --save_total_limit 2"
-TRAIN += " --use_ema true --eval_split test[:8] --eval_strategy steps --eval_steps 1 --load_best_model_at_end true"
-TRAIN += " --metric_for_best_model loss --use_cpu --report_to none --disable_tqdm true --resume_from_checkpoint true"
-
-
-@pytest.fixture(scope="module")
-def process():
-    with commands() as running:
-        yield running
+TRAIN = "train --recipe warmup --refiner recursive_refinement_head --dataset_name arithmetic --split train[:64]"
+TRAIN += " --num_terms 4 --chunk_size 5 --head_hidden_size 16 --max_steps 4 --logging_steps 1 --save_steps 1"
+TRAIN += " --save_total_limit 2 --use_ema true --eval_split test[:8] --eval_strategy steps --eval_steps 1"
+TRAIN += " --load_best_model_at_end true --metric_for_best_model loss --use_cpu --report_to none --disable_tqdm true"
+TRAIN += " --resume_from_checkpoint true"
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +29,7 @@ def config_file(tmp_path_factory):
 
 
 def train(config_file, folder: Path) -> list[str]:
-    return ["train", *TRAIN.split(), "--backbone", str(config_file), "--output_dir", str(folder)]
+    return [*TRAIN.split(), "--backbone", str(config_file), "--output_dir", str(folder)]
 
 
 def state_of_run(folder: Path) -> dict:
@@ -88,6 +82,12 @@ def test_kills_at_every_point_of_a_save(tmp_path, process, config_file):
     assert state_of_run(folder) == state_of_run(tmp_path / "whole")
 
 
+def test_a_command_that_hangs_is_ended_and_the_next_one_runs(tmp_path, process, config_file):
+    run = process.run(train(config_file, tmp_path / "run"), tmp_path / "run", deadline=0.2)
+    assert run["hung"] and run["code"] is None and "had not ended after 0.2 s" in run["stderr"]
+    assert process.run(["--version"], tmp_path) == {"code": 0, "operations": 0, "stderr": "", "hung": False}
+
+
 @pytest.mark.parametrize("limit", [30_000, 100_000])
 def test_training_that_cannot_write_says_so_in_one_line(tmp_path, process, config_file, limit):
     """The limits are met by different writers: of tensors, of the optimizer, of the average."""
@@ -118,7 +118,8 @@ def contents(folder: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
-        if path.name in SELDOM_THE_SAME or path.name.endswith(".lock"):
+        # (The demo's control trains for as long as the head took.)
+        if path.name in SELDOM_THE_SAME or path.name.endswith(".lock") or "training/control/" in name:
             continue
         if path.suffix == ".csv":
             found[name] = without_times(list(csv.DictReader(path.open())))
@@ -134,58 +135,127 @@ def _documents(path: Path) -> list[str]:
     return text.splitlines() if path.suffix == ".jsonl" else [text]
 
 
+LM_DATA = "--dataset_name arithmetic --num_terms 3"
+SMALL = "--max_new_tokens 6 --num_diffusion_steps 3 --device cpu"
+RESUMED = "--use_cpu --report_to none --disable_tqdm true --resume_from_checkpoint true"
+EVALUATE = f"evaluate --dataset_name arithmetic --num_terms 4 --batch_size 2 {SMALL}"
+# For `command_of`: CONFIG is the config of a new model, MODELS the folder of what follows, OUT the output folder.
+COMMANDS = {
+    "train": f"{TRAIN} --backbone CONFIG --output_dir OUT",
+    "slots": f"train --recipe slot_warmup --backbone CONFIG --dataset_name arithmetic --split train[:64] "
+    f"--num_terms 4 --chunk_size 5 --max_steps 3 --save_steps 1 --batch_size 8 --gradient_accumulation_steps 1 "
+    f"--logging_steps 1 {RESUMED} --output_dir OUT",
+    "sweep": f"train --recipe compressor_1a --backbone MODELS/lm --dataset_name arithmetic --split train[:32] "
+    f"--num_eval_samples 8 --compressed_sizes 2 4 --max_steps 3 --save_steps 1 --eval_steps 1 "
+    f"--batch_size 8 --max_length 64 {RESUMED} --output_dir OUT",
+    "trm": f"train --recipe trm --pairs_dir MODELS/pairs --n_latent_steps 1 --n_deep_recursions 1 --n_heads 2 "
+    f"--n_supervision_steps 2 --max_steps 4 --batch_size 4 --eval_fraction 0.2 --eval_strategy steps --eval_steps 2 "
+    f"--save_strategy steps --save_steps 2 --logging_steps 1 {RESUMED} --output_dir OUT",
+    "latent_answer": f"train --recipe latent_answer --backbone MODELS/lm {LM_DATA} --split train[:16] --max_length 40 "
+    f"--max_steps 3 --save_steps 1 --batch_size 4 --n_heads 2 --n_latent_steps 1 --n_deep_recursions 1 "
+    f"--n_supervision_steps 2 --num_latents 2 --logging_steps 1 {RESUMED} --output_dir OUT",
+    "datagen": f"datagen --model MODELS/lm {LM_DATA} --split train[:40] --max_new_tokens 12 --batch_size 4 "
+    f"--checkpoint_every 8 --device cpu --output_dir OUT",
+    "evaluate": f"{EVALUATE} --model MODELS/hybrid --split test[:6] --output_dir OUT",
+    "compare": "compare MODELS/one MODELS/two --plot OUT/difference.png --output_file OUT/numbers.json",
+    "generate": f"generate --checkpoint MODELS/hybrid --prompts_file MODELS/prompts.json {SMALL} "
+    f"--output_file OUT/answers.jsonl",
+    "trace": f"trace --checkpoint MODELS/hybrid --prompt 3942= {SMALL} --output_dir OUT",
+    "export-onnx": "export-onnx --checkpoint MODELS/hybrid --output OUT/hybrid.onnx",
+    "demo": "demo --smoke_test --output_dir OUT",
+}
+
+
+def command_of(name: str, models: Path, config_file: Path, folder: Path) -> list[str]:
+    text = COMMANDS[name].replace("MODELS", str(models)).replace("CONFIG", str(config_file))
+    return text.replace("OUT", str(folder)).split()
+
+
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(tmp_path_factory, process, config_file):
+    """What the commands read."""
     folder = tmp_path_factory.mktemp("models")
-    save_model(folder / "lm")
+    save_model(folder / "lm", favourites={"</think>": 4.0})  # which ends most thoughts of datagen
     hybrid = new_hybrid()
     hybrid.save_pretrained(folder / "hybrid")
     TOKENIZER.save_pretrained(folder / "hybrid")
     (folder / "prompts.json").write_text(json.dumps([f"{n}942=" for n in range(4)]))
+    steps = (["--num_diffusion_steps", number] for number in "16")
+    made = {
+        name: [*command_of("evaluate", folder, config_file, folder / name), *next(steps)] for name in ("one", "two")
+    }
+    for name, command in {**made, "pairs": command_of("datagen", folder, config_file, folder / "pairs")}.items():
+        run = process.run(command, folder / name)
+        assert run["code"] == 0, run["stderr"]
     return folder
 
 
-def command_of(name: str, models: Path, config_file: Path, folder: Path) -> list[str]:
-    generated = "--max_new_tokens 6 --num_diffusion_steps 3 --device cpu"
-    hybrid, resume = models / "hybrid", "--use_cpu --report_to none --disable_tqdm true --resume_from_checkpoint true"
-    text = {
-        "sweep": f"train --recipe compressor_1a --backbone {models}/lm --dataset_name arithmetic --split train[:32] "
-        f"--num_eval_samples 8 --compressed_sizes 2 4 --max_steps 3 --save_steps 1 --eval_steps 1 "
-        f"--batch_size 8 --max_length 64 {resume} --output_dir {folder}",
-        "evaluate": f"evaluate --model {hybrid} --dataset_name arithmetic --num_terms 4 --split test[:6] "
-        f"--batch_size 2 {generated} --output_dir {folder}",
-        "generate": f"generate --checkpoint {hybrid} --prompts_file {models}/prompts.json {generated} "
-        f"--output_file {folder}/answers.jsonl",
-        "trace": f"trace --checkpoint {hybrid} --prompt 3942= {generated} --output_dir {folder}",
-    }
-    return train(config_file, folder) if name == "train" else text[name].split()
+@pytest.mark.parametrize(
+    "umask, names",
+    [
+        (0o022, ("train", "trm", "datagen", "evaluate", "generate")),
+        (0o077, ("train", "datagen", "compare")),
+        pytest.param(0o022, tuple(COMMANDS), marks=pytest.mark.slow),
+        pytest.param(0o027, tuple(COMMANDS), marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_written_has_the_mode_of_the_umask(tmp_path, process, config_file, models, umask, names):
+    for name in names:
+        folder = tmp_path / name
+        folder.mkdir(mode=0o777 & ~umask)
+        run = process.run(command_of(name, models, config_file, folder), folder, umask=umask)
+        assert run["code"] == 0, run["stderr"]
+        found = {path: path.stat().st_mode & 0o777 for path in folder.rglob("*") if not path.name.endswith(".lock")}
+        assert found
+        for path, mode in found.items():
+            assert oct(mode) == oct((0o777 if path.is_dir() else 0o666) & ~umask), path
+
+
+KILLS = {"train": 16, "slots": 8, "sweep": 14, "trm": 10, "latent_answer": 8, "datagen": 12, "evaluate": 8}
+KILLS |= {"compare": 5, "generate": 6, "trace": 6, "export-onnx": 4, "demo": 3}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name, kills", [("train", 40), ("sweep", 30), ("evaluate", 10), ("generate", 10), ("trace", 10)]
-)
+@pytest.mark.parametrize("name, kills", KILLS.items())
 def test_a_hundred_kills_over_all_commands_that_write(tmp_path, process, config_file, models, name, kills):
+    """By turns at a random file operation and at a random time, three times before the command may end."""
+    if name == "export-onnx":
+        pytest.importorskip("onnxscript")
+    killed_and_run_again(tmp_path, process, partial(command_of, name, models, config_file), kills)
+
+
+@pytest.mark.parametrize("name", ["trm", "evaluate", "generate"])
+def test_a_few_kills(tmp_path, process, config_file, models, name):
+    killed_and_run_again(tmp_path, process, partial(command_of, name, models, config_file), 2)
+
+
+def killed_and_run_again(tmp_path: Path, process, command_for, kills: int) -> None:
     whole, choice, done = tmp_path / "whole", random.Random(7), 0
     whole.mkdir()
-    first = process.run(command_of(name, models, config_file, whole), whole)
+    start = time.perf_counter()
+    first = process.run(command_for(whole), whole)
+    seconds = time.perf_counter() - start
     assert first["code"] == 0, first["stderr"]
     expected = contents(whole)
+    assert expected
     for number in range(kills):
         folder = tmp_path / "killed" / str(number)
         folder.mkdir(parents=True)
-        command, moments = command_of(name, models, config_file, folder), []
-        for _ in range(3):
-            moments.append(choice.randrange(1, first["operations"] + 1))
-            run = process.run(command, folder, kill_at=moments[-1])
-            assert run["code"] in (None, 0), (moments, run["stderr"])
+        command, moments = command_for(folder), []
+        for turn in range(3):
+            at = {"kill_at": choice.randrange(1, first["operations"] + 1)}
+            moment = at if (number + turn) % 2 == 0 else {"kill_after": choice.uniform(0, seconds)}
+            moments.append(moment)
+            run = process.run(command, folder, **moment)
+            assert run["code"] in (None, 0) and not run["hung"], (moments, run["stderr"])
             done += run["code"] is None
         last = process.run(command, folder)
         assert last["code"] == 0, (moments, last["stderr"])
-        text = json.dumps(moments)
-        assert contents(folder).keys() == expected.keys(), text
-        for path, content in contents(folder).items():
-            assert content == expected[path], (text, path)
+        found = contents(folder)
+        assert found.keys() == expected.keys(), moments
+        for path, content in found.items():
+            assert content == expected[path], (moments, path)
         if done >= kills:
+            print(f"{done} kills, {number + 1} runs that ended")
             return
     raise AssertionError(f"only {done} kills")

@@ -155,6 +155,21 @@ def test_sharing_the_work_changes_nothing(alone, together, mode, name):
         torch.testing.assert_close(found[weight], value, rtol=1e-3, atol=1e-5, msg=weight)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_is_resumed_from_the_checkpoint_of_two_processes(together, mode):
+    """With the same losses and weights as one that was not cut; the checkpoint holds its optimizer's state."""
+    folder, losses = together(mode)
+    assert len(set(losses["whole"].values())) == STEPS
+    assert losses["cut"] == losses["whole"]
+    assert not (folder / "cut" / ".unfinished").exists()
+    whole, resumed = (load_file(folder / name / "model.safetensors") for name in ("whole", "cut"))
+    halfway = load_file(folder / "cut" / "checkpoint-2" / "model.safetensors")
+    assert whole.keys() == resumed.keys()
+    assert not all(torch.equal(whole[name], value) for name, value in halfway.items())
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, rtol=0, atol=0, msg=name)
+
+
 @pytest.mark.parametrize("flag", ["use_ema", "use_muon"])
 def test_what_needs_whole_weights_refuses_sharding(tmp_path, samples, monkeypatch, flag):
     """(accelerate shards on accelerators only: here it just says that it does.)"""

@@ -1,11 +1,8 @@
 """`llada-trm datagen` from the outside: its files, its restarts, and what it refuses."""
 
 import json
-import multiprocessing
 import os
 import random
-import resource
-import signal
 import subprocess
 import sys
 import time
@@ -54,8 +51,9 @@ def finished(flags, tmp_path_factory) -> Path:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Everything in a folder but the lock; a temporary file counts."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".datagen.lock"}
+    """Everything in a folder but the lock; a temporary file or folder counts."""
+    found = [path for path in folder.rglob("*") if path.name != ".datagen.lock"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else b"" for path in found}
 
 
 def metadata(folder: Path) -> list[dict]:
@@ -283,94 +281,55 @@ def test_a_trace_longer_than_the_context_and_one_that_is_not_finite(tmp_path):
 # --- Restarts ---
 
 
-def in_a_child(arguments: list[str], prepare=lambda: None) -> multiprocessing.Process:
-    """Runs the command in a process of its own, which has everything loaded already."""
-
-    def work():
-        silence = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silence, 1)
-        os.dup2(silence, 2)
-        prepare()
-        os._exit(main(arguments))
-
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    return process
-
-
-def die_before(number: int):
-    """Arms a process to kill itself before its `number`-th step of writing a file (flush, move, flush of the name)."""
-
-    def arm():
-        remaining = [number]
-
-        def counted(function):
-            def step(*args):
-                remaining[0] -= 1
-                if not remaining[0]:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return function(*args)
-
-            return step
-
-        os.fsync, os.replace = counted(os.fsync), counted(os.replace)
-
-    return arm
-
-
-def test_killed_at_every_step_of_writing(flags, finished, tmp_path):
-    """Killed before its 1st, 2nd, ... step of writing, going on from what the one before left, until one ends."""
-    kills, steps = 0, 1
-    while True:
-        process = in_a_child([*flags, "--output_dir", str(tmp_path)], die_before(steps))
-        process.join()
-        if process.exitcode == 0:
+def test_killed_at_every_step_of_writing(process, flags, finished, tmp_path):
+    """Killed at its 5th, 9th, ... file operation, going on from what the one before left, until one ends."""
+    command = [*flags, "--output_dir", str(tmp_path)]
+    for kills in range(60):
+        run = process.run(command, tmp_path, kill_at=5 + 4 * kills % 17)  # the first four are of the lock
+        if run["code"] == 0:
             break
-        assert process.exitcode == -signal.SIGKILL
-        with pytest.raises(ValueError, match="hold"):
-            HiddenPairsDataset(tmp_path)
-        kills, steps = kills + 1, steps % 8 + 1
-    assert kills >= 10
+        assert run["code"] is None and not run["hung"], run["stderr"]
+        if not (tmp_path / "metadata.jsonl").exists():  # written last
+            with pytest.raises(ValueError, match="hold"):
+                HiddenPairsDataset(tmp_path)
+    assert run["code"] == 0 and kills >= 10
     assert files(tmp_path) == files(finished)
 
 
-def kill_at_random_moments(flags: list[str], finished: Path, tmp_path: Path, number: int) -> None:
+def kill_at_random_moments(process, flags: list[str], finished: Path, tmp_path: Path, number: int) -> None:
     start = time.perf_counter()
-    in_a_child([*flags, "--output_dir", str(tmp_path / "whole")]).join()
+    whole = process.run([*flags, "--output_dir", str(tmp_path / "whole")], tmp_path / "whole")
     seconds = time.perf_counter() - start
-    assert files(tmp_path / "whole") == files(finished)
+    assert whole["code"] == 0 and files(tmp_path / "whole") == files(finished), whole["stderr"]
     generator, hits = random.Random(0), 0
     for i in range(number):
         folder = tmp_path / str(i)
-        process = in_a_child([*flags, "--output_dir", str(folder)])
-        process.join(timeout=generator.uniform(0, 0.7 * seconds))
-        hits += process.is_alive()
-        process.kill()
-        process.join()
-        assert main([*flags, "--output_dir", str(folder)]) == 0
+        command = [*flags, "--output_dir", str(folder)]
+        hits += process.run(command, folder, kill_after=generator.uniform(0, 0.7 * seconds))["code"] is None
+        again = process.run(command, folder)
+        assert again["code"] == 0, again["stderr"]
         assert files(folder) == files(finished), f"killed run {i}"
     assert hits  # most of them, unless the machine has sped up since
 
 
-def test_killed_at_a_few_random_moments(flags, finished, tmp_path):
-    kill_at_random_moments(flags, finished, tmp_path, 3)
+def test_killed_at_a_few_random_moments(process, flags, finished, tmp_path):
+    kill_at_random_moments(process, flags, finished, tmp_path, 3)
 
 
 @pytest.mark.slow
-def test_killed_at_20_random_moments(flags, finished, tmp_path):
-    kill_at_random_moments(flags, finished, tmp_path, 20)
+def test_killed_at_20_random_moments(process, flags, finished, tmp_path):
+    kill_at_random_moments(process, flags, finished, tmp_path, 20)
 
 
 @pytest.mark.parametrize("stage", ["traces", "states"])
-def test_stages_apart_can_be_killed_too(flags, tmp_path, stage):
+def test_stages_apart_can_be_killed_too(process, flags, tmp_path, stage):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         if stage == "states":
             assert main([*flags, "--stage", "traces", "--output_dir", str(folder)]) == 0
     assert main([*flags, "--stage", stage, "--output_dir", str(whole)]) == 0
-    process = in_a_child([*flags, "--stage", stage, "--output_dir", str(killed)], die_before(8))
-    process.join()
-    assert process.exitcode == -signal.SIGKILL and files(killed) != files(whole)
+    run = process.run([*flags, "--stage", stage, "--output_dir", str(killed)], killed, kill_at=12)
+    assert run["code"] is None and files(killed) != files(whole)
     assert main([*flags, "--stage", stage, "--output_dir", str(killed)]) == 0
     assert files(killed) == files(whole)
 
@@ -399,25 +358,16 @@ def test_a_finished_run_needs_no_model(flags, finished, tmp_path, monkeypatch):
     assert all(torch.equal(one["context"], two["context"]) for one, two in zip(older, newer))
 
 
-def test_a_full_disk_loses_nothing(flags, finished, tmp_path, capsys):
-    """Files may not grow beyond a limit that the traces keep and the pairs do not."""
+def test_a_full_disk_loses_nothing(process, flags, finished, tmp_path):
+    """From the third shard on, files may not grow beyond a limit that the traces keep and the pairs do not."""
     largest_trace = max(path.stat().st_size for path in finished.glob("traces-*"))
     smallest_pairs = min(path.stat().st_size for path in finished.glob("pairs-*"))
     assert largest_trace < smallest_pairs
 
-    def prepare():
-        make = ShardMaker.make
-
-        def make_on_a_full_disk(self, number, advance):
-            if number == 2:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (largest_trace, resource.RLIM_INFINITY))
-            make(self, number, advance)
-
-        ShardMaker.make = make_on_a_full_disk
-
-    process = in_a_child([*flags, "--output_dir", str(tmp_path)], prepare)
-    process.join()
-    assert process.exitcode == 1
+    command = [*flags, "--output_dir", str(tmp_path)]
+    run = process.run(command, tmp_path, size_limit=largest_trace, limit_from="traces-00002")
+    assert run["code"] == 1
+    assert f"could not write {tmp_path}/pairs-00002.safetensors: File too large" in run["stderr"].splitlines()[-1]
     left = files(tmp_path)
     assert set(left) == {"datagen_config.json"} | {f"traces-0000{i}.jsonl" for i in range(3)} | {
         f"pairs-0000{i}.safetensors" for i in range(2)

@@ -42,6 +42,45 @@ def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path, 
     assert [found.name for found in tmp_path.iterdir()] == ["file"] and path.read_text() == "old"
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_have_the_mode_of_the_umask(tmp_path, umask):
+    """(safetensors writes files that only their owner can read.)"""
+    before = os.umask(umask)
+    try:
+        write_atomically(str(tmp_path / "tensors"), lambda path: save_file({"x": torch.zeros(5)}, path))
+        write_text(str(tmp_path / "text"), "text")
+        new_backbone().save_pretrained(tmp_path / "model")
+        new_backbone().save_pretrained(tmp_path / "model")  # over an older one
+        (tmp_path / "unfinished").mkdir()
+        save_file({"x": torch.zeros(5)}, tmp_path / "unfinished" / "tensors")
+        move_folder(str(tmp_path / "unfinished"), str(tmp_path / "checkpoint"))
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} >= {".safetensors", ".json", ".py", ".md"}
+    for path in files:
+        assert oct(path.stat().st_mode & 0o777) == oct(0o666 & ~umask), path
+
+
+def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path):
+    """Under whatever name: safetensors writes to a file of a random one first."""
+    path, names = tmp_path / "file", []
+
+    def write(name):
+        names.append(name)
+        Path(name).write_text("old")
+
+    write_atomically(str(path), write)
+    # As the next write leaves it, if it is killed.
+    scratch = Path(names[0]).parent
+    assert scratch != tmp_path and scratch.parent == tmp_path and not scratch.exists()
+    scratch.mkdir()
+    (scratch / ".tmpX1y2").write_text("half")
+    (tmp_path / ".file.tmp").write_text("whole, but not renamed")
+    write_text(str(path), "new")
+    assert [found.name for found in tmp_path.rglob("*")] == ["file"] and path.read_text() == "new"
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
 def test_a_full_device_is_known_from_the_error():
     with pytest.raises(OSError) as caught, open("/dev/full", "w") as file:
