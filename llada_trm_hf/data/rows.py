@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Collection
@@ -39,6 +40,23 @@ def row_range(split: str, source: str) -> tuple[int, int | None]:
         raise ValueError(f"{source} is sliced by numbers from its start, as in {name}[:1000]; got {split}.")
     start, _, stop = piece.strip("[]").partition(":")
     return int(start or 0), int(stop) if stop else None
+
+
+def slices_overlap(first: str, second: str) -> bool:
+    """
+    Whether two slices as `parse_split` returns them share rows of one split. One by numbers and one by percents, or
+    from the end, cannot be compared without the number of rows: False, unless they are the same.
+    """
+    if first == second or not first or not second:
+        return True
+    if "-" in first + second or ("%" in first) != ("%" in second):
+        return False
+    bounds = [
+        [int(end) if end else None for end in piece.strip("[]").replace("%", "").split(":")]
+        for piece in (first, second)
+    ]
+    (start, stop), (other_start, other_stop) = ((a or 0, math.inf if b is None else b) for a, b in bounds)
+    return max(start, other_start) < min(stop, other_stop)
 
 
 def is_data_file(name: str) -> bool:

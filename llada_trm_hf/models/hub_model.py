@@ -24,8 +24,9 @@ from transformers.utils import CONFIG_NAME, find_adapter_config_file, is_peft_av
 BACKBONES: dict[str, type[PreTrainedModel]] = {}
 REFINERS: dict[str, type[PreTrainedModel]] = {}
 
-# What `save_pretrained` and `push_to_hub` do beyond transformers, filled where the package is imported: "save_card",
-# "push_model", "push_folder" and "replacing_files" of its `hub`. Empty in the code that travels with a checkpoint.
+# What saving, loading and pushing do beyond transformers, filled where the package is imported: "save_card",
+# "push_model", "push_folder", "replacing_files", "check_stored_weights", "backbone_fingerprint" and "check_backbone",
+# of its `hub`. Empty in the code that travels with a checkpoint.
 HUB_HOOKS: dict[str, Callable[..., Any]] = {}
 # Fields of a config with ids of tokens that a model cannot do without.
 NEEDED_TOKENS = ("mask_token_id", "latent_token_id", "think_start_token_ids", "think_end_token_ids")
@@ -75,6 +76,8 @@ class HubModel:
                 f"{pretrained_model_name_or_path} holds tensors of another shape than {cls.__name__} with its config: "
                 f"{', '.join(sorted(shapes)[:8])}{', ...' if len(shapes) > 8 else ''}."
             )
+        if "check_stored_weights" in HUB_HOOKS and getattr(model, "hf_quantizer", None) is None:
+            HUB_HOOKS["check_stored_weights"](pretrained_model_name_or_path, kwargs)
         missing = sorted(info["missing_keys"])
         if missing:
             raise ValueError(

@@ -13,6 +13,8 @@ from .hub_model import nearest_name
 
 ROPE_THETA = 10_000.0  # RoPE paper
 
+NOT_A_MASK = "attention_mask must hold 1 for real tokens and 0 for padding, nothing else."
+
 Rotary = tuple[torch.Tensor, torch.Tensor]  # cosine and sine of the angles
 
 
@@ -37,6 +39,19 @@ def rotary_embedding(positions: torch.Tensor, head_dim: int, dtype: torch.dtype)
     angles = positions.to(dtype)[..., None, None] * ROPE_THETA ** (-pairs / head_dim)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
+
+
+def check_inputs(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
+    """
+    Raises TypeError for tokens that are not whole numbers, and ValueError for a mask `[B, L]` of floats that are not 0
+    and 1: NaN would count as a token. (Only for floats is the device asked.)
+    """
+    if input_ids is not None and (input_ids.is_floating_point() or input_ids.dtype == torch.bool):
+        raise TypeError(f"input_ids must be whole numbers, got {input_ids.dtype}: pass input_ids.long().")
+    if attention_mask is None or attention_mask.ndim != 2 or not attention_mask.is_floating_point():
+        return
+    if not torch.compiler.is_compiling() and not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
+        raise ValueError(NOT_A_MASK)
 
 
 def positions_of_real_tokens(columns: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

@@ -39,6 +39,8 @@ class LatentThinkingConfig(PreTrainedConfig):
         noise_std (`float`, defaults to 0.0): Standard deviation of the noise that makes them differ.
         backbone_name_or_path (`str`, *optional*): Where the backbone came from; a checkpoint without it needs it.
         backbone_in_checkpoint (`bool`, defaults to `True`): Whether the checkpoint holds the backbone's weights.
+        backbone_fingerprint (`list[float]`, *optional*): Of a checkpoint without it, what tells the backbone from
+            others; written and compared where the package is imported.
         thinker_dtype (`str`, *optional*): Set when the thinker is saved in another dtype than its backbone. It is
             loaded in that dtype again; a float32 one stays so whatever dtype is asked for.
 
@@ -69,6 +71,7 @@ class LatentThinkingConfig(PreTrainedConfig):
     noise_std: float = 0.0
     backbone_name_or_path: str | None = None
     backbone_in_checkpoint: bool = True
+    backbone_fingerprint: list[float] | None = None
     thinker_dtype: str | None = None
 
     def __post_init__(self, **kwargs):

@@ -37,6 +37,8 @@ class LLaDATRMConfig(PreTrainedConfig):
         mask_token_id (`int`, *optional*): The backbone's by default.
         backbone_name_or_path (`str`, *optional*): Where the backbone came from; a checkpoint without it needs it.
         backbone_in_checkpoint (`bool`, defaults to `True`): Whether the checkpoint holds the backbone's weights.
+        backbone_fingerprint (`list[float]`, *optional*): Of a checkpoint without it, what tells the backbone from
+            others; written and compared where the package is imported.
         refiner_dtype (`str`, *optional*): Set when a refiner is saved in another dtype than its backbone. It is loaded
             in that dtype again; a float32 one stays so whatever dtype is asked for.
 
@@ -64,6 +66,7 @@ class LLaDATRMConfig(PreTrainedConfig):
     mask_token_id: int = None  # type: ignore[assignment]
     backbone_name_or_path: str | None = None
     backbone_in_checkpoint: bool = True
+    backbone_fingerprint: list[float] | None = None
     refiner_dtype: str | None = None
 
     def __post_init__(self, **kwargs):
