@@ -51,12 +51,8 @@ def slices_overlap(first: str, second: str) -> bool:
         return True
     if "-" in first + second or ("%" in first) != ("%" in second):
         return False
-    bounds = [
-        [int(end) if end else None for end in piece.strip("[]").replace("%", "").split(":")]
-        for piece in (first, second)
-    ]
-    (start, stop), (other_start, other_stop) = ((a or 0, math.inf if b is None else b) for a, b in bounds)
-    return max(start, other_start) < min(stop, other_stop)
+    starts, stops = zip(*(piece.strip("[]").replace("%", "").split(":") for piece in (first, second)))
+    return max(int(start or 0) for start in starts) < min(float(stop or math.inf) for stop in stops)
 
 
 def is_data_file(name: str) -> bool:
