@@ -14,6 +14,8 @@ logger = logging.get_logger(__name__)
 REMASKING_STRATEGIES = ("low_confidence", "random", "entropy", "margin", "refiner")
 KV_CACHES = ("none", "prefix", "dual")
 DEFAULT_MAX_NEW_TOKENS = 128
+_OUTPUTS = ("output_scores", "output_logits", "output_history", "output_refinement_trace")
+_TOO_LARGE = 2**63  # for an integer of torch's
 
 # Settings and arguments of transformers' `generate` that masked diffusion cannot honour, and what to do instead.
 _BEAMS = "diffusion has no beams; num_return_sequences with do_sample=True gives several answers"
@@ -319,14 +321,22 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         for name in ("num_diffusion_steps", "block_length", "max_length", "top_k", "num_return_sequences"):
             _check(self, name, lambda value: isinstance(value, int) and value >= 1, "an integer of at least 1")
         _check(self, "max_new_tokens", lambda value: isinstance(value, int) and value >= 0, "an integer of at least 0")
-        _check(self, "temperature", lambda value: 0 <= value < math.inf, "0 or more, and finite")
-        _check(self, "cfg_scale", lambda value: 0 <= value < math.inf, "0 or more, and finite")
-        _check(self, "max_time", lambda value: 0 < value < math.inf, "above 0 and finite, in seconds")
+        for name in ("mask_token_id", "pad_token_id", "bos_token_id"):
+            _check(self, name, lambda value: isinstance(value, int), "an integer")
+        _check(self, "eos_token_id", lambda value: isinstance(value, int) or _are_tokens(value), "a token or several")
+        for name in ("suppress_tokens", "defer_tokens"):
+            _check(self, name, _are_tokens, "a list of integers")
+        for name in ("compile", "stop_at_eos", "enable_refinement", "return_dict_in_generate", *_OUTPUTS):
+            if (value := getattr(self, name)) not in (None, True, False):
+                raise ValueError(f"{name} must be True or False, got {value!r}.")
+        _check(self, "temperature", lambda value: 0 <= value < _TOO_LARGE, "0 or more, and finite")
+        _check(self, "cfg_scale", lambda value: 0 <= value < _TOO_LARGE, "0 or more, and finite")
+        _check(self, "max_time", lambda value: 0 < value < _TOO_LARGE, "above 0 and finite, in seconds")
         _check(self, "stop_strings", _are_strings, "a string or a list of strings that are not empty")
         _check(self, "top_p", lambda value: 0 < value <= 1, "above 0 and at most 1")
         _check(self, "remasking", lambda value: value in REMASKING_STRATEGIES, f"one of {REMASKING_STRATEGIES}")
         _check(self, "kv_cache", lambda value: value in KV_CACHES, f"one of {KV_CACHES}")
-        _check(self, "confidence_factor", lambda value: 0 < value < math.inf, "above 0 and finite")
+        _check(self, "confidence_factor", lambda value: 0 < value < _TOO_LARGE, "above 0 and finite")
         _check(self, "remask_budget", lambda value: isinstance(value, int) and value >= 0, "an integer of at least 0")
         if not isinstance(self.remask_committed, bool):
             _check(self, "remask_committed", lambda value: 0 <= value <= 1, "between 0 and 1")
@@ -369,6 +379,10 @@ def _check(config: MaskedDiffusionGenerationConfig, name: str, is_valid: Any, ex
 def _are_strings(value: Any) -> bool:
     strings = [value] if isinstance(value, str) else value
     return isinstance(strings, list) and bool(strings) and all(isinstance(s, str) and s for s in strings)
+
+
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(type(token) is int for token in value)
 
 
 def _own_names() -> dict[str, Any]:

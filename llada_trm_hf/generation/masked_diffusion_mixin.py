@@ -16,8 +16,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, cached_file
 
-from ..models.hub_model import check_token_id
-from ..models.rotary import NOT_A_MASK, check_inputs
+from ..models.rotary import NOT_A_MASK, check_inputs, check_token_id
 from .block_kv_cache import BlockKVCache
 from .block_sampler import ActiveBlock, Decisions, DenoisingInputs, MaskedCanvas, StoppingRules
 from .commit_rules import process_logits

@@ -47,7 +47,7 @@ def config_from_dict(
     """A config object from `config`, whose `model_type` is looked up in `known` and then in transformers' registry."""
     if isinstance(config, PreTrainedConfig):
         return config
-    model_type = config.get("model_type")
+    model_type = config.get("model_type") if isinstance(config, dict) else None
     if model_type in known:
         return known[model_type].config_class.from_dict(config)
     if model_type is None:

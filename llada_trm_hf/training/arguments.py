@@ -1,6 +1,7 @@
 """Arguments of the trainers; what each field does is its `help`."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 
 
-def check_ranges(settings: dict[str, Any]) -> None:
+def check_ranges(settings: Mapping[str, Any]) -> None:
     """Raises ValueError for a number that libraries take as it is and fail on later, or not at all."""
     for name, value in settings.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -5,7 +5,8 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..backbone_wrapper import config_from_dict, for_the_backbone_only
-from ..hub_model import check_at_least_one, check_token_id
+from ..hub_model import check_at_least_one, check_fields
+from ..rotary import check_token_id
 from .dimension_compressor import DimensionCompressor, DimensionCompressorConfig
 from .sequence_trm import SequenceTRM, SequenceTRMConfig
 
@@ -75,6 +76,7 @@ class LatentThinkingConfig(PreTrainedConfig):
     thinker_dtype: str | None = None
 
     def __post_init__(self, **kwargs):
+        check_fields(self)
         if self.backbone_config is None:
             raise ValueError("A latent_thinking config needs the backbone_config of a causal language model.")
         self.backbone_config = config_from_dict(self.backbone_config, {})

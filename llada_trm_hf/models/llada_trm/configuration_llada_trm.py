@@ -5,9 +5,10 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..backbone_wrapper import config_from_dict, for_the_backbone_only
-from ..hub_model import check_at_least_one, check_token_id
+from ..hub_model import check_at_least_one, check_fields
 from ..refiners.refiner_integration import combine_refiner_configs
 from ..registered_models import BACKBONES
+from ..rotary import check_token_id
 
 DEEP_SUPERVISION_SCHEDULES = ("constant", "linear", "exponential")
 
@@ -70,6 +71,7 @@ class LLaDATRMConfig(PreTrainedConfig):
     refiner_dtype: str | None = None
 
     def __post_init__(self, **kwargs):
+        check_fields(self)
         self.backbone_config = config_from_dict(self.backbone_config or {"model_type": "llada"}, BACKBONES)
         text_config = self.backbone_config.get_text_config()
         if self.refiner_config is None:
