@@ -21,6 +21,7 @@ Rows: TypeAlias = Dataset | IterableDataset
 _SPLITS_OF_FILES = ("train", "test", "validation", "valid", "dev", "eval", "all")
 _FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 _MALFORMED = (DatasetGenerationError, pyarrow.ArrowInvalid, json.JSONDecodeError, UnicodeDecodeError)
+_CHECKED_SIZE = 2**28  # of a JSON file: a few seconds
 # A name, and a slice by numbers or by percents.
 _SPLIT = re.compile(r"([\w.-]+)(\[(?:-?\d+)?:(?:-?\d+)?\]|\[(?:-?\d+%)?:(?:-?\d+%)?\])?")
 
@@ -103,6 +104,8 @@ def read_rows(
             raise ValueError(f"{path}: a dataset file is one of {', '.join(_FILE_FORMATS)}.")
         if not os.path.getsize(path):
             raise ValueError(f"{path} is empty.")
+        if file_format == "json" and not path.endswith(".gz") and os.path.getsize(path) < _CHECKED_SIZE:
+            _check_json(path)
     # A file is one split, whatever it is called: `test[:100]` of test.jsonl is its first 100 rows.
     split_name, piece = parse_split(split)
     if split_name not in (*_SPLITS_OF_FILES, *other_splits):
@@ -150,6 +153,21 @@ def _load(split: str, streaming: bool, **arguments: Any) -> Rows:
     rows = load_dataset(split=parse_split(split)[0], streaming=True, **arguments)
     rows = rows.skip(start) if start else rows
     return rows if stop is None else rows.take(max(stop - start, 0))
+
+
+def _check_json(path: str) -> None:
+    """Raises ValueError for a file that is neither JSON Lines nor JSON: on some, pyarrow's threads crash."""
+    with open(path, "rb") as file:
+        try:
+            for line in file:
+                if line.strip():
+                    json.loads(line)
+        except ValueError as error:  # perhaps it is one value on several lines
+            file.seek(0)
+            try:
+                json.load(file)
+            except ValueError:
+                raise ValueError(f"{path} is not valid json: {error}") from error
 
 
 def _file_format(path: str) -> str | None:

@@ -308,7 +308,7 @@ def command_lines(draw):
 
 @AMOUNTS
 def test_command_lines(times, place, work, capfd):
-    fuzz(lambda words: run_command(work, place, words, capfd), 80, times, words=command_lines())
+    fuzz(lambda words: run_command(work, place, words, capfd), 150, times, words=command_lines())
 
 
 # A file, and the command that reads it.
@@ -337,7 +337,7 @@ def damages(draw, names):
         return name, lambda content: noise * int(1 + 9 * place)
     if kind == "value" and name.endswith((".json", ".jsonl")):
         key, value = draw(st.integers(0, 10**6)), draw(JSON_VALUES)
-        return name, lambda content: with_other_value(content, key, value)
+        return name, lambda content: with_other_value(content, key, value, name.endswith(".jsonl"))
     if kind == "value" and name.endswith(".safetensors"):
         key, value = draw(st.integers(0, 10**6)), draw(JSON_VALUES)
         return name, lambda content: with_other_header(content, key, value)
@@ -350,10 +350,10 @@ def damages(draw, names):
     return name, damage
 
 
-def with_other_value(content, key, value):
+def with_other_value(content, key, value, is_lines=False):
     """JSON (of JSON Lines, the first) in which one value, wherever it stands, is another, or gone."""
-    head, separator, rest = content.partition(b"\n{") if content.startswith(b'{"') else content.partition(b"\n")
-    data = json.loads(head)
+    head, separator, rest = content.partition(b"\n") if is_lines else (content, b"", b"")
+    data = {"": json.loads(head)}  # which may be a text alone
     places, waiting = [], [data]
     while waiting:
         holder = waiting.pop()
@@ -366,7 +366,7 @@ def with_other_value(content, key, value):
         del holder[name]
     else:
         holder[name] = value
-    return json.dumps(data).encode() + separator + rest
+    return json.dumps(data.get("", "")).encode() + separator + rest
 
 
 def with_other_header(content, key, value):
@@ -386,7 +386,7 @@ def test_damaged_files(times, place, work, capfd):
             work.mkdir(exist_ok=True)
             shutil.copyfile(place / name, work / name)
 
-    fuzz(check, 100, times, damage=damages(sorted(READERS)))
+    fuzz(check, 150, times, damage=damages(sorted(READERS)))
 
 
 def read_pairs(folder):
