@@ -6,6 +6,7 @@ failure how to see it again.
 
 import json
 import math
+import os
 import shutil
 import struct
 
@@ -247,6 +248,7 @@ def run_command(work, place, words, capfd):
     elif after != before:
         shutil.rmtree(work)
         shutil.copytree(place, work)
+        os.chdir(work)
 
 
 GENERATE = "generate --checkpoint hybrid --prompt 1= --device cpu --max_new_tokens 3 --dtype float32"
@@ -308,6 +310,8 @@ def command_lines(draw):
 
 @AMOUNTS
 def test_command_lines(times, place, work, capfd):
+    for command in FLAGS:
+        assert main(command.split()) == 0, capfd.readouterr().err
     fuzz(lambda words: run_command(work, place, words, capfd), 150, times, words=command_lines())
 
 
@@ -377,6 +381,9 @@ def with_other_header(content, key, value):
 
 @AMOUNTS
 def test_damaged_files(times, place, work, capfd):
+    for command in {*READERS.values()}:
+        assert main(command.replace("--output_dir out", f"--output_dir {len(os.listdir())}").split()) == 0
+
     def check(damage):
         name, change = damage
         (work / name).write_bytes(change((place / name).read_bytes()))
