@@ -267,6 +267,8 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         As in transformers. A published file may hold settings of autoregressive decoding: those that ask for something
         are left out with a warning.
         """
+        if not isinstance(config_dict, dict):
+            raise ValueError(f"A generation config must hold a JSON object, got a {type(config_dict).__name__}.")
         known = {name: config_dict[name] for name in config_dict if name in _own_names() or name == "do_sample"}
         if known.get("do_sample") and known.get("temperature") == 0:
             del known["do_sample"]
