@@ -53,6 +53,17 @@ def check_stored_weights(name_or_path: Any, arguments: dict[str, Any]) -> None:
                 )
 
 
+def check_index(folder: str) -> None:
+    """Raises ValueError if the index of sharded weights in `folder`, where there is one, is not one."""
+    index = os.path.join(folder, SAFE_WEIGHTS_INDEX_NAME)
+    where = read_json(index).get("weight_map", {})
+    metadata = read_json(index).get("metadata", {})
+    files = list(where.values()) if isinstance(where, dict) else [None]
+    has_files = not os.path.isfile(index) or (files and all(isinstance(file, str) for file in files))
+    if not has_files or not isinstance(metadata, dict):
+        raise ValueError(f"{index} does not say which file each tensor is in: save or download the model again.")
+
+
 def backbone_fingerprint(state_dict: dict[str, torch.Tensor]) -> list[float] | None:
     """
     What tells the backbone in the `state_dict` of a model from others, and from itself after more training: sums over
