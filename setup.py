@@ -28,6 +28,7 @@ EXTRAS["dev"] = [
     *EXTRAS["eval"],
     *EXTRAS["onnx"],
     *EXTRAS["quantize"],
+    "hypothesis>=6.100",
     "mypy>=1.15",
     "pytest>=8.3",
     "pytest-timeout>=2.4",

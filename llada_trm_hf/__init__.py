@@ -105,8 +105,16 @@ _LAZY = {
         "set_trainable",
     ),
 }
-# Saving and pushing a model import `hub`.
-_HUB_HOOKS = {"save_card": "readme_file", "push_model": "push", "push_folder": "push", "replacing_files": "files"}
+# Saving, pushing and loading a model import `hub`.
+_HUB_HOOKS = {
+    "save_card": "readme_file",
+    "push_model": "push",
+    "push_folder": "push",
+    "replacing_files": "files",
+    "check_stored_weights": "loaded_weights",
+    "backbone_fingerprint": "loaded_weights",
+    "check_backbone": "loaded_weights",
+}
 _FOLDER_OF = {name: folder for folder, names in _LAZY.items() for name in names}
 __all__ = [*_models, *_generation, *_FOLDER_OF, *_LAZY, "inspection"]
 

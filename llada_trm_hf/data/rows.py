@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Collection
@@ -20,6 +21,7 @@ Rows: TypeAlias = Dataset | IterableDataset
 _SPLITS_OF_FILES = ("train", "test", "validation", "valid", "dev", "eval", "all")
 _FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 _MALFORMED = (DatasetGenerationError, pyarrow.ArrowInvalid, json.JSONDecodeError, UnicodeDecodeError)
+_CHECKED_SIZE = 2**28  # of a JSON file: a few seconds
 # A name, and a slice by numbers or by percents.
 _SPLIT = re.compile(r"([\w.-]+)(\[(?:-?\d+)?:(?:-?\d+)?\]|\[(?:-?\d+%)?:(?:-?\d+%)?\])?")
 
@@ -39,6 +41,19 @@ def row_range(split: str, source: str) -> tuple[int, int | None]:
         raise ValueError(f"{source} is sliced by numbers from its start, as in {name}[:1000]; got {split}.")
     start, _, stop = piece.strip("[]").partition(":")
     return int(start or 0), int(stop) if stop else None
+
+
+def slices_overlap(first: str, second: str) -> bool:
+    """
+    Whether two slices as `parse_split` returns them share rows of one split. One by numbers and one by percents, or
+    from the end, cannot be compared without the number of rows: False, unless they are the same.
+    """
+    if first == second or not first or not second:
+        return True
+    if "-" in first + second or ("%" in first) != ("%" in second):
+        return False
+    starts, stops = zip(*(piece.strip("[]").replace("%", "").split(":") for piece in (first, second)))
+    return max(int(start or 0) for start in starts) < min(float(stop or math.inf) for stop in stops)
 
 
 def is_data_file(name: str) -> bool:
@@ -89,6 +104,8 @@ def read_rows(
             raise ValueError(f"{path}: a dataset file is one of {', '.join(_FILE_FORMATS)}.")
         if not os.path.getsize(path):
             raise ValueError(f"{path} is empty.")
+        if file_format == "json" and not path.endswith(".gz") and os.path.getsize(path) < _CHECKED_SIZE:
+            _check_json(path)
     # A file is one split, whatever it is called: `test[:100]` of test.jsonl is its first 100 rows.
     split_name, piece = parse_split(split)
     if split_name not in (*_SPLITS_OF_FILES, *other_splits):
@@ -136,6 +153,21 @@ def _load(split: str, streaming: bool, **arguments: Any) -> Rows:
     rows = load_dataset(split=parse_split(split)[0], streaming=True, **arguments)
     rows = rows.skip(start) if start else rows
     return rows if stop is None else rows.take(max(stop - start, 0))
+
+
+def _check_json(path: str) -> None:
+    """Raises ValueError for a file that is neither JSON Lines nor JSON: on some, pyarrow's threads crash."""
+    with open(path, "rb") as file:
+        try:
+            for line in file:
+                if line.strip():
+                    json.loads(line)
+        except ValueError as error:  # perhaps it is one value on several lines
+            file.seek(0)
+            try:
+                json.load(file)
+            except ValueError:
+                raise ValueError(f"{path} is not valid json: {error}") from error
 
 
 def _file_format(path: str) -> str | None:

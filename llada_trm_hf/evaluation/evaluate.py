@@ -71,6 +71,9 @@ class Evaluation:
         self.problems, response = load_reasoning_dataset(*(getattr(settings, name) for name in names))
         source = settings.data_files or settings.dataset_name
         check_prompts(self.problems, source)
+        for number, prompt in enumerate(self.problems["prompt"]):
+            if not (prompt or "").strip():
+                raise ValueError(f"{source}: the prompt of row {number} is empty.")
         self.kind = scoring_kind(self.problems.column_names, response)
         if self.kind == "code" and not settings.allow_code_execution:
             raise ValueError(

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from ..data import latent_thinking_prompt, prompt_tokens
 from ..generation import MaskedDiffusionGenerationMixin
 from ..generation.configuration_masked_diffusion import DEFAULT_MAX_NEW_TOKENS
+from ..hub.loaded_weights import check_index
 from ..hub.model_folders import LANGUAGE_MODEL, check_model, load_tokenizer
 from ..models import LatentThinkingForCausalLM, LLaDATRMForMaskedDiffusion
 from ..models.backbone_wrapper import load_backbone
@@ -47,6 +48,7 @@ def load_model(name: str, dtype: str = "auto", device: Any = "cpu") -> tuple[Pre
 
 def load_weights(name: str, dtype: str = "auto") -> PreTrainedModel:
     """The model of `load_model`, on the CPU and without its tokenizer."""
+    check_index(name)
     model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
     is_hybrid = model_type == LLaDATRMForMaskedDiffusion.config_class.model_type
     loader = LLaDATRMForMaskedDiffusion.from_pretrained if is_hybrid else load_backbone

@@ -1,6 +1,7 @@
 """Settings of masked-diffusion generation, saved as `generation_config.json` with the model."""
 
 import copy
+import math
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
@@ -13,6 +14,8 @@ logger = logging.get_logger(__name__)
 REMASKING_STRATEGIES = ("low_confidence", "random", "entropy", "margin", "refiner")
 KV_CACHES = ("none", "prefix", "dual")
 DEFAULT_MAX_NEW_TOKENS = 128
+_OUTPUTS = ("output_scores", "output_logits", "output_history", "output_refinement_trace")
+_TOO_LARGE = 2**63  # for an integer of torch's
 
 # Settings and arguments of transformers' `generate` that masked diffusion cannot honour, and what to do instead.
 _BEAMS = "diffusion has no beams; num_return_sequences with do_sample=True gives several answers"
@@ -200,16 +203,22 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         for name, value in self._in_own_terms(settings).items():
             setattr(self, name, value)
         self.validate()
+        if settings.get("remask_budget") not in (None, type(self).remask_budget) and self.remask_threshold is None:
+            raise ValueError(
+                f"remask_budget={self.remask_budget} has no effect without remask_committed: nothing is masked again."
+            )
         return unknown
 
     def override(self, settings: dict[str, Any]) -> None:
         """
         Takes the arguments of a call. A `max_length` without `max_new_tokens` replaces the config's, and rows end at
-        an `eos_token_id` that is given. ValueError for a name that is no setting.
+        an `eos_token_id` that is given. ValueError for a name that is no setting, and for both lengths.
         """
         if unknown := [name for name in settings if not _is_setting(name)]:
             raise ValueError(unknown_settings(unknown))
-        if settings.get("max_length") is not None and settings.get("max_new_tokens") is None:
+        if settings.get("max_length") is not None:
+            if settings.get("max_new_tokens") is not None:
+                raise ValueError("max_length and max_new_tokens both limit the new tokens: give one of them.")
             self.max_new_tokens = None
         if settings.get("eos_token_id") is not None:
             settings = {"stop_at_eos": True} | settings
@@ -258,9 +267,16 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         As in transformers. A published file may hold settings of autoregressive decoding: those that ask for something
         are left out with a warning.
         """
+        if not isinstance(config_dict, dict):
+            raise ValueError(f"A generation config must hold a JSON object, got a {type(config_dict).__name__}.")
         known = {name: config_dict[name] for name in config_dict if name in _own_names() or name == "do_sample"}
         if known.get("do_sample") and known.get("temperature") == 0:
             del known["do_sample"]
+        for name, value in known.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"The generation config has {name}={value}, which is no finite number.")
+        if known.get("remask_committed") in (None, False):
+            known.pop("remask_budget", None)
         foreign = {name: value for name, value in config_dict.items() if name not in known and name[0] != "_"}
         unknown = [name for name in foreign if not _is_setting(name)]
         if unknown:
@@ -307,14 +323,22 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         for name in ("num_diffusion_steps", "block_length", "max_length", "top_k", "num_return_sequences"):
             _check(self, name, lambda value: isinstance(value, int) and value >= 1, "an integer of at least 1")
         _check(self, "max_new_tokens", lambda value: isinstance(value, int) and value >= 0, "an integer of at least 0")
-        _check(self, "temperature", lambda value: value >= 0, "0 or more")
-        _check(self, "cfg_scale", lambda value: value >= 0, "0 or more")
-        _check(self, "max_time", lambda value: value > 0, "above 0, in seconds")
+        for name in ("mask_token_id", "pad_token_id", "bos_token_id"):
+            _check(self, name, lambda value: isinstance(value, int), "an integer")
+        _check(self, "eos_token_id", lambda value: isinstance(value, int) or _are_tokens(value), "a token or several")
+        for name in ("suppress_tokens", "defer_tokens"):
+            _check(self, name, _are_tokens, "a list of integers")
+        for name in ("compile", "stop_at_eos", "enable_refinement", "return_dict_in_generate", *_OUTPUTS):
+            if (value := getattr(self, name)) not in (None, True, False):
+                raise ValueError(f"{name} must be True or False, got {value!r}.")
+        _check(self, "temperature", lambda value: 0 <= value < _TOO_LARGE, "0 or more, and finite")
+        _check(self, "cfg_scale", lambda value: 0 <= value < _TOO_LARGE, "0 or more, and finite")
+        _check(self, "max_time", lambda value: 0 < value < _TOO_LARGE, "above 0 and finite, in seconds")
         _check(self, "stop_strings", _are_strings, "a string or a list of strings that are not empty")
         _check(self, "top_p", lambda value: 0 < value <= 1, "above 0 and at most 1")
         _check(self, "remasking", lambda value: value in REMASKING_STRATEGIES, f"one of {REMASKING_STRATEGIES}")
         _check(self, "kv_cache", lambda value: value in KV_CACHES, f"one of {KV_CACHES}")
-        _check(self, "confidence_factor", lambda value: value > 0, "above 0")
+        _check(self, "confidence_factor", lambda value: 0 < value < _TOO_LARGE, "above 0 and finite")
         _check(self, "remask_budget", lambda value: isinstance(value, int) and value >= 0, "an integer of at least 0")
         if not isinstance(self.remask_committed, bool):
             _check(self, "remask_committed", lambda value: 0 <= value <= 1, "between 0 and 1")
@@ -357,6 +381,10 @@ def _check(config: MaskedDiffusionGenerationConfig, name: str, is_valid: Any, ex
 def _are_strings(value: Any) -> bool:
     strings = [value] if isinstance(value, str) else value
     return isinstance(strings, list) and bool(strings) and all(isinstance(s, str) and s for s in strings)
+
+
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(type(token) is int for token in value)
 
 
 def _own_names() -> dict[str, Any]:

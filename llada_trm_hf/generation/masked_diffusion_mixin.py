@@ -16,7 +16,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, cached_file
 
-from ..models.hub_model import check_token_id
+from ..models.rotary import NOT_A_MASK, check_inputs, check_token_id
 from .block_kv_cache import BlockKVCache
 from .block_sampler import ActiveBlock, Decisions, DenoisingInputs, MaskedCanvas, StoppingRules
 from .commit_rules import process_logits
@@ -270,9 +270,12 @@ class MaskedDiffusionGenerationMixin:
         named: dict[str, Any] = {"mask_token_id": [config.mask_token_id]}
         named |= {"suppress_tokens": config.suppress_tokens, "defer_tokens": config.defer_tokens}
         named |= {"eos_token_id": eos if config.stop_at_eos else None}
+        vocab_size = model_config.get_text_config().vocab_size
         for name, token_ids in named.items():
             for token_id in token_ids or ():
-                check_token_id(name, token_id, model_config.get_text_config().vocab_size)
+                check_token_id(name, token_id, vocab_size)
+        if len({config.mask_token_id, *(config.suppress_tokens or ())}) == vocab_size:
+            raise ValueError("suppress_tokens leaves no token to choose: it holds the whole vocabulary.")
         if config.stop_at_eos and config.eos_token_id is None:
             raise ValueError("stop_at_eos=True needs an eos_token_id.")
         if config.remasking == "refiner" and (not hasattr(self, "refiner") or config.enable_refinement is False):
@@ -296,7 +299,8 @@ class MaskedDiffusionGenerationMixin:
         """The prompts, each as often as sequences are wanted, with masks behind them."""
         if input_ids is None and config.bos_token_id is not None:
             input_ids = torch.tensor([[config.bos_token_id]], device=self.device)  # type: ignore[attr-defined]
-        check_prompt(input_ids, attention_mask)
+        vocab_size = self.config.get_text_config().vocab_size  # type: ignore[attr-defined]
+        check_prompt(input_ids, attention_mask, vocab_size)
         assert input_ids is not None
         num_new_tokens = self._num_new_tokens(input_ids.shape[1], config)
         if config.num_return_sequences > 1:
@@ -400,8 +404,11 @@ def _no_next_token(*args: Any, **kwargs: Any) -> dict[str, Any]:
     raise ValueError("A masked-diffusion model has no next token to prepare for: call its own generate.")
 
 
-def check_prompt(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
-    """Raises ValueError for a prompt that is not `[B, L]`, is empty, or whose mask has another shape."""
+def check_prompt(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, vocab_size: int) -> None:
+    """
+    Raises ValueError for a prompt that is not `[B, L]`, is empty, holds what is no token, or whose mask has another
+    shape or holds anything but 0 and 1; TypeError for tokens that are not whole numbers.
+    """
     if input_ids is None:
         raise ValueError("The prompt is empty and there is no bos_token_id to begin with: pass input_ids.")
     if input_ids.ndim != 2:
@@ -412,10 +419,20 @@ def check_prompt(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | 
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}."
         )
-    if not input_ids.numel() or (attention_mask is not None and not attention_mask.any(-1).all()):
-        raise ValueError(
-            "The prompt is empty: every row needs at least one token (a mask token to start from nothing)."
-        )
+    check_inputs(input_ids, None)
+    empty = "The prompt is empty: every row needs at least one token (a mask token to start from nothing)."
+    if not input_ids.numel():
+        raise ValueError(empty)
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    tokens_exist = ((input_ids >= 0) & (input_ids < vocab_size)).all()
+    # Read together, since the device is waited for.
+    found = torch.stack([tokens_exist, ((mask == 0) | (mask == 1)).all(), mask.bool().any(-1).all()]).tolist()
+    if not found[0]:
+        raise ValueError(f"input_ids hold what is no token: they must be between 0 and {vocab_size - 1}.")
+    if not found[1]:
+        raise ValueError(NOT_A_MASK)
+    if not found[2]:
+        raise ValueError(empty)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from ..data.thoughts import COMPLETE
 from ..hub import read_legacy_hidden_pairs
 from ..hub.files import disk_problem, write_atomically
+from ..hub.training_record import read_json
 from ..models import DimensionCompressor
 
 METADATA_FILE = "metadata.jsonl"
@@ -85,9 +86,8 @@ class HiddenPairsDataset(Dataset):
             problems = self._read_metadata()
             self.problems = [problem for problem in problems if problem["status"] == COMPLETE]
             stored_size = self._check_shards()
-            if os.path.isfile(config := os.path.join(self.path, CONFIG_FILE)):
-                with open(config, encoding="utf-8") as file:
-                    self.model_name = json.load(file).get("states", {}).get("model")
+            states = read_json(os.path.join(self.path, CONFIG_FILE)).get("states")
+            self.model_name = states.get("model") if isinstance(states, dict) else None
         else:
             problems = self.problems = self._read_legacy()
             stored_size = self._legacy["hidden_size"] if self._legacy else 0
@@ -138,9 +138,12 @@ class HiddenPairsDataset(Dataset):
             raise ValueError(f"{self.path} holds {found} (there is no {METADATA_FILE}).")
         try:
             with open(path, encoding="utf-8") as file:
-                return [json.loads(line) for line in file]
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is damaged ({error}): delete it and run datagen on the folder again.") from error
+                problems = [json.loads(line) for line in file]
+            _check_places(problems)
+        except (ValueError, KeyError, TypeError) as error:
+            found = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path} is damaged ({found}): delete it and run datagen on the folder again.") from error
+        return problems
 
     def _check_shards(self) -> int:
         """Checks that every shard is whole and fits the metadata; returns the width of the states."""
@@ -149,8 +152,13 @@ class HiddenPairsDataset(Dataset):
             lengths[problem["shard"]].append(problem["length"])
         sizes = set()
         for number, expected in lengths.items():
-            with _open_shard(os.path.join(self.path, shard_name(number))) as shard:
+            path = os.path.join(self.path, shard_name(number))
+            with _open_shard(path) as shard:
+                if not {"hidden_pre", "hidden_post"} <= {*shard.keys()}:
+                    raise ValueError(f"{path} holds no hidden pairs: run datagen on the folder again.")
                 pre, post = (shard.get_slice(name).get_shape() for name in ("hidden_pre", "hidden_post"))
+            if len(pre) != 2 or len(post) != 2:
+                raise ValueError(f"{path} holds states of shape {pre} and {post}: run datagen on the folder again.")
             if (pre[0], post[0]) != (sum(expected), len(expected)):
                 raise ValueError(
                     f"{shard_name(number)} of {self.path} holds {post[0]} pairs of {pre[0]} positions, but "
@@ -208,6 +216,26 @@ def export_legacy_hidden_pairs(folder: str | os.PathLike, path: str | os.PathLik
     }
     _save_atomically(os.fspath(path), lambda temporary: torch.save(content, temporary))
     return len(pairs)
+
+
+def _check_places(problems: list[dict[str, Any]]) -> None:
+    """
+    Raises ValueError, KeyError or TypeError if lines of the metadata lack something, or name other rows of the shards
+    than those where their states were written, one pair after the other.
+    """
+    shards: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+    for problem in problems:
+        if problem["status"] == COMPLETE:
+            places = [problem[name] for name in ("shard", "row", "offset", "length")]
+            if not isinstance(problem["id"], str) or any(type(place) is not int or place < 0 for place in places):
+                raise ValueError(f"the places of {problem['id']!r} are {places}")
+            shards[places[0]].append((places[1], places[2], places[3]))
+    for number, pairs in shards.items():
+        offset = 0
+        for expected, (row, start, length) in enumerate(sorted(pairs)):
+            if (row, start) != (expected, offset):
+                raise ValueError(f"shard {number} has row {row} at {start} instead of {expected} at {offset}")
+            offset += length
 
 
 def _save_atomically(path: str, save: Callable[[str], object]) -> None:

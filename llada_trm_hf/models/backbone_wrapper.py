@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 from transformers.quantizers import AutoQuantizationConfig, HfQuantizer
 from transformers.utils import logging
 
-from .hub_model import BACKBONES, HubModel, adapter_and_base, backbone_place, lasting_name, model_type_of
+from .hub_model import BACKBONES, HUB_HOOKS, HubModel, adapter_and_base, backbone_place, lasting_name, model_type_of
+from .rotary import check_inputs
 
 # Arguments of `from_pretrained` that say where files come from.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -46,7 +47,7 @@ def config_from_dict(
     """A config object from `config`, whose `model_type` is looked up in `known` and then in transformers' registry."""
     if isinstance(config, PreTrainedConfig):
         return config
-    model_type = config.get("model_type")
+    model_type = config.get("model_type") if isinstance(config, dict) else None
     if model_type in known:
         return known[model_type].config_class.from_dict(config)
     if model_type is None:
@@ -140,6 +141,7 @@ def encode(
         aux_loss = native.balancing_loss(outputs.router_logits, inputs.get("attention_mask"))
         return EncodedTokens(outputs.last_hidden_state, outputs.hidden_states or (), outputs.attentions, aux_loss)
     inputs.pop("is_padded", None)
+    check_inputs(inputs.get("input_ids"), inputs.get("attention_mask"))
     states, outputs = lm_head_inputs(backbone, inputs, num_logits=0)
     hidden_states = outputs.hidden_states if output_hidden_states else ()
     return EncodedTokens(states, hidden_states, outputs.attentions if output_attentions else None)
@@ -261,6 +263,9 @@ class BackboneWrapper(HubModel):
         cls, backbone: str | os.PathLike | PreTrainedModel, arguments: dict[str, Any]
     ) -> tuple[PreTrainedModel, dict[str, Any]]:
         """The backbone, loaded if it is a name or folder, and the fields of the config among `arguments`."""
+        if hasattr(backbone, "recursive_module"):
+            kind = type(backbone).__name__
+            raise ValueError(f"A {kind} has a backbone already and cannot be one: pass its `.backbone`.")
         own = config_fields(cls.config_class)
         fields = {name: value for name, value in arguments.items() if name in own}
         others = {name: value for name, value in arguments.items() if name not in own}
@@ -365,6 +370,8 @@ class BackboneWrapper(HubModel):
                     f"but {config.backbone_name_or_path} has {getattr(found, name)}: it is another model. Pass "
                     f"backbone_name_or_path to name the right one."
                 )
+        if "check_backbone" in HUB_HOOKS and not config.backbone_in_checkpoint:
+            HUB_HOOKS["check_backbone"](config, backbone, path)
         dtype, recursive_dtype = kwargs.get("dtype", "auto"), getattr(config, f"{cls.recursive_module}_dtype")
         if recursive_dtype and (dtype == "auto" or recursive_dtype == "float32"):
             dtype = recursive_dtype
@@ -412,6 +419,7 @@ class BackboneWrapper(HubModel):
         Raises:
             ValueError: without the backbone, if the config does not say where it came from.
         """
+        fingerprint = None
         if not save_backbone and not self._hf_peft_config_loaded:  # else only adapters are saved
             if not self.config.backbone_name_or_path:
                 raise ValueError(
@@ -420,10 +428,11 @@ class BackboneWrapper(HubModel):
                 )
             self.config.backbone_name_or_path = lasting_name(self.config.backbone_name_or_path)
             state_dict = self.state_dict() if state_dict is None else state_dict
+            fingerprint = HUB_HOOKS.get("backbone_fingerprint", lambda weights: None)(state_dict)
             state_dict = {
                 name: value for name, value in state_dict.items() if name.startswith(f"{self.recursive_module}.")
             }
-        self.config.backbone_in_checkpoint = save_backbone
+        self.config.backbone_in_checkpoint, self.config.backbone_fingerprint = save_backbone, fingerprint
         part = getattr(self, self.recursive_module)
         recursive_dtype = str(part.dtype).removeprefix("torch.") if part.dtype != self.backbone.dtype else None
         setattr(self.config, f"{self.recursive_module}_dtype", recursive_dtype)

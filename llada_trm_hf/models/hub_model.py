@@ -5,16 +5,20 @@ import difflib
 import importlib
 import inspect
 import json
+import math
 import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable
 from contextlib import nullcontext
+from dataclasses import fields
 from functools import wraps
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, find_adapter_config_file, is_peft_available
@@ -24,8 +28,9 @@ from transformers.utils import CONFIG_NAME, find_adapter_config_file, is_peft_av
 BACKBONES: dict[str, type[PreTrainedModel]] = {}
 REFINERS: dict[str, type[PreTrainedModel]] = {}
 
-# What `save_pretrained` and `push_to_hub` do beyond transformers, filled where the package is imported: "save_card",
-# "push_model", "push_folder" and "replacing_files" of its `hub`. Empty in the code that travels with a checkpoint.
+# What saving, loading and pushing do beyond transformers, filled where the package is imported: "save_card",
+# "push_model", "push_folder", "replacing_files", "check_stored_weights", "backbone_fingerprint" and "check_backbone",
+# of its `hub`. Empty in the code that travels with a checkpoint.
 HUB_HOOKS: dict[str, Callable[..., Any]] = {}
 # Fields of a config with ids of tokens that a model cannot do without.
 NEEDED_TOKENS = ("mask_token_id", "latent_token_id", "think_start_token_ids", "think_end_token_ids")
@@ -75,6 +80,8 @@ class HubModel:
                 f"{pretrained_model_name_or_path} holds tensors of another shape than {cls.__name__} with its config: "
                 f"{', '.join(sorted(shapes)[:8])}{', ...' if len(shapes) > 8 else ''}."
             )
+        if "check_stored_weights" in HUB_HOOKS and getattr(model, "hf_quantizer", None) is None:
+            HUB_HOOKS["check_stored_weights"](pretrained_model_name_or_path, kwargs)
         missing = sorted(info["missing_keys"])
         if missing:
             raise ValueError(
@@ -395,15 +402,6 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def check_token_id(name: str, token_id: int | None, vocab_size: int) -> None:
-    """Raises ValueError if `token_id` is not a row of the embedding matrix."""
-    if token_id is not None and not 0 <= token_id < vocab_size:
-        raise ValueError(
-            f"{name}={token_id} is outside the vocabulary (0 to {vocab_size - 1}). "
-            f"Pass the id the model was trained with, or a larger vocab_size."
-        )
-
-
 def check_at_least_one(config: PreTrainedConfig, *names: str) -> None:
     """Raises ValueError if one of the fields `names` is below 1."""
     for name in names:
@@ -411,12 +409,21 @@ def check_at_least_one(config: PreTrainedConfig, *names: str) -> None:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}.")
 
 
-def check_heads(config: PreTrainedConfig) -> None:
-    """Raises ValueError if the attention heads do not divide the width, or the key/value heads the query heads."""
-    check_at_least_one(config, "num_attention_heads", "num_key_value_heads")
-    for whole, part in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")):
-        if getattr(config, whole) % getattr(config, part):
-            raise ValueError(f"{whole}={getattr(config, whole)} is not a multiple of {part}={getattr(config, part)}.")
+def check_fields(config: PreTrainedConfig) -> None:
+    """Raises ValueError for a field of another type than declared, and for a number that is NaN or infinite."""
+    dtype = str(config.dtype).removeprefix("torch.")
+    if dtype not in ("None", "auto") and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype must be float32, bfloat16, float16 or another of torch, got {config.dtype!r}.")
+    for field in fields(config):
+        value, declared = getattr(config, field.name), field.type
+        kinds: tuple[Any, ...] = declared.__args__ if isinstance(declared, UnionType) else (declared,)
+        if field.name in PreTrainedConfig.__dataclass_fields__ or not {*kinds} <= {int, float, bool, str, NoneType}:
+            continue
+        fits = isinstance(value, (*kinds, int) if float in kinds else kinds) or value is field.default
+        is_odd = (isinstance(value, bool) and bool not in kinds) or value in (math.inf, -math.inf) or value != value
+        if not fits or is_odd:
+            expected = "a finite number" if float in kinds else f"of type {kinds[0].__name__}"
+            raise ValueError(f"{field.name} must be {expected}, got {value!r}.")
 
 
 # --- Offloading ---

@@ -23,7 +23,7 @@ from transformers.utils.output_capturing import capture_outputs
 from ..generation.block_kv_cache import BlockKVCache, columns_of_tokens, refuse_prefix_cache
 from ..generation.masked_diffusion_mixin import MaskedDiffusionGenerationMixin
 from .hub_model import HubModel
-from .rotary import FullPrecisionRotaryEmbedding, Rotary, positions_of_real_tokens, rotate
+from .rotary import FullPrecisionRotaryEmbedding, Rotary, check_inputs, positions_of_real_tokens, rotate
 
 # With a vocabulary of 126k, float32 logits of this many tokens are 258 MB.
 TOKENS_AT_ONCE = 512
@@ -199,6 +199,7 @@ class MaskedDiffusionTransformer(MaskedDiffusionPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        check_inputs(input_ids, attention_mask)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
             columns = columns_of_tokens(hidden_states, past_key_values)

@@ -98,6 +98,11 @@ def run_masked_diffusion(
     check_length(script_args.max_length, model)
     # A checkpoint has its own chunk size; a backbone trained alone is laid out for the refiner it will get.
     chunk_size = getattr(model.config, "chunk_size", script_args.chunk_size or 16)
+    if chunk_size > script_args.max_length:
+        raise ValueError(
+            f"chunk_size={chunk_size} is more than the longest sample, max_length={script_args.max_length}: a chunk "
+            f"is a part of one."
+        )
     align = chunk_size if script_args.align_steps_to_chunks else None
     train, held_out = train_and_eval(
         script_args, lambda split, path: reasoning_samples(script_args, tokenizer, split, path, align)

@@ -1,7 +1,6 @@
 """Reading a recipe: everything a training run needs, as YAML, each value overridable on the command line."""
 
 import importlib
-import math
 from collections.abc import Collection, Hashable
 from pathlib import Path
 from typing import Any
@@ -10,24 +9,12 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..models.hub_model import nearest_name
+from ..training.arguments import check_ranges
 from .run_setup import TrainingMethod
 
 DEFAULT_KIND = "masked_diffusion"
 # The modules of this folder that define a METHOD.
 KINDS = (DEFAULT_KIND, "compressor", "trm", "latent_answer", "grpo")
-
-_POSITIVE, _NOT_NEGATIVE, _SEED = (1, math.inf), (0, math.inf), (0, 2**32 - 1)
-# The least and the largest value of numbers that every method has, or several.
-_RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("seed", "data_seed"), _SEED),
-    **dict.fromkeys(("gradient_accumulation_steps", "max_length", "save_total_limit"), _POSITIVE),
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), _POSITIVE),
-    **dict.fromkeys(("compressed_size", "num_latents", "n_layers", "n_heads", "chunk_size"), _POSITIVE),
-    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon"), _NOT_NEGATIVE),
-    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps", "dataloader_num_workers"), _NOT_NEGATIVE),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "dropout"), (0, 1)),
-    "num_terms": (2, 1000),
-}
 
 
 def training_method(kind: str) -> TrainingMethod:
@@ -88,7 +75,7 @@ def parse_recipe(parser: HfArgumentParser, arguments: list[str], settings: dict[
     defaults = {name: str(value) if type(value) in (int, float) else value for name, value in settings.items()}
     parser.set_defaults(**defaults)
     # (Before the dataclasses are made: transformers checks some of it with messages that name no setting.)
-    _check_ranges(vars(parser.parse_known_args(arguments)[0]))
+    check_ranges(vars(parser.parse_known_args(arguments)[0]))
     *filled, unknown = parser.parse_args_into_dataclasses(
         arguments, look_for_args_file=False, return_remaining_strings=True
     )
@@ -96,19 +83,6 @@ def parse_recipe(parser: HfArgumentParser, arguments: list[str], settings: dict[
         known = [f"--{name}" for instance in filled for name in vars(instance)]
         raise ValueError(f"Unknown option {unknown[0]}{nearest_name(unknown[0], known)}.")
     return tuple(filled)
-
-
-def _check_ranges(settings: dict[str, Any]) -> None:
-    """Raises ValueError for a number that libraries take as it is and fail on later, or not at all."""
-    for name, (least, most) in _RANGES.items():
-        value = settings.get(name)
-        if isinstance(value, (int, float)) and not least <= value <= most:
-            expected = f"at least {least}" if most == math.inf else f"between {least} and {most}"
-            raise ValueError(f"{name} must be {expected}, got {value}.")
-    if settings.get("max_steps") is not None and settings["max_steps"] < 1 and settings["max_steps"] != -1:
-        raise ValueError(f"max_steps must be at least 1 (-1: num_train_epochs decides), got {settings['max_steps']}.")
-    if settings.get("num_train_epochs") is not None and not settings["num_train_epochs"] > 0:
-        raise ValueError(f"num_train_epochs must be above 0, got {settings['num_train_epochs']}.")
 
 
 def _read_mapping(name_or_path: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from transformers.utils import logging
 from ..data import load_reasoning_dataset, tokenize_reasoning
 from ..data.reasoning import column_mapping
 from ..data.reasoning_sources import SOURCES
-from ..data.rows import Rows, is_data_file, parse_split
+from ..data.rows import Rows, is_data_file, parse_split, slices_overlap
 from ..hidden_pairs.settings import DTYPES
 from ..hub.files import check_processes
 from ..hub.model_folders import BACKBONE, TOKENIZER, check_model
@@ -101,15 +101,16 @@ def check_length(max_length: int, model: PreTrainedModel) -> None:
 def train_and_eval(script_args: DataArguments, load: Callable[[str, str | None], T]) -> tuple[T, T | None]:
     """`load(split, local file)` of the training data, and of the evaluation data if there is any."""
     is_file = script_args.data_files is not None or is_data_file(script_args.dataset_name)
-    if is_file and script_args.eval_split is not None and script_args.eval_data_files is None:
-        # A file is one split: its slices have to differ.
-        train_rows, eval_rows = parse_split(script_args.split)[1], parse_split(script_args.eval_split)[1]
-        if train_rows == eval_rows:
+    if script_args.eval_split is not None and script_args.eval_data_files is None:
+        (train_name, train_rows), (eval_name, eval_rows) = map(
+            parse_split, (script_args.split, script_args.eval_split)
+        )
+        # A file is one split, whatever it is called.
+        if (is_file or train_name == eval_name) and slices_overlap(train_rows, eval_rows):
             source = script_args.data_files or script_args.dataset_name
-            remedy = (
-                "Name a file with --eval_data_files, or slices such as --split train[100:] --eval_split train[:100]"
-            )
-            raise ValueError(f"--eval_split {script_args.eval_split} of {source} is what is trained on. {remedy}.")
+            found = f"--eval_split {script_args.eval_split} of {source} holds what is trained on"
+            remedy = "Name a file with --eval_data_files, or slices such as --split train[100:]"
+            raise ValueError(f"{found} (--split {script_args.split}). {remedy} --eval_split train[:100].")
     train = load(script_args.split, script_args.data_files)
     if script_args.eval_split is None and script_args.eval_data_files is None:
         return train, None

@@ -1,11 +1,46 @@
 """Arguments of the trainers; what each field does is its `help`."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import HubStrategy
+
+_POSITIVE, _NOT_NEGATIVE, _SEED = (1, math.inf), (0, math.inf), (0, 2**32 - 1)
+# The least and the largest value of settings that are numbers.
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("seed", "data_seed"), _SEED),
+    **dict.fromkeys(("gradient_accumulation_steps", "max_length", "save_total_limit"), _POSITIVE),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), _POSITIVE),
+    **dict.fromkeys(("compressed_size", "num_latents", "n_layers", "n_heads", "chunk_size"), _POSITIVE),
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon"), _NOT_NEGATIVE),
+    **dict.fromkeys(("logging_steps", "eval_steps", "dataloader_num_workers"), _NOT_NEGATIVE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "dropout"), (0, 1)),
+    "num_terms": (2, 1000),
+}
+
+
+def check_ranges(settings: Mapping[str, Any]) -> None:
+    """Raises ValueError for a number that libraries take as it is and fail on later, or not at all."""
+    for name, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value}.")
+        least, most = _RANGES.get(name, (-math.inf, math.inf))
+        if not least <= value <= most:
+            expected = f"at least {least}" if most == math.inf else f"between {least} and {most}"
+            raise ValueError(f"{name} must be {expected}, got {value}.")
+    number = settings.get("max_steps")
+    if isinstance(number, (int, float)) and number < 1 and number != -1:
+        raise ValueError(f"max_steps must be at least 1 (-1: num_train_epochs decides), got {number}.")
+    for name, remedy in (("num_train_epochs", ""), ("save_steps", " (save_strategy=no saves nothing)")):
+        number = settings.get(name)
+        if isinstance(number, (int, float)) and not number > 0:
+            raise ValueError(f"{name} must be above 0{remedy}, got {number}.")
 
 
 def learning_rate_field(default: float) -> Any:
@@ -47,6 +82,7 @@ class CommonTrainingArguments(TrainingArguments):
         return {**self.__dict__, "hub_token": None}
 
     def __post_init__(self):
+        check_ranges(vars(self))
         super().__post_init__()
         for name in ("profile_steps", "early_stopping_patience"):
             value = getattr(self, name)

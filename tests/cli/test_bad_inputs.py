@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file, save_file
 from tiny_training import SIZES, new_backbone
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -47,7 +48,7 @@ def place(tmp_path_factory):
         place / "compressor"
     )
     SequenceTRM(SequenceTRMConfig(hidden_size=8, n_heads=2, n_layers=1)).save_pretrained(place / "trm")
-    for name in ("backbone", "hybrid", "lm"):
+    for name in ("backbone", "hybrid", "lm", "head"):
         tokenizer.save_pretrained(place / name)
     (place / "empty").mkdir()
     (place / "pairs").mkdir()
@@ -57,6 +58,17 @@ def place(tmp_path_factory):
     _broken(place, "gellu", "config.json", lambda text: text.replace('"silu"', '"gellu"'))
     _broken(place, "rope", "config.json", lambda text: text.replace('"default"', '"spiral"'))
     _broken(place, "tokens", "tokenizer.json", lambda text: json.dumps({**json.loads(text), "added_tokens": None}))
+    shutil.copytree(place / "hybrid", place / "hot")
+    (place / "hot/generation_config.json").write_text('{"temperature": Infinity}')
+    shutil.copytree(place / "backbone", place / "whole_numbers")
+    weights = load_file(place / "backbone/model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"].int()
+    save_file(weights, place / "whole_numbers/model.safetensors", metadata={"format": "pt"})
+    torch.manual_seed(1)
+    type(backbone)(backbone.config).save_pretrained(place / "other")
+    shutil.copytree(place / "head", place / "moved")
+    config = json.loads((place / "moved/config.json").read_text())
+    (place / "moved/config.json").write_text(json.dumps({**config, "backbone_name_or_path": "../other"}))
     (place / "small.json").write_text(json.dumps(SIZES))
     (place / "typo.json").write_text(json.dumps({**SIZES, "hiden_size": 32}))
     (place / "nan.json").write_text(json.dumps({**SIZES, "rms_norm_eps": float("nan")}))
@@ -150,10 +162,16 @@ PUSH = "push --dry_run --repo owner/name --checkpoint "
         (TRAIN + "--batch_size 0", "per_device_train_batch_size must be at least 1"),
         (TRAIN + "--seed 4294967296", "seed must be between 0 and 4294967295"),
         (TRAIN + "--seed 99999999999999999999", "--seed: must be a number of at most 64 bits"),
+        (TRAIN + "--save_steps 0", "save_steps must be above 0"),
+        (TRAIN + "--max_length 32 --chunk_size 64", "chunk_size=64 is more than the longest sample, max_length=32"),
         (TRAIN + "--seed one", "--seed: must be a whole number, got 'one'"),
         (TRAIN + "--dtype float23", "dtype must be one of"),
         (ONE_A + "--backbone lm --compressed_size 0", "compressed_size must be at least 1, got 0"),
         (GENERATE + "hybrid --temperature inf", "--temperature: must be a finite number"),
+        (GENERATE + "hot", "temperature=inf, which is no finite number"),
+        (GENERATE + "hybrid --cfg_scale inf", "--cfg_scale: must be a finite number"),
+        (GENERATE + "whole_numbers", "as I32, which no weight can be"),
+        (GENERATE + "moved", "moved was trained on another backbone than"),
         (GENERATE + "hybrid --seed -1", "--seed must be between 0 and"),
         (GENERATE + "hybrid --dtype float23", "--dtype"),
         ("demo --output_dir OUT --seed -1", "--seed must be between 0 and"),
@@ -177,6 +195,12 @@ PUSH = "push --dry_run --repo owner/name --checkpoint "
         (TRAIN + "--dataset_name train.jsonl --split trian", "no split 'trian' (did you mean 'train'?)"),
         (TRAIN + "--dataset_name train.jsonl --eval_split tset", "what is trained on"),
         (TRAIN + "--dataset_name train.jsonl --eval_split test", "what is trained on"),
+        (
+            TRAIN + "--dataset_name train.jsonl --split train[:4] --eval_split test[2:6]",
+            "--eval_split test[2:6] of train.jsonl holds what is trained on (--split train[:4])",
+        ),
+        (TRAIN + "--split train[:100] --eval_split train[50:150]", "holds what is trained on"),
+        (TRAIN + "--split train[:100] --eval_split train", "holds what is trained on"),
         (TRAIN + "--dataset_name train.jsonl --eval_split tset[:2]", "no split 'tset' (did you mean 'test'?)"),
         (TRAIN + "--dataset_name trian.jsonl", "There is no file trian.jsonl"),
         (TRAIN + "--split test[5000000:6000000]", "Making 6,000,000 different test chains of 8 digits takes minutes"),

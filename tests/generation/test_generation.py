@@ -520,7 +520,7 @@ def test_outputs(model):
         ({"max_length": 0}, "max_length must be"),
         ({"num_diffusion_steps": 0}, "num_diffusion_steps must be an integer of at least 1, got 0"),
         ({"block_length": 0}, "block_length must be"),
-        ({"temperature": -0.1}, "temperature must be 0 or more, got -0.1"),
+        ({"temperature": -0.1}, "temperature must be 0 or more, and finite, got -0.1"),
         ({"top_k": -1}, "top_k must be"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),
         ({"top_p": 1.2}, "top_p must be"),

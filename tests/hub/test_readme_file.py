@@ -115,6 +115,9 @@ def test_code_that_travels_has_no_hooks(tmp_path):
         "push_model",
         "push_folder",
         "replacing_files",
+        "check_stored_weights",
+        "backbone_fingerprint",
+        "check_backbone",
     }
 
 

@@ -194,7 +194,10 @@ def test_recipe_from_scratch_learns_the_answers(tmp_path, reading_lm_folder, cap
     options = ["--n_heads", "2", "--n_latent_steps", "2", "--n_deep_recursions", "1", "--n_supervision_steps", "2"]
     options += ["--num_latents", "4", "--dropout", "0", "--max_steps", "80", "--lr", "1e-3", "--batch_size", "8"]
     options += ["--lr_scheduler_type", "constant_with_warmup", "--warmup_steps", "5"]
-    options += ["--eval_split", "train[:8]", "--eval_strategy", "steps", "--eval_steps", "40"]
+    problems, _ = load_reasoning_dataset("arithmetic", "train[:8]", num_terms=2)
+    problems.to_json(tmp_path / "problems.jsonl")  # whether they are learned by heart
+    options += ["--eval_data_files", str(tmp_path / "problems.jsonl")]
+    options += ["--eval_strategy", "steps", "--eval_steps", "40"]
     assert train(folder, "--backbone", reading_lm_folder, *data, *options) == 0, capsys.readouterr().err
     losses = metrics(folder, "training_metrics.csv", "loss")
     assert losses[0] > 1 and losses[-1] < 0.1
@@ -203,7 +206,6 @@ def test_recipe_from_scratch_learns_the_answers(tmp_path, reading_lm_folder, cap
         assert all(name.startswith("thinker.") for name in file.keys())  # noqa: SIM118 (it is no dictionary)
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    problems, _ = load_reasoning_dataset("arithmetic", "train[:8]", num_terms=2)
     rows = [latent_thinking_prompt(row["prompt"], tokenizer, model.config) for row in problems]
     output = model.generate(torch.tensor(rows), max_new_tokens=3, do_sample=False)[:, len(rows[0]) :]
     texts = tokenizer.batch_decode(output, skip_special_tokens=True)

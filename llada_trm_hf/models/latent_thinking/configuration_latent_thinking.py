@@ -5,7 +5,8 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..backbone_wrapper import config_from_dict, for_the_backbone_only
-from ..hub_model import check_at_least_one, check_token_id
+from ..hub_model import check_at_least_one, check_fields
+from ..rotary import check_token_id
 from .dimension_compressor import DimensionCompressor, DimensionCompressorConfig
 from .sequence_trm import SequenceTRM, SequenceTRMConfig
 
@@ -39,6 +40,8 @@ class LatentThinkingConfig(PreTrainedConfig):
         noise_std (`float`, defaults to 0.0): Standard deviation of the noise that makes them differ.
         backbone_name_or_path (`str`, *optional*): Where the backbone came from; a checkpoint without it needs it.
         backbone_in_checkpoint (`bool`, defaults to `True`): Whether the checkpoint holds the backbone's weights.
+        backbone_fingerprint (`list[float]`, *optional*): Of a checkpoint without it, what tells the backbone from
+            others; written and compared where the package is imported.
         thinker_dtype (`str`, *optional*): Set when the thinker is saved in another dtype than its backbone. It is
             loaded in that dtype again; a float32 one stays so whatever dtype is asked for.
 
@@ -69,9 +72,11 @@ class LatentThinkingConfig(PreTrainedConfig):
     noise_std: float = 0.0
     backbone_name_or_path: str | None = None
     backbone_in_checkpoint: bool = True
+    backbone_fingerprint: list[float] | None = None
     thinker_dtype: str | None = None
 
     def __post_init__(self, **kwargs):
+        check_fields(self)
         if self.backbone_config is None:
             raise ValueError("A latent_thinking config needs the backbone_config of a causal language model.")
         self.backbone_config = config_from_dict(self.backbone_config, {})

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
-from ..hub_model import HubModel, with_device_hooks
+from ..hub_model import HubModel, check_fields, with_device_hooks
 
 
 class DimensionCompressorConfig(PreTrainedConfig):
@@ -33,6 +33,7 @@ class DimensionCompressorConfig(PreTrainedConfig):
     backbone_name_or_path: str | None = None
 
     def __post_init__(self, **kwargs):
+        check_fields(self)
         if not 1 <= self.compressed_size <= self.hidden_size:
             raise ValueError(
                 f"compressed_size must be between 1 and hidden_size={self.hidden_size}, got {self.compressed_size}."

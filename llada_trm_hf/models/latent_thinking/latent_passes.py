@@ -9,6 +9,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..backbone_wrapper import lm_head_inputs, select_states
+from ..rotary import check_inputs
 from .configuration_latent_thinking import LatentThinkingConfig
 from .latent_thinker import LatentThinker
 from .thought_tokens import ThoughtLayout, find_thoughts
@@ -147,6 +148,7 @@ class LatentPasses:
             return None
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError(f"Latent thinking needs an attention_mask [B, L], got {tuple(attention_mask.shape)}.")
+        check_inputs(input_ids, attention_mask)
         layout = find_thoughts(input_ids, attention_mask, self.config)
         return layout if layout.columns else None
 

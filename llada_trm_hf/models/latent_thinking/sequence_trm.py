@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
-from ..hub_model import HubModel, check_at_least_one, with_device_hooks
+from ..hub_model import HubModel, check_at_least_one, check_fields, with_device_hooks
 from ..rotary import rotary_embedding
 from .sequence_trm_layers import LLM_TRM_EPS, PackedSequences, ReasoningInput, SequenceTRMNetwork
 
@@ -61,6 +61,7 @@ class SequenceTRMConfig(PreTrainedConfig):
     backbone_name_or_path: str | None = None
 
     def __post_init__(self, **kwargs):
+        check_fields(self)
         for name, values in {"block_style": ("trm", "llm_trm"), "halt_loss": ("bce", "mse")}.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be {values[0]!r} or {values[1]!r}, got {getattr(self, name)!r}.")

@@ -4,8 +4,8 @@ from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from ..hub_model import check_at_least_one, check_heads, check_token_id, model_type_of
-from ..rotary import check_functions
+from ..hub_model import check_at_least_one, check_fields, model_type_of
+from ..rotary import check_functions, check_heads, check_token_id
 
 # Field names of the official `config.json` files and what they are called in transformers.
 _OFFICIAL_NAMES = {
@@ -108,6 +108,7 @@ class LLaDAConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self._read_official_fields(kwargs)
+        check_fields(self)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         self._check_sizes()

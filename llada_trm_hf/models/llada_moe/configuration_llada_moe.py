@@ -4,8 +4,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..hub_model import check_at_least_one, check_heads, check_token_id, model_type_of
-from ..rotary import check_functions
+from ..hub_model import check_at_least_one, check_fields, model_type_of
+from ..rotary import check_functions, check_heads, check_token_id
 
 # The mask token of the released checkpoints, whose config files do not name it.
 RELEASED_MASK_TOKEN_ID = 156895
@@ -101,6 +101,7 @@ class LLaDAMoEConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self._read_official_fields(kwargs)
+        check_fields(self)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.moe_layer_freq is None:

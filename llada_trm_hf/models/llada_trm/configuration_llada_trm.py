@@ -5,9 +5,10 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..backbone_wrapper import config_from_dict, for_the_backbone_only
-from ..hub_model import check_at_least_one, check_token_id
+from ..hub_model import check_at_least_one, check_fields
 from ..refiners.refiner_integration import combine_refiner_configs
 from ..registered_models import BACKBONES
+from ..rotary import check_token_id
 
 DEEP_SUPERVISION_SCHEDULES = ("constant", "linear", "exponential")
 
@@ -37,6 +38,8 @@ class LLaDATRMConfig(PreTrainedConfig):
         mask_token_id (`int`, *optional*): The backbone's by default.
         backbone_name_or_path (`str`, *optional*): Where the backbone came from; a checkpoint without it needs it.
         backbone_in_checkpoint (`bool`, defaults to `True`): Whether the checkpoint holds the backbone's weights.
+        backbone_fingerprint (`list[float]`, *optional*): Of a checkpoint without it, what tells the backbone from
+            others; written and compared where the package is imported.
         refiner_dtype (`str`, *optional*): Set when a refiner is saved in another dtype than its backbone. It is loaded
             in that dtype again; a float32 one stays so whatever dtype is asked for.
 
@@ -64,9 +67,11 @@ class LLaDATRMConfig(PreTrainedConfig):
     mask_token_id: int = None  # type: ignore[assignment]
     backbone_name_or_path: str | None = None
     backbone_in_checkpoint: bool = True
+    backbone_fingerprint: list[float] | None = None
     refiner_dtype: str | None = None
 
     def __post_init__(self, **kwargs):
+        check_fields(self)
         self.backbone_config = config_from_dict(self.backbone_config or {"model_type": "llada"}, BACKBONES)
         text_config = self.backbone_config.get_text_config()
         if self.refiner_config is None:

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 
-from ..hub_model import check_at_least_one
+from ..hub_model import check_at_least_one, check_fields
 from .modeling_refiner import ChunkLayout, PreTrainedRefiner, RefinerOutput
 
 
@@ -44,6 +44,7 @@ class RecursiveRefinementHeadConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
+        check_fields(self)
         if self.head_intermediate_size is None:
             self.head_intermediate_size = 3 * self.head_hidden_size
         sizes = ("hidden_size", "chunk_size", "head_hidden_size", "head_layers", "max_recursive_steps")

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
-from ..hub_model import REFINERS, nearest_name
+from ..hub_model import REFINERS, check_fields, nearest_name
 from ..registered_models import register_held_refiners
 from .modeling_refiner import ChunkLayout, PreTrainedRefiner, RefinerOutput, refine
 
@@ -31,6 +31,7 @@ class RefinerIntegrationConfig(PreTrainedConfig):
     refiner_configs: list = None  # type: ignore[assignment]
 
     def __post_init__(self, **kwargs):
+        check_fields(self)
         self.refiner_configs = [refiner_config_of(config) for config in self.refiner_configs or ()]
         if self.refiner_configs:
             self.check_number_of_refiners()
@@ -306,6 +307,8 @@ def refiner_config_of(config: PreTrainedConfig | dict[str, Any]) -> PreTrainedCo
     """
     if isinstance(config, PreTrainedConfig):
         return config
+    if not isinstance(config, dict):
+        raise TypeError(f"A refiner's config is a config or a dict with a model_type, got {config!r}.")
     model_type = config.get("model_type", "")
     refiners = register_held_refiners()
     if model_type not in refiners:

@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from ..hub_model import check_at_least_one
+from ..hub_model import check_at_least_one, check_fields
 from ..rotary import Rotary, rotary_embedding, rotate
 from .modeling_refiner import ChunkLayout, PreTrainedRefiner, RefinerOutput
 
@@ -73,6 +73,7 @@ class SlotTRMRefinerConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
+        check_fields(self)
         if self.preset not in SLOT_TRM_PRESETS:
             raise ValueError(f"preset must be one of {', '.join(SLOT_TRM_PRESETS)}, got {self.preset!r}.")
         preset = zip(("num_hidden_layers", "num_attention_heads", "ffn_expansion"), SLOT_TRM_PRESETS[self.preset])
