@@ -17,6 +17,7 @@ from llada_trm_hf.data import (
     tokenize_reasoning,
 )
 from llada_trm_hf.data.masking import stateless_uniform
+from llada_trm_hf.data.rows import slices_overlap
 
 
 @pytest.fixture(scope="module")
@@ -217,3 +218,16 @@ def test_random_lengths_cut_the_stated_share_of_rows():
     assert abs(cut.float().mean() - 0.25 * 39 / 40) < 0.03
     assert lengths.min() >= 1 and abs(lengths[cut].float().mean() - 20) < 1.5
     assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+
+
+@pytest.mark.parametrize("first", ["", "[:5]", "[5:]", "[2:7]", "[7:9]", "[3:3]"])
+@pytest.mark.parametrize("second", ["[:5]", "[4:6]", "[6:]", "[:2]"])
+def test_overlapping_slices_are_those_that_share_rows(first, second):
+    def rows(piece):
+        start, stop = (piece.strip("[]") or ":").split(":")
+        return set(range(10)[slice(int(start or 0), int(stop or 10))])
+
+    if rows(first):
+        assert slices_overlap(first, second) == slices_overlap(second, first) == bool(rows(first) & rows(second))
+    assert slices_overlap("[:50%]", "[40%:]") and not slices_overlap("[:50%]", "[50%:]")
+    assert not slices_overlap("[:50%]", "[:10]")  # not known without the number of rows

@@ -152,3 +152,23 @@ def test_logits_without_labels_are_not_warned_of_where_nothing_trains(clean):
         new_hybrid().eval()(input_ids=clean)
         with torch.no_grad():
             new_hybrid().train()(input_ids=clean)
+
+
+# --- Inputs ---
+
+
+@pytest.mark.parametrize("make", [new_backbone, new_hybrid])
+def test_inputs_of_the_wrong_kind(make):
+    model, tokens = make().eval(), torch.randint(10, 200, (2, 6))
+    mask = torch.ones(2, 6)
+    mask[0, :2] = 0
+    expected = model(tokens, attention_mask=mask.long()).logits
+    assert torch.equal(model(tokens, attention_mask=mask).logits, expected)  # floats of 0 and 1 are a mask
+    for wrong in (torch.nan, 0.5, -1.0):
+        with pytest.raises(ValueError, match="must hold 1 for real tokens and 0 for padding"):
+            model(tokens, attention_mask=torch.where(mask == 0, wrong, mask))
+    for ids in (tokens.float(), tokens > 50):
+        with pytest.raises(TypeError, match=f"must be whole numbers, got {ids.dtype}"):
+            model(ids)
+        with pytest.raises(TypeError, match=f"must be whole numbers, got {ids.dtype}"):
+            model.generate(ids, max_new_tokens=2)
