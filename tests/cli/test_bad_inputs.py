@@ -201,7 +201,10 @@ PUSH = "push --dry_run --repo owner/name --checkpoint "
         ),
         (TRAIN + "--split train[:100] --eval_split train[50:150]", "holds what is trained on"),
         (TRAIN + "--split train[:100] --eval_split train", "holds what is trained on"),
-        (TRAIN + "--dataset_name train.jsonl --split train[2:] --eval_split tset[:2]", "no split 'tset' (did you mean 'test'?)"),
+        (
+            TRAIN + "--dataset_name train.jsonl --split train[2:] --eval_split tset[:2]",
+            "no split 'tset' (did you mean 'test'?)",
+        ),
         (TRAIN + "--dataset_name trian.jsonl", "There is no file trian.jsonl"),
         (TRAIN + "--split test[5000000:6000000]", "Making 6,000,000 different test chains of 8 digits takes minutes"),
         (TRAIN + "--num_terms 2", "There are fewer than 50,000 different train chains of 2 digits"),
