@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from ..models.backbone_wrapper import HUB_ARGUMENTS
 from .training_record import read_json
@@ -30,7 +30,8 @@ def check_stored_weights(name_or_path: Any, arguments: dict[str, Any]) -> None:
     Raises ValueError if weights are stored as whole (or complex) numbers, which transformers converts without a word.
 
     Args:
-        name_or_path: the folder or repository of a model that is not quantised.
+        name_or_path: the folder or repository of a model. One that is quantised, or has a part that is, is not looked
+            at.
         arguments: of `from_pretrained`; some say where files come from.
     """
     place = {name: arguments[name] for name in HUB_ARGUMENTS if name in arguments and name != "force_download"}
@@ -39,6 +40,9 @@ def check_stored_weights(name_or_path: Any, arguments: dict[str, Any]) -> None:
         quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
         return cached_file(name_or_path, name, **quiet, **place)
 
+    config = find(CONFIG_NAME)
+    if config is not None and _is_quantised(read_json(config)):
+        return
     index = find(SAFE_WEIGHTS_INDEX_NAME) if find(SAFE_WEIGHTS_NAME) is None else None
     names = [SAFE_WEIGHTS_NAME] if index is None else sorted(set(read_json(index).get("weight_map", {}).values()))
     for name in names:
@@ -127,6 +131,12 @@ def _matrices(state_dict: dict[str, torch.Tensor]) -> Iterator[torch.Tensor | No
             continue
         is_plain = weight.is_floating_point() and not is_traceable_wrapper_subclass(weight) and not weight.is_meta
         yield weight if is_plain and "lora_" not in name and ".base_layer." not in name else None
+
+
+def _is_quantised(config: Any) -> bool:
+    if isinstance(config, dict):
+        return config.get("quantization_config") is not None or any(map(_is_quantised, config.values()))
+    return isinstance(config, list) and any(map(_is_quantised, config))
 
 
 def _header(file: str) -> dict[str, dict[str, Any]]:
