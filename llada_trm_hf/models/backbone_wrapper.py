@@ -263,9 +263,6 @@ class BackboneWrapper(HubModel):
         cls, backbone: str | os.PathLike | PreTrainedModel, arguments: dict[str, Any]
     ) -> tuple[PreTrainedModel, dict[str, Any]]:
         """The backbone, loaded if it is a name or folder, and the fields of the config among `arguments`."""
-        if hasattr(backbone, "recursive_module"):
-            kind = type(backbone).__name__
-            raise ValueError(f"A {kind} has a backbone already and cannot be one: pass its `.backbone`.")
         own = config_fields(cls.config_class)
         fields = {name: value for name, value in arguments.items() if name in own}
         others = {name: value for name, value in arguments.items() if name not in own}
@@ -274,6 +271,10 @@ class BackboneWrapper(HubModel):
             backbone = cls._load_backbone(str(backbone), **others)
         elif others:
             raise ValueError(f"Unknown argument {', '.join(others)} for a backbone that is already loaded.")
+        if hasattr(backbone, "recursive_module"):
+            kind = type(backbone).__name__
+            remedy = "load it with from_pretrained, or pass its `.backbone`"
+            raise ValueError(f"A {kind} has a backbone already and cannot be one: {remedy}.")
         fields.setdefault("backbone_name_or_path", lasting_name(backbone.config.name_or_path or "") or None)
         return backbone, fields
 

@@ -321,8 +321,6 @@ class LatentThinkingForCausalLM(LatentThinkingGenerationMixin, LatentPasses, Bac
 
 def _check_backbone(backbone: PreTrainedModel) -> None:
     model_type = backbone.config.model_type
-    if model_type == LatentThinkingConfig.model_type:
-        raise ValueError("The backbone thinks in latent space already: load it with from_pretrained.")
     if model_type.startswith("llada") or backbone._is_stateful:
         raise ValueError(
             f"A {model_type} model cannot be continued from a KV cache: the backbone has to be a causal transformer."

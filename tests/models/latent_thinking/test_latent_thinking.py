@@ -27,6 +27,7 @@ from latent_thinking_models import (
 )
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
+from tiny_training import new_hybrid
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
@@ -48,6 +49,7 @@ from llada_trm_hf.models import (
     LatentThinkingForCausalLM,
     LLaDAConfig,
     LLaDAForMaskedDiffusion,
+    LLaDATRMForMaskedDiffusion,
     SequenceTRM,
     SequenceTRMConfig,
     thought_token_ids,
@@ -703,8 +705,10 @@ def test_impossible_backbones():
     ):
         with pytest.raises(ValueError, match="has to be a causal transformer"):
             make_model(backbone=backbone)
-    with pytest.raises(ValueError, match="thinks in latent space already"):
+    with pytest.raises(ValueError, match="A LatentThinkingForCausalLM has a backbone already"):
         make_model(backbone=make_model())
+    with pytest.raises(ValueError, match="A LLaDATRMForMaskedDiffusion has a backbone already"):
+        LLaDATRMForMaskedDiffusion.from_backbone(new_hybrid())
     with pytest.raises(ValueError, match="Pass the backbone's tokenizer"):
         LatentThinkingForCausalLM.from_backbone(make_lm())
     with pytest.raises(ValueError, match="needs the backbone_config"):
