@@ -605,11 +605,14 @@ def test_head_only_checkpoint_on_another_backbone(tiny_hybrid, make_backbone, on
         with pytest.raises(ValueError, match=message):
             LLaDATRMForMaskedDiffusion.from_pretrained(tmp_path / "head", backbone_name_or_path=str(tmp_path / name))
     make_backbone(seed=7).save_pretrained(tmp_path / "other")
-    other = LLaDATRMForMaskedDiffusion.from_pretrained(
-        tmp_path / "head", backbone_name_or_path=str(tmp_path / "other")
+    with pytest.raises(ValueError, match="was trained on another backbone than .*other"):
+        LLaDATRMForMaskedDiffusion.from_pretrained(tmp_path / "head", backbone_name_or_path=str(tmp_path / "other"))
+    tiny_hybrid.backbone.save_pretrained(tmp_path / "moved")
+    moved = LLaDATRMForMaskedDiffusion.from_pretrained(
+        tmp_path / "head", backbone_name_or_path=str(tmp_path / "moved")
     )
-    assert torch.equal(other.backbone.lm_head.weight, make_backbone(seed=7).lm_head.weight)
-    assert torch.equal(other.refiner.projector.weight, tiny_hybrid.refiner.projector.weight)
+    assert torch.equal(moved.backbone.lm_head.weight, tiny_hybrid.backbone.lm_head.weight)
+    assert torch.equal(moved.refiner.projector.weight, tiny_hybrid.refiner.projector.weight)
 
 
 def test_head_only_checkpoint_needs_a_name(tiny_hybrid, tmp_path):
