@@ -605,7 +605,7 @@ def test_head_only_checkpoint_on_another_backbone(tiny_hybrid, make_backbone, on
         with pytest.raises(ValueError, match=message):
             LLaDATRMForMaskedDiffusion.from_pretrained(tmp_path / "head", backbone_name_or_path=str(tmp_path / name))
     make_backbone(seed=7).save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="was trained on another backbone than .*other"):
+    with pytest.raises(ValueError, match=r"was trained on another backbone than .*other"):
         LLaDATRMForMaskedDiffusion.from_pretrained(tmp_path / "head", backbone_name_or_path=str(tmp_path / "other"))
     tiny_hybrid.backbone.save_pretrained(tmp_path / "moved")
     moved = LLaDATRMForMaskedDiffusion.from_pretrained(
