@@ -360,10 +360,11 @@ def test_saved_and_loaded(models, name, dtype, tmp_path):
     assert {p.dtype for p in loaded.parameters()} == {dtype}
     for key, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], tensor), key
-    found, tolerance = outputs(loaded, inputs), {"atol": 1e-5 if dtype is torch.float32 else 0.1, "rtol": 1e-4}
+    found, tolerance = outputs(loaded, inputs), 1e-5 if dtype is torch.float32 else 0.03
     for part, value in outputs(model, inputs).items():
         if part != "sequences":  # tensors of a file lie elsewhere in memory, which changes the last bits
-            torch.testing.assert_close(found[part], value, **tolerance)
+            difference = (found[part].double() - value.double()).norm()
+            assert difference <= tolerance * value.double().norm(), part
 
 
 @pytest.mark.parametrize("name", NAMES)
