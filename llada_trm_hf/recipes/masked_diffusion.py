@@ -100,8 +100,8 @@ def run_masked_diffusion(
     chunk_size = getattr(model.config, "chunk_size", script_args.chunk_size or 16)
     if chunk_size > script_args.max_length:
         raise ValueError(
-            f"chunk_size={chunk_size} is more than the longest sample, max_length={script_args.max_length}: a chunk "
-            f"is a part of one."
+            f"chunk_size={chunk_size} is more than the longest sample, max_length={script_args.max_length}: raise "
+            f"max_length, or make chunk_size smaller."
         )
     align = chunk_size if script_args.align_steps_to_chunks else None
     train, held_out = train_and_eval(
