@@ -329,7 +329,7 @@ def test_train_command_with_recipe_values_typed_and_overridden(tmp_path, config_
         (["--dataset_name", "gsm"], "did you mean 'gsm8k'"),
         (["--max_length", "9999"], "max_length=9999 is more than the model's context of 512"),
         (["--max_length", "4"], "max_length=4: raise max_length, or make chunk_size smaller"),
-        (["--max_length", "6"], "raise max_length"),
+        (["--max_length", "4", "--chunk_size", "4"], "raise max_length"),
         (["--trainable", "refinr"], "'refinr' matches no module"),
         (["--train_last_layers", "3"], "between 1 and the 2 layers of the backbone, got 3"),
         (["--train_last_layers", "1", "--freeze_backbone", "false"], "everything trains: leave out train_last_layers"),
