@@ -1,6 +1,7 @@
 """Whether weights are what they are taken for: stored as numbers with a fraction, and of the backbone a head knows."""
 
 import json
+import math
 import os
 import struct
 import warnings
@@ -102,10 +103,13 @@ def check_backbone(config: PreTrainedConfig, backbone: PreTrainedModel, checkpoi
         ValueError: for another model. One that was trained further is a warning.
     """
     saved, name = config.backbone_fingerprint, config.backbone_name_or_path
+    numbers = saved if isinstance(saved, list) else [saved]
+    if saved is not None and not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
+        raise ValueError(f"{checkpoint}: backbone_fingerprint of the config must be a list of numbers, got {saved!r}.")
     found = None if saved is None else backbone_fingerprint(backbone.state_dict(prefix=_PREFIX))
     if saved is None or found is None:
         return
-    difference = torch.tensor(saved) - torch.tensor(found) if len(saved) == len(found) else torch.tensor(2.0)
+    difference = torch.tensor(numbers) - torch.tensor(found) if len(numbers) == len(found) else torch.tensor(2.0)
     distance = difference.square().mean().sqrt().item()
     if distance > _ANOTHER_MODEL:
         raise ValueError(
