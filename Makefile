@@ -14,9 +14,12 @@ demo: install
 	$(BIN)/llada-trm demo --output_dir outputs/demo
 	@echo "To type llada-trm yourself: source $(BIN)/activate"
 
-# What a file's tests share is made once: a file goes to one worker.
+# What a file's tests share is made once: a file goes to one worker. A worker that crashes ends the run, instead of its
+# tests being tried again and again.
+PARALLEL := -n 2 --dist loadscope --max-worker-restart 0
+
 test: install
-	$(BIN)/python -m pytest tests -n 2 --dist loadscope
+	$(BIN)/python -m pytest tests $(PARALLEL)
 
 slow: install
 	$(BIN)/python -m pytest tests -m slow
@@ -29,7 +32,7 @@ deepspeed: install
 # The whole suite on the lowest versions that setup.py claims, and models saved there and loaded with the newest, and the
 # other way round.
 lowest: install $(LOWEST)/.installed
-	$(LOWEST)/bin/python -m pytest tests -n 2 --dist loadscope
+	$(LOWEST)/bin/python -m pytest tests $(PARALLEL)
 	rm -rf outputs/across_versions && mkdir -p outputs/across_versions/lowest outputs/across_versions/newest
 	$(LOWEST)/bin/python tests/load_across_versions.py save outputs/across_versions/lowest
 	$(BIN)/python tests/load_across_versions.py load outputs/across_versions/lowest
@@ -39,9 +42,9 @@ lowest: install $(LOWEST)/.installed
 # The whole suite with the kernels of other CPUs (as far as this one has them), and with one thread and two. Every value
 # of the three settings once, not all of their combinations.
 portable: install
-	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest tests -n 2 --dist loadscope
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest tests $(PARALLEL)
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX512_CORE LLADA_TEST_THREADS=2 $(BIN)/python -m pytest tests
-	ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE_AMX $(BIN)/python -m pytest tests -n 2 --dist loadscope
+	ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE_AMX $(BIN)/python -m pytest tests $(PARALLEL)
 
 # The wheel alone in a clean environment, then with its extras: README's snippets and commands, outside the repository.
 wheel:
