@@ -250,6 +250,7 @@ def quantized_backbone_kept(model: Any) -> Iterator[None]:
     load_state_dict = model.load_state_dict
 
     def load(state_dict: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        """`load_state_dict` that compares what is quantised instead of loading it."""
         trainable = {name for name, weight in model.named_parameters() if weight.requires_grad}
         kept = {n: tensor for n, tensor in state_dict.items() if n.startswith("backbone.") and n not in trainable}
         present, _ = quantizer.get_state_dict_and_metadata(model)

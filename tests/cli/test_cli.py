@@ -429,9 +429,9 @@ def test_your_own_refiner_on_the_command_line(checkpoint, tmp_path, monkeypatch)
 
 def test_a_head_finds_its_backbone_and_its_tokenizer_from_anywhere(checkpoint, tmp_path, monkeypatch, capsys):
     """Trained on a backbone named from the current folder, saved without it."""
-    (tmp_path / "work/runs").mkdir(parents=True)
+    (tmp_path / "training/runs").mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "training")
     LLaDATRMForMaskedDiffusion.from_pretrained(checkpoint).backbone.save_pretrained("runs/bb")
     byte_tokenizer().save_pretrained("runs/bb")
     head = RecursiveRefinementHeadConfig(hidden_size=32, chunk_size=4, head_hidden_size=8)
@@ -439,28 +439,28 @@ def test_a_head_finds_its_backbone_and_its_tokenizer_from_anywhere(checkpoint, t
     hybrid.save_pretrained("runs/head", save_backbone=False)
     hybrid.save_pretrained("runs/whole")
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert generate("../work/runs/head", "--prompt", "12=", "--no_refinement") == 0
+    assert generate("../training/runs/head", "--prompt", "12=", "--no_refinement") == 0
     from_the_head = capsys.readouterr().out
-    assert generate("../work/runs/bb", "--prompt", "12=") == 0
+    assert generate("../training/runs/bb", "--prompt", "12=") == 0
     assert capsys.readouterr().out == from_the_head
 
     # An older checkpoint, whose backbone has a name that only the folder beside it explains.
-    config = json.loads((tmp_path / "work/runs/head/config.json").read_text())
-    assert config["backbone_name_or_path"] == str(tmp_path / "work/runs/bb")
+    config = json.loads((tmp_path / "training/runs/head/config.json").read_text())
+    assert config["backbone_name_or_path"] == str(tmp_path / "training/runs/bb")
     for relative in ("../bb", "runs/bb"):
         config["backbone_name_or_path"] = relative
-        (tmp_path / "work/runs/head/config.json").write_text(json.dumps(config))
-        assert main(["push", "--checkpoint", "../work/runs/head", "--repo", "owner/name", "--dry_run"]) == 2
+        (tmp_path / "training/runs/head/config.json").write_text(json.dumps(config))
+        assert main(["push", "--checkpoint", "../training/runs/head", "--repo", "owner/name", "--dry_run"]) == 2
         assert f"names a folder of this machine, {relative}" in capsys.readouterr().err
     config["backbone_name_or_path"] = "../bb"
-    (tmp_path / "work/runs/head/config.json").write_text(json.dumps(config))
-    assert generate("../work/runs/head", "--prompt", "12=", "--no_refinement") == 0
+    (tmp_path / "training/runs/head/config.json").write_text(json.dumps(config))
+    assert generate("../training/runs/head", "--prompt", "12=", "--no_refinement") == 0
     assert capsys.readouterr().out == from_the_head
-    (tmp_path / "work/runs/bb").rename(tmp_path / "work/runs/renamed")
-    assert generate("../work/runs/head", "--prompt", "12=") == 2
+    (tmp_path / "training/runs/bb").rename(tmp_path / "training/runs/renamed")
+    assert generate("../training/runs/head", "--prompt", "12=") == 2
     assert "the folder of the one it names is not there: ../bb" in capsys.readouterr().err
 
-    files = llada_trm_hf.hub.push.files_to_publish(tmp_path / "work/runs/whole", "owner/name")
+    files = llada_trm_hf.hub.push.files_to_publish(tmp_path / "training/runs/whole", "owner/name")
     assert str(tmp_path) not in files["config.json"].decode() and str(tmp_path) not in files["README.md"].decode()
 
 
