@@ -107,7 +107,7 @@ def check_functions(config: PreTrainedConfig) -> None:
         raise ValueError(f"attention_dropout must be between 0 and 1, got {config.attention_dropout}.")
     if config.initializer_range < 0:
         raise ValueError(f"initializer_range must be 0 or more, got {config.initializer_range}.")
-    if not isinstance(config.rope_parameters or {}, dict):
+    if config.rope_parameters is not None and not isinstance(config.rope_parameters, dict):
         raise ValueError(f"rope_parameters must be a dictionary, got {config.rope_parameters!r}.")
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
     for name, value, known in (
