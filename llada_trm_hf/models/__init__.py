@@ -30,6 +30,7 @@ from .refiners.modeling_refiner import ChunkLayout, PreTrainedRefiner, RefinerOu
 from .refiners.recursive_refinement_head import RecursiveRefinementHead, RecursiveRefinementHeadConfig
 from .refiners.refiner_integration import RefinerCascade, RefinerCascadeConfig, RefinerMix, RefinerMixConfig
 from .refiners.slot_trm_refiner import SlotTRMRefiner, SlotTRMRefinerConfig
+from .refiners.trm_refiner import TRMRefiner, TRMRefinerConfig
 
 _MASKED_DIFFUSION = (LLaDAForMaskedDiffusion, LLaDAMoEForMaskedDiffusion, LLaDATRMForMaskedDiffusion)
 _AUTO_CLASSES = {
@@ -39,6 +40,7 @@ _AUTO_CLASSES = {
         LLaDATRMForMaskedDiffusion,
         RecursiveRefinementHead,
         SlotTRMRefiner,
+        TRMRefiner,
         RefinerCascade,
         RefinerMix,
         DimensionCompressor,
@@ -87,6 +89,8 @@ __all__ = [
     "SequenceTRMReasoning",
     "SlotTRMRefiner",
     "SlotTRMRefinerConfig",
+    "TRMRefiner",
+    "TRMRefinerConfig",
     "latent_thinking_tokenizer",
     "register_refiner",
     "thought_token_ids",

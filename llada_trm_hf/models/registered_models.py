@@ -10,10 +10,11 @@ from .llada.modeling_llada import LLaDAForMaskedDiffusion
 from .llada_moe.modeling_llada_moe import LLaDAMoEForMaskedDiffusion
 from .refiners.recursive_refinement_head import RecursiveRefinementHead
 from .refiners.slot_trm_refiner import SlotTRMRefiner
+from .refiners.trm_refiner import TRMRefiner
 
 for _model in (LLaDAForMaskedDiffusion, LLaDAMoEForMaskedDiffusion):
     BACKBONES[_model.config_class.model_type] = _model
-for _model in (RecursiveRefinementHead, SlotTRMRefiner):
+for _model in (RecursiveRefinementHead, SlotTRMRefiner, TRMRefiner):
     REFINERS[_model.config_class.model_type] = _model
 
 

@@ -32,6 +32,9 @@ class LLaDATRMConfig(PreTrainedConfig):
         deep_supervision_weight (`float`, defaults to 0.3): Weight of the mean loss over the recursion steps.
         deep_supervision_schedule (`str`, defaults to `"constant"`): How much each step counts in that mean: the same,
             in proportion to its number (`"linear"`), or twice the step before (`"exponential"`).
+        change_loss_weight (`float`, defaults to 0.0): Weight of the same loss of what the refiner adds to the hidden
+            states, read by the LM head without them. A refiner that starts near zero learns from the tokens alone that
+            the backbone gets wrong, few of them; this lets it learn from all that are masked.
         confidence_loss_weight (`float`, defaults to 0.05): Weight of the calibration of the refiner's confidence.
         orthogonality_weight (`float`, defaults to 0.01): Weight of the overlap between a refiner's slots, where it has
             slots.
@@ -62,6 +65,7 @@ class LLaDATRMConfig(PreTrainedConfig):
     min_confidence: float = 0.5
     deep_supervision_weight: float = 0.3
     deep_supervision_schedule: str = "constant"
+    change_loss_weight: float = 0.0
     confidence_loss_weight: float = 0.05
     orthogonality_weight: float = 0.01
     mask_token_id: int = None  # type: ignore[assignment]
@@ -119,6 +123,11 @@ class LLaDATRMConfig(PreTrainedConfig):
                 f"deep_supervision_schedule must be one of {DEEP_SUPERVISION_SCHEDULES}, got "
                 f"{self.deep_supervision_schedule!r}."
             )
-        for name in ("deep_supervision_weight", "confidence_loss_weight", "orthogonality_weight"):
+        for name in (
+            "deep_supervision_weight",
+            "change_loss_weight",
+            "confidence_loss_weight",
+            "orthogonality_weight",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}.")

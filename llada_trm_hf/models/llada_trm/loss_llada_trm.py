@@ -3,7 +3,7 @@ The training objective of the hybrid: the masked-diffusion loss of its result, a
 which positions its LM head is evaluated where there is no loss.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +72,8 @@ class RefinementObjective:
         with torch.set_grad_enabled(backbone_trains and torch.is_grad_enabled()):
             base = score_tokens(hidden_states[positions], self._logits, tokens[positions])
         probability = base.probability.new_zeros(positions.shape).index_put((positions,), base.probability)
-        arguments = {**arguments, "output_step_hidden_states": config.deep_supervision_weight > 0}
+        supervised = config.deep_supervision_weight > 0 or config.change_loss_weight > 0
+        arguments = {**arguments, "output_step_hidden_states": supervised}
         result = self._refine(hidden_states, layout, relevant, probability, arguments)
 
         in_active = layout.to_tokens(result.active)  # [B, L]
@@ -89,7 +90,11 @@ class RefinementObjective:
         if backbone_trains and encoded.router_aux_loss is not None:
             components["router_aux"] = encoded.router_aux_loss
         if result.refined.step_hidden_states:
-            components["deep_supervision"] = self._deep_supervision(result.refined, targets, in_active)
+            steps = result.refined.step_hidden_states
+            components["deep_supervision"] = self._deep_supervision(steps, targets, in_active)
+            if config.change_loss_weight:
+                changes = [states - hidden_states for states in steps]
+                components["change"] = self._deep_supervision(changes, targets, in_active)
         if result.refined.orthogonality_loss is not None:
             components["orthogonality"] = result.refined.orthogonality_loss
         correct = torch.zeros_like(positions).index_put((targets.positions,), best[counted] == targets.tokens)
@@ -99,13 +104,13 @@ class RefinementObjective:
         return result, *weighted_loss(components, config, backbone_trains)
 
     def _deep_supervision(
-        self, refined: RefinerOutput, targets: MaskedTargets, in_active: torch.Tensor
+        self, steps: Sequence[torch.Tensor], targets: MaskedTargets, in_active: torch.Tensor
     ) -> torch.Tensor:
-        """The loss after every recursion step, at the targets in chunks that were refined."""
+        """The loss of the states `[B, L, D]` of every recursion step, at the targets in chunks that were refined."""
         there, among = targets.positions & in_active, in_active[targets.positions]  # [B, L], [M]
         supervised = MaskedTargets(there, targets.tokens[among], targets.weights[among])
         losses = []
-        for states in refined.step_hidden_states or ():
+        for states in steps:
             scores = score_tokens(states[there], self._logits, supervised.tokens)
             losses.append(masked_diffusion_loss(scores.losses, supervised))
         return deep_supervision_loss(losses, self.config.deep_supervision_schedule)
@@ -123,6 +128,7 @@ def weighted_loss(
         "backbone": 1.0,
         "router_aux": getattr(config.backbone_config, "router_aux_loss_coef", 0.0),
         "deep_supervision": config.deep_supervision_weight,
+        "change": config.change_loss_weight,
         "orthogonality": config.orthogonality_weight,
         "confidence": config.confidence_loss_weight,  # even if 0: DDP wants a gradient for every parameter
     }

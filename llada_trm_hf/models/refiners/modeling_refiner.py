@@ -5,14 +5,19 @@ What every refiner shares: the interface, what it returns, the chunks it works o
 
 import copy
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, ModelOutput, can_return_tuple
 
-from ..hub_model import REFINERS, HubModel, module_name, source_files
+from ..hub_model import REFINERS, HubModel, check_at_least_one, module_name, source_files
+from ..rotary import Rotary, rotate
 
 
 @dataclass
@@ -218,6 +223,105 @@ class PreTrainedRefiner(HubModel, PreTrainedModel):
                 f"{length} tokens in chunks of {self.config.chunk_size}."
             )
         return layout, active & active_chunks
+
+
+class RecursionDepth(NamedTuple):
+    """
+    How many recursion steps a forward pass takes.
+
+    Refiners that always train at one depth get worse with more steps than that; with a random number of steps without
+    gradient before those with (the progressive loss of Deep Thinking, arXiv 2202.05826), they learn to stay where they
+    have arrived, but learn slowly. A mixture of batches with and without such steps has both.
+
+    Attributes:
+        free: steps without gradient.
+        steps: the steps after them, with gradient in grad mode.
+    """
+
+    free: int
+    steps: int
+
+    @classmethod
+    def of(cls, refiner: PreTrainedModel, max_steps: int | None) -> "RecursionDepth":
+        """
+        For a refiner whose config has `trained_steps`, `max_free_steps` and `free_steps_probability`, and not
+        `recall=False`. In training `trained_steps` (or `max_steps`), after a random number without gradient, drawn on
+        the host by torch's generator, in a share of the calls. Else `max_steps`, `config.max_recursive_steps` by
+        default. In a compiled graph there are no steps without gradient.
+        """
+        config = refiner.config
+        if not refiner.training or not getattr(config, "recall", True):
+            return cls(0, config.max_recursive_steps if max_steps is None else max_steps)
+        steps, free = config.trained_steps if max_steps is None else max_steps, 0
+        if torch.compiler.is_compiling() or not config.max_free_steps:
+            return cls(0, steps)
+        if torch.rand(()).item() < config.free_steps_probability:
+            free = int(torch.randint(1, config.max_free_steps + 1, ()).item())
+        return cls(free, steps)
+
+
+def check_recursion_depth(config: PreTrainedConfig) -> None:
+    """Raises ValueError for a config whose depth in training is out of range."""
+    check_at_least_one(config, "trained_steps")
+    if config.max_free_steps < 0:
+        raise ValueError(f"max_free_steps must be 0 or more, got {config.max_free_steps}.")
+    if not 0 <= config.free_steps_probability <= 1:
+        raise ValueError(f"free_steps_probability must be between 0 and 1, got {config.free_steps_probability}.")
+
+
+class RecallConfig(PreTrainedConfig):
+    """
+    Base of the configs of refiners that were first made without recall: checkpoints that do not mention `recall` load
+    without it, and train at one depth, as they did.
+    """
+
+    recall: bool = True
+    trained_steps: int = 4
+    max_free_steps: int = 8
+    free_steps_probability: float = 0.5
+
+    def __post_init__(self, **kwargs):
+        check_recursion_depth(self)
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return super().from_dict({"recall": False, **config_dict}, **kwargs)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return {**super().to_diff_dict(), "recall": self.recall}
+
+
+class RefinerAttention(nn.Module):
+    """Bidirectional multi-head attention through the transformers attention interface, of width `size`."""
+
+    is_causal = False
+    num_key_value_groups = 1
+
+    def __init__(self, config: PreTrainedConfig, size: int):
+        super().__init__()
+        self.config = config
+        self.head_dim = size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.q_proj = nn.Linear(size, size, bias=False)
+        self.k_proj = nn.Linear(size, size, bias=False)
+        self.v_proj = nn.Linear(size, size, bias=False)
+        self.o_proj = nn.Linear(size, size, bias=False)
+
+    def forward(
+        self, hidden_states: torch.Tensor, rotary: Rotary, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output for `hidden_states` `[B, L, size]`, and the heads side by side before the output projection."""
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key, value = (proj(hidden_states).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        query, key = rotate(query, rotary), rotate(key, rotary)
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # [B, heads, L, head_dim]
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, _ = attention(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0)
+        output = output.reshape(hidden_states.shape)
+        return self.o_proj(output), output
 
 
 def refine(

@@ -4,14 +4,13 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 from transformers import initialization as init
 
 from ..hub_model import check_at_least_one, check_fields
-from .modeling_refiner import ChunkLayout, PreTrainedRefiner, RefinerOutput
+from .modeling_refiner import ChunkLayout, PreTrainedRefiner, RecallConfig, RecursionDepth, RefinerOutput
 
 
-class RecursiveRefinementHeadConfig(PreTrainedConfig):
+class RecursiveRefinementHeadConfig(RecallConfig):
     r"""
     Configuration of [`RecursiveRefinementHead`].
 
@@ -25,6 +24,11 @@ class RecursiveRefinementHeadConfig(PreTrainedConfig):
         convergence_threshold (`float`, defaults to 0.01): A chunk stops when the cosine similarity of its code with
             that of the step before exceeds `1 - convergence_threshold`. 0 never stops.
         step_size (`float`, defaults to 0.1): Factor of every update.
+        recall (`bool`, defaults to `True`): Every step also reads the chunk as it came, and its update is added to
+            that: more steps than trained with do no harm. Without it, as in checkpoints that do not mention it,
+            updates add up.
+        trained_steps, max_free_steps, free_steps_probability: the depth in training, see [`RecursionDepth`]; with
+            recall only.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
 
     Raises:
@@ -84,8 +88,12 @@ class RecursiveRefinementHead(PreTrainedRefiner):
     """
     Refines hidden states chunk by chunk, all active chunks of a batch at once.
 
-    Each step encodes a chunk `[C, D]` to a code, decodes an update from it and adds `step_size` times the update. A
-    chunk stops when its code no longer turns (`convergence_threshold`), or after `max_recursive_steps` updates.
+    Each step encodes a chunk `[C, D]` to a code, together with the chunk as it came (recall), decodes an update from
+    it and adds `step_size` times the update to the chunk as it came. A chunk stops when its code no longer turns
+    (`convergence_threshold`), or after `max_recursive_steps` updates. In training nothing stops, and the depth is
+    random (see [`RecursionDepth`]).
+
+    With `recall=False` only the chunk's latest states are read, updates add up, and training is like inference.
     """
 
     config: RecursiveRefinementHeadConfig
@@ -96,6 +104,7 @@ class RecursiveRefinementHead(PreTrainedRefiner):
         super().__init__(config)
         chunk_width, size = config.chunk_size * config.hidden_size, config.head_hidden_size
         self.encoder = nn.Sequential(nn.Linear(chunk_width, size), nn.LayerNorm(size), nn.GELU())
+        self.recall = nn.Linear(chunk_width, size, bias=False) if config.recall else None
         self.layers = nn.Sequential(*(RefinementSwiGLU(config) for _ in range(config.head_layers)))
         self.projector = nn.Linear(size, chunk_width)
         self.confidence = nn.Sequential(nn.Linear(size, size // 2 or 1), nn.GELU(), nn.Linear(size // 2 or 1, 1))
@@ -123,15 +132,15 @@ class RecursiveRefinementHead(PreTrainedRefiner):
         """See [`PreTrainedRefiner`]. Raises ValueError for states of another width or masks of the wrong shape."""
         config = self.config
         layout, active = self.chunks_to_refine(hidden_states, active_chunks, attention_mask, layout)
-        max_steps = config.max_recursive_steps if max_steps is None else max_steps
+        depth = RecursionDepth.of(self, max_steps)
 
         compiling = torch.compiler.is_compiling()
         chosen = _every_chunk(active) if compiling else active.nonzero(as_tuple=True)  # which asks the device once
         chunks = layout.gather(hidden_states, chosen).to(self.dtype).flatten(1)  # [A, C * D]
         if compiling:
-            recursion = self._recurse_unrolled(chunks, active[chosen], max_steps, output_step_hidden_states)
+            recursion = self._recurse_unrolled(chunks, active[chosen], depth.steps, output_step_hidden_states)
         else:
-            recursion = self._recurse(chunks, max_steps, output_step_hidden_states)
+            recursion = self._recurse(chunks, depth, output_step_hidden_states)
 
         confidence = self.confidence(recursion.codes).squeeze(-1).float().sigmoid()  # [A]
 
@@ -151,36 +160,53 @@ class RecursiveRefinementHead(PreTrainedRefiner):
             statistics={"similarity": per_chunk(recursion.similarity, torch.nan)} if output_statistics else {},
         )
 
-    def _recurse(self, chunks: torch.Tensor, max_steps: int, keep_steps: bool) -> _Recursion:
+    def _encode(self, state: torch.Tensor, recalled: torch.Tensor | None) -> torch.Tensor:
+        """The codes `[A, head_hidden_size]` of chunks `[A, C * D]`, with what `_recall` made of them as they came."""
+        linear, norm, activation = self.encoder
+        code = linear(state)
+        return activation(norm(code if recalled is None else code + recalled))
+
+    def _update(self, state: torch.Tensor, code: torch.Tensor, chunks: torch.Tensor) -> torch.Tensor:
+        """The states after a step from `state`, of chunks that came as `chunks`; all `[A, C * D]`."""
+        update = self.config.step_size * self.projector(self.layers(code))
+        return (state if self.recall is None else chunks) + update
+
+    def _recurse(self, chunks: torch.Tensor, depth: RecursionDepth, keep_steps: bool) -> _Recursion:
         """Runs the recursion on `chunks` `[A, C * D]`; those that have converged leave the batch."""
-        step_size = self.config.step_size
+        total = depth.free + depth.steps
+        stops = self.recall is None or not self.training
         num_steps = torch.zeros(len(chunks), dtype=torch.long, device=chunks.device)
-        similarity = torch.full((len(chunks), max_steps), torch.nan, device=chunks.device)
+        similarity = torch.full((len(chunks), total), torch.nan, device=chunks.device)
         running = torch.arange(len(chunks), device=chunks.device)  # indices of the chunks still moving
-        state, code, steps = chunks, self.encoder(chunks), []
-        codes = code
-        for step in range(max_steps):
-            if step > 0:
-                previous, code = code, self.encoder(state)
-                cosine = _cosine_similarity(code, previous)
-                similarity[running, step] = cosine.detach()
-                moving = (cosine <= 1 - self.config.convergence_threshold).nonzero().squeeze(-1)
-                if len(moving) < len(running):
-                    # Written once, when they stop: the codes and states of chunks that have converged.
-                    codes = codes.index_copy(0, running, code)
-                    chunks = chunks.index_copy(0, running, state)
-                    running, state, code = running[moving], state[moving], code[moving]
-            # The first step runs even for no chunk at all, so that every weight gets a (zero) gradient: DDP needs it.
-            if step > 0 and not len(running):
-                break
-            state = state + step_size * self.projector(self.layers(code))
-            num_steps[running] += 1
-            if keep_steps:
-                steps.append(chunks.index_copy(0, running, state.to(chunks.dtype)))
+        recalled = None if self.recall is None else self.recall(chunks)
+        came, result, state, code = chunks, chunks, chunks, self._encode(chunks, recalled)
+        codes, steps = code, []
+        for step in range(total):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and step >= depth.free):
+                if step > 0:
+                    previous, code = code, self._encode(state, recalled)
+                    cosine = _cosine_similarity(code, previous)
+                    similarity[running, step] = cosine.detach()
+                    moving = running
+                    if stops:
+                        moving = (cosine <= 1 - self.config.convergence_threshold).nonzero().squeeze(-1)
+                    if len(moving) < len(running):
+                        # Written once, when they stop: the codes and states of chunks that have converged.
+                        codes = codes.index_copy(0, running, code)
+                        result = result.index_copy(0, running, state)
+                        running, state, code, came = running[moving], state[moving], code[moving], came[moving]
+                        recalled = None if recalled is None else recalled[moving]
+                # The first step runs even for no chunk at all: every weight gets a (zero) gradient, which DDP needs.
+                if step > 0 and not len(running):
+                    break
+                state = self._update(state, code, came)
+                num_steps[running] += 1
+            if keep_steps and step >= depth.free:
+                steps.append(result.index_copy(0, running, state.to(result.dtype)))
         if len(running) or not len(chunks):  # without a chunk too, so that every weight gets a gradient
-            chunks = chunks.index_copy(0, running, state.to(chunks.dtype))
-            codes = codes.index_copy(0, running, self.encoder(state)) if max_steps else codes
-        return _Recursion(chunks, codes, num_steps, steps, similarity)
+            result = result.index_copy(0, running, state.to(result.dtype))
+            codes = codes.index_copy(0, running, self._encode(state, recalled)) if total else codes
+        return _Recursion(result, codes, num_steps, steps, similarity)
 
     def _recurse_unrolled(
         self, chunks: torch.Tensor, moving: torch.Tensor, max_steps: int, keep_steps: bool
@@ -191,19 +217,21 @@ class RecursiveRefinementHead(PreTrainedRefiner):
         """
         num_steps = torch.zeros_like(chunks[:, 0], dtype=torch.long)  # (`len` would fix how many there are)
         similarity = torch.full((chunks.shape[0], max_steps), torch.nan, device=chunks.device)
-        code, steps = self.encoder(chunks), []
+        recalled = None if self.recall is None else self.recall(chunks)
+        stops = self.recall is None or not self.training
+        state, code, steps = chunks, self._encode(chunks, recalled), []
         for step in range(max_steps):
             if step > 0:
-                previous, code = code, self.encoder(chunks)
+                previous, code = code, self._encode(state, recalled)
                 cosine = _cosine_similarity(code, previous)
                 similarity[:, step] = torch.where(moving, cosine, torch.nan)
-                moving = moving & (cosine <= 1 - self.config.convergence_threshold)
-            update = self.config.step_size * self.projector(self.layers(code))
-            chunks = torch.where(moving[:, None], chunks + update, chunks)
+                if stops:
+                    moving = moving & (cosine <= 1 - self.config.convergence_threshold)
+            state = torch.where(moving[:, None], self._update(state, code, chunks), state)
             num_steps = num_steps + moving
             if keep_steps:
-                steps.append(chunks)
-        return _Recursion(chunks, self.encoder(chunks), num_steps, steps, similarity)
+                steps.append(state)
+        return _Recursion(state, self._encode(state, recalled), num_steps, steps, similarity)
 
 
 def _every_chunk(active: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,29 +1,33 @@
 """The slot refiner: a small transformer that re-reads the whole sequence and writes corrections through four slots."""
 
 import itertools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from ..hub_model import check_at_least_one, check_fields
-from ..rotary import Rotary, rotary_embedding, rotate
-from .modeling_refiner import ChunkLayout, PreTrainedRefiner, RefinerOutput
+from ..rotary import Rotary, rotary_embedding
+from .modeling_refiner import (
+    ChunkLayout,
+    PreTrainedRefiner,
+    RecallConfig,
+    RecursionDepth,
+    RefinerAttention,
+    RefinerOutput,
+)
 
 MAX_UPDATE = 0.5  # of a component, in one step
+KEPT_DISTANCE = 0.5  # from the states as they came, in one step with recall: no component ends further than 1 away
 # Layers, attention heads and FFN expansion of a slot refiner.
 SLOT_TRM_PRESETS = {"tiny": (2, 4, 2), "base": (4, 8, 4), "large": (6, 16, 4)}
 SLOTS = ("context", "reasoning", "refinement", "confidence")
 
 
-class SlotTRMRefinerConfig(PreTrainedConfig):
+class SlotTRMRefinerConfig(RecallConfig):
     r"""
     Configuration of [`SlotTRMRefiner`].
 
@@ -46,6 +50,11 @@ class SlotTRMRefinerConfig(PreTrainedConfig):
             its hidden states with those before exceeds `1 - convergence_threshold`: by default, an update of about
             1.4% of their norm. 0 never stops.
         dropout (`float`, defaults to 0.0): On the output of attention and feed-forward layers.
+        recall (`bool`, defaults to `True`): Every step also reads the states as they came, and keeps half of its
+            distance from them: more steps than trained with do no harm. Without it, as in checkpoints that do not
+            mention it, updates add up.
+        trained_steps, max_free_steps, free_steps_probability: the depth in training, see [`RecursionDepth`]; with
+            recall only.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
 
     Raises:
@@ -111,39 +120,6 @@ class SlotTRMRefinerConfig(PreTrainedConfig):
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}.")
 
 
-class SlotTRMAttention(nn.Module):
-    """Bidirectional multi-head attention through the transformers attention interface."""
-
-    is_causal = False
-    num_key_value_groups = 1
-
-    def __init__(self, config: SlotTRMRefinerConfig):
-        super().__init__()
-        size = config.hidden_size
-        self.config = config
-        self.head_dim = size // config.num_attention_heads
-        self.scaling = self.head_dim**-0.5
-        self.q_proj = nn.Linear(size, size, bias=False)
-        self.k_proj = nn.Linear(size, size, bias=False)
-        self.v_proj = nn.Linear(size, size, bias=False)
-        self.o_proj = nn.Linear(size, size, bias=False)
-
-    def forward(
-        self, hidden_states: torch.Tensor, rotary: Rotary, attention_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The output for `hidden_states` `[B, L, D]`, and the heads side by side before the output projection."""
-        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query, key, value = (proj(hidden_states).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        query, key = rotate(query, rotary), rotate(key, rotary)
-        query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # [B, heads, L, head_dim]
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        output, _ = attention(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0)
-        output = output.reshape(hidden_states.shape)
-        return self.o_proj(output), output
-
-
 class SlotTRMBlock(GradientCheckpointingLayer):
     """A pre-norm transformer block."""
 
@@ -151,7 +127,7 @@ class SlotTRMBlock(GradientCheckpointingLayer):
         super().__init__()
         size, width = config.hidden_size, config.ffn_expansion * config.hidden_size
         self.attention_norm = nn.RMSNorm(size, eps=1e-5)
-        self.self_attn = SlotTRMAttention(config)
+        self.self_attn = RefinerAttention(config, size)
         self.mlp_norm = nn.RMSNorm(size, eps=1e-5)
         self.mlp = nn.Sequential(nn.Linear(size, width), nn.GELU(), nn.Linear(width, size))
         self.dropout = nn.Dropout(config.dropout)
@@ -223,6 +199,10 @@ class SlotTRMRefiner(PreTrainedRefiner):
        token's confidence of the confidence slot, and the states get
        `clamp(delta * confidence * delta_scale, -0.5, 0.5)`. They have no norm outside the step.
 
+    With recall, the blocks also read the states as they came, through a projection, and half of the distance from them
+    is kept before the update is added, so that it cannot grow without end. In training nothing stops, and the depth is
+    random (see [`RecursionDepth`]).
+
     A chunk stops after an update that hardly turned its hidden states (cosine similarity with those before it above
     `1 - convergence_threshold`); rows in which every chunk has stopped leave the batch. A chunk's confidence is the
     mean of its tokens' in its last update, 1 without any.
@@ -242,6 +222,7 @@ class SlotTRMRefiner(PreTrainedRefiner):
         sizes, size = config.slot_sizes, config.hidden_size
         self.layers = nn.ModuleList(SlotTRMBlock(config) for _ in range(config.num_hidden_layers))
         self.slots = SlotProjections(config)
+        self.recall = nn.Linear(size, size, bias=False) if config.recall else None
         self.delta = nn.Sequential(nn.Linear(sum(sizes.values()), size), nn.Tanh(), nn.Linear(size, size))
         self.token_confidence = nn.Sequential(
             nn.Linear(sizes["confidence"], sizes["confidence"]), nn.GELU(), nn.Linear(sizes["confidence"], 1)
@@ -269,12 +250,15 @@ class SlotTRMRefiner(PreTrainedRefiner):
     ) -> RefinerOutput:
         """See [`PreTrainedRefiner`]. Raises ValueError for states of another width or masks of the wrong shape."""
         layout, active = self.chunks_to_refine(hidden_states, active_chunks, attention_mask, layout)
-        max_steps = self.config.max_recursive_steps if max_steps is None else max_steps
+        depth = RecursionDepth.of(self, max_steps)
         recursion = _Recursion(self, hidden_states, layout, active, attention_mask is not None)
         if output_statistics:
-            recursion.keep_statistics(max_steps)
+            recursion.keep_statistics(depth.free + depth.steps)
+        with torch.no_grad():
+            for _ in range(depth.free):
+                recursion.step()
         steps = []
-        for _ in range(max_steps):
+        for _ in range(depth.steps):
             if not recursion.step():
                 break
             if output_step_hidden_states:
@@ -341,6 +325,9 @@ class _Recursion:
         self.refiner, self.layout, self.has_padding = refiner, layout, has_padding
         # Zeros at padding: NaN there would reach real tokens, even with an attention weight of 0.
         self.states = hidden_states.to(refiner.dtype).masked_fill(~layout.is_real[..., None], 0.0)
+        self.came = self.states
+        self.recalled = None if refiner.recall is None else refiner.recall(self.came)
+        self.stops = refiner.recall is None or not refiner.training
         self.confidence = torch.ones(active.shape, device=active.device)
         self.num_steps = torch.zeros_like(active, dtype=torch.long)
         self.statistics: dict[str, torch.Tensor] = {}
@@ -365,8 +352,13 @@ class _Recursion:
         if not self.rows.numbers.shape[0]:
             return False
         numbers, layout = self.rows.numbers, self.rows.layout
-        states = self.states[numbers]  # [b, L, D]
-        slots = self.refiner.read_slots(states, self.rows)
+        before = states = self.states[numbers]  # [b, L, D]
+        if self.recalled is None:
+            slots = self.refiner.read_slots(states, self.rows)
+        else:
+            slots = self.refiner.read_slots(states + self.recalled[numbers], self.rows)
+            came = self.came[numbers]
+            states = came + KEPT_DISTANCE * (states - came)
         projected = slots["refinement"]
         if self.previous is not None:
             slots["refinement"] = projected - self.previous
@@ -374,16 +366,17 @@ class _Recursion:
 
         update, confidence = self.refiner.update_of(slots)
         written = layout.to_tokens(self.running)  # [b, L]
-        updated = torch.where(written[..., None], states + update.to(states.dtype), states)
+        updated = torch.where(written[..., None], states + update.to(states.dtype), before)
         self.states = self.states.index_copy(0, numbers, updated)
         per_chunk = layout.mean_per_chunk(confidence, layout.is_real, empty=1.0)
         per_chunk = torch.where(self.running, per_chunk, self.confidence[numbers])
         self.confidence = self.confidence.index_copy(0, numbers, per_chunk)
         self.num_steps.index_add_(0, numbers, self.running.long())
-        similarity = _chunk_similarity(states.detach(), updated.detach(), layout)
+        similarity = _chunk_similarity(before.detach(), updated.detach(), layout)
         if self.statistics:
             self._record(slots, update, confidence, written, similarity)
-        self.running = self.running & (similarity <= 1 - self.refiner.config.convergence_threshold)
+        if self.stops:
+            self.running = self.running & (similarity <= 1 - self.refiner.config.convergence_threshold)
         self.number += 1
         return True
 

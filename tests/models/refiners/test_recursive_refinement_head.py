@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from conftest import randomise
+from plain_refiners import MASKS
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cosine_similarity, gelu, layer_norm, linear, silu
 from transformers import AutoModel
@@ -13,12 +14,6 @@ from transformers import AutoModel
 from llada_trm_hf.models import RecursiveRefinementHead, RecursiveRefinementHeadConfig
 
 WIDTH, LENGTH = 6, 11
-MASKS = {
-    "none": None,
-    "left": torch.tensor([[0] * 4 + [1] * 7, [0] * 1 + [1] * 10, [1] * 11]),
-    "right": torch.tensor([[1] * 7 + [0] * 4, [1] * 1 + [0] * 10, [1] * 11]),
-    "holes": torch.tensor([[0, 1, 1, 0, 1, 1, 1, 0, 0, 1, 1], [1, 0] * 5 + [1], [1] * 11]),
-}
 
 
 def make_head(chunk_size=3, convergence_threshold=0.005, dtype=torch.float64, **config):
@@ -51,8 +46,9 @@ def reference(head, hidden_states, mask=None, active=None, max_steps=None):
     def norm(name, x):
         return layer_norm(x, x.shape, weights[f"{name}.weight"], weights[f"{name}.bias"])
 
-    def encode(chunk):
-        return gelu(norm("encoder.1", dense("encoder.0", chunk.flatten())))
+    def encode(chunk, came):
+        recalled = dense("recall", came.flatten()) if config.recall else 0.0
+        return gelu(norm("encoder.1", dense("encoder.0", chunk.flatten()) + recalled))
 
     def update(code):
         for i in range(config.head_layers):
@@ -72,18 +68,18 @@ def reference(head, hidden_states, mask=None, active=None, max_steps=None):
             if not here or (active is not None and not active[b, n]):
                 continue
             missing = hidden_states.new_zeros(config.chunk_size - len(here), hidden_states.shape[-1])
-            chunk = torch.cat([hidden_states[b, here], missing])
+            chunk = came = torch.cat([hidden_states[b, here], missing])
             previous = None
             for _ in range(max_steps):
-                code = encode(chunk)
+                code = encode(chunk, came)
                 if previous is not None:
                     curves[b, n].append(cosine_similarity(code, previous, dim=0).item())
                     if curves[b, n][-1] > 1 - config.convergence_threshold:
                         break
-                chunk = chunk + config.step_size * update(code)
+                chunk = (came if config.recall else chunk) + config.step_size * update(code)
                 num_steps[b, n] += 1
                 previous = code
-            hidden = gelu(dense("confidence.0", encode(chunk)))
+            hidden = gelu(dense("confidence.0", encode(chunk, came)))
             confidence[b, n] = dense("confidence.2", hidden).sigmoid().squeeze()
             result[b] = result[b].index_copy(0, torch.tensor(here), chunk[: len(here)])
 
@@ -101,9 +97,10 @@ def some_active(mask, chunk_size):
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 4, 11, 16])
 @pytest.mark.parametrize("subset", [False, True], ids=["all", "subset"])
+@pytest.mark.parametrize("recall", [True, False], ids=["recall", "first version"])
 @pytest.mark.parametrize("padding", MASKS)
-def test_equals_plain_loop(states, padding, subset, chunk_size):
-    head, mask = make_head(chunk_size), MASKS[padding]
+def test_equals_plain_loop(states, padding, recall, subset, chunk_size):
+    head, mask = make_head(chunk_size, recall=recall), MASKS[padding]
     active = some_active(mask, chunk_size) if subset else None
     outputs = head(states, active, mask, output_statistics=True)
     result, confidence, num_steps, curves = reference(head, states, mask, active)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import randomise
+from plain_refiners import MASKS, rotated
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cosine_similarity, gelu, layer_norm, linear
 from transformers import AutoModel
@@ -12,12 +13,6 @@ from transformers import AutoModel
 from llada_trm_hf.models import SlotTRMRefiner, SlotTRMRefinerConfig
 
 WIDTH, LENGTH, CHUNK = 16, 11, 3
-MASKS = {
-    "none": None,
-    "left": torch.tensor([[0] * 4 + [1] * 7, [0] * 1 + [1] * 10, [1] * 11]),
-    "right": torch.tensor([[1] * 7 + [0] * 4, [1] * 1 + [0] * 10, [1] * 11]),
-    "holes": torch.tensor([[0, 1, 1, 0, 1, 1, 1, 0, 0, 1, 1], [1, 0] * 5 + [1], [1] * 11]),
-}
 
 
 def make_refiner(dtype=torch.float64, **config):
@@ -41,16 +36,6 @@ def states():
 
 def rms_norm(x, weight):
     return weight * x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-
-
-def rotated(x):
-    """RoPE of `x` `[T, heads, d]` as multiplication of complex numbers, whose imaginary parts are the second half."""
-    length, _, size = x.shape
-    angles = torch.arange(length, dtype=x.dtype)[:, None] / 10000 ** (torch.arange(0, size, 2, dtype=x.dtype) / size)
-    turned = (
-        torch.complex(x[..., : size // 2], x[..., size // 2 :]) * torch.polar(torch.ones_like(angles), angles)[:, None]
-    )
-    return torch.cat([turned.real, turned.imag], dim=-1)
 
 
 def block(config, weights, x):
@@ -94,9 +79,10 @@ def reference(refiner, hidden_states, mask=None, active=None, max_steps=None):
             n: range(n * config.chunk_size, min((n + 1) * config.chunk_size, len(columns))) for n in range(num_chunks)
         }
         running = {n for n in chunks if len(chunks[n]) and (active is None or active[b, n])}
-        x, previous = hidden_states[b, columns], None
+        came = hidden_states[b, columns]
+        x, previous = came, None
         for _ in range(max_steps):
-            h, heads = x, []
+            h, heads = x + linear(came, weights["recall.weight"]) if config.recall else x, []
             for i in range(config.num_hidden_layers):
                 prefix = f"layers.{i}."
                 of_layer = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
@@ -113,7 +99,9 @@ def reference(refiner, hidden_states, mask=None, active=None, max_steps=None):
             change, token_confidence = update(config, weights, slots)
             for n in sorted(running):
                 here = list(chunks[n])
-                before, x = x[here], x.index_add(0, torch.tensor(here), change[here])
+                before = x[here]
+                kept = (before + came[here]) / 2 if config.recall else before
+                x = x.index_copy(0, torch.tensor(here), kept + change[here])
                 num_steps[b, n] += 1
                 confidence[b, n] = token_confidence[here].mean()
                 similarity = cosine_similarity(before.flatten(), x[here].flatten(), dim=0)
@@ -128,7 +116,9 @@ def some_active():
     return torch.rand(3, 4, generator=torch.Generator().manual_seed(3)) < 0.6
 
 
-@pytest.mark.parametrize("config", [{}, {"use_gating": False}, {"chunk_size": 4, "context_slot_size": 3}], ids=str)
+@pytest.mark.parametrize(
+    "config", [{}, {"recall": False}, {"chunk_size": 4, "context_slot_size": 3, "use_gating": False}], ids=str
+)
 @pytest.mark.parametrize("subset", [False, True], ids=["all", "subset"])
 @pytest.mark.parametrize("padding", MASKS)
 def test_equals_the_equations(states, padding, subset, config):
