@@ -29,6 +29,7 @@ from llada_trm_hf import (
     RecursiveRefinementHeadConfig,
     SequenceTRMConfig,
     SlotTRMRefinerConfig,
+    TRMRefinerConfig,
     thought_token_ids,
 )
 from llada_trm_hf.data import tokenize_latent_answers
@@ -72,6 +73,7 @@ HEAD = RecursiveRefinementHeadConfig(
     hidden_size=32, chunk_size=5, head_hidden_size=24, max_recursive_steps=2, convergence_threshold=0.0
 )
 SLOTS = SlotTRMRefinerConfig(hidden_size=32, chunk_size=5, max_recursive_steps=2, dropout=0.0)
+TRM = TRMRefinerConfig(hidden_size=32, chunk_size=5, recursion_size=16, num_attention_heads=2, trained_steps=2)
 # Diffusion models that train, by name. The balancing loss of experts is one of a whole batch, so it is left out.
 DIFFUSION = {
     "llada": new_backbone,
@@ -79,6 +81,7 @@ DIFFUSION = {
     "head": new_hybrid,
     "hybrid": lambda: new_hybrid(freeze_backbone=False),
     "slots": lambda: put_on(SLOTS, freeze_backbone=False),
+    "trm_refiner": lambda: put_on(TRM, freeze_backbone=False),
     "cascade": lambda: put_on(HEAD, SLOTS, integration="cascade"),
     "mix": lambda: put_on(HEAD, SLOTS, integration="mix"),
 }

@@ -31,13 +31,15 @@ from .run_setup import (
 )
 
 # Settings that every kind of refiner may have: a recipe sets them for whichever it is used with.
-DEFAULT_REFINER = "recursive_refinement_head"
-_SHARED_REFINER_SETTINGS = ("chunk_size", "max_recursive_steps", "convergence_threshold")
+DEFAULT_REFINER = "trm_refiner"
+_DEPTH_IN_TRAINING = ("trained_steps", "max_free_steps", "free_steps_probability")
+_SHARED_REFINER_SETTINGS = ("chunk_size", "max_recursive_steps", "convergence_threshold", *_DEPTH_IN_TRAINING)
 _HYBRID_SETTINGS = (
     "integration",
     "min_confidence",
     "deep_supervision_weight",
     "deep_supervision_schedule",
+    "change_loss_weight",
     "confidence_loss_weight",
     "orthogonality_weight",
 )
@@ -49,14 +51,21 @@ class MaskedDiffusionScriptArguments(DataArguments):
 
     backbone: str | None = HfArg(default=None, aliases=["--model"], help="Model, or a config .json for a new one.")
     checkpoint: str | None = HfArg(default=None, help="A hybrid to go on from, instead of a backbone.")
-    refiner: str | None = HfArg(
-        default=None, help="Kinds or folders, with commas; recursive_refinement_head. none: no refiner."
-    )
+    refiner: str | None = HfArg(default=None, help="Kinds or folders, with commas; trm_refiner. none: no refiner.")
     integration: str | None = HfArg(default=None, help="How several refiners work together: cascade or mix.")
     chunk_size: int | None = HfArg(default=None, help="Tokens refined together; 16.")
     align_steps_to_chunks: bool = HfArg(default=False, help="Start reasoning steps and answer in a new chunk.")
-    max_recursive_steps: int | None = HfArg(default=None, help="Most updates of a chunk; 8, of a slot refiner 4.")
+    max_recursive_steps: int | None = HfArg(default=None, help="Most updates of a chunk; 16, of a head 8, of slots 4.")
     convergence_threshold: float | None = HfArg(default=None, help="When a chunk stops, 0 never; 0.01, of slots 1e-4.")
+    trained_steps: int | None = HfArg(default=None, help="Recursion steps with gradient in training; 4.")
+    max_free_steps: int | None = HfArg(default=None, help="Most steps without gradient before them; 8.")
+    free_steps_probability: float | None = HfArg(default=None, help="Share of batches with such steps; 0.5.")
+    recall: bool | None = HfArg(default=None, help="Whether head or slots read their input in every step; true.")
+    recursion_size: int | None = HfArg(default=None, help="Width of a TRM refiner; an eighth, 64 to 512.")
+    n_latent_steps: int | None = HfArg(default=None, help="Updates of its z in a recursion step; 1.")
+    damping: float | None = HfArg(default=None, help="Share of its state that an update keeps; 0.")
+    noise_std: float | None = HfArg(default=None, help="Noise on its z, in training and on trajectories; 0.")
+    num_trajectories: int | None = HfArg(default=None, help="Its noisy recursions, of which the best is kept; 1.")
     head_hidden_size: int | None = HfArg(default=None, help="Width of a chunk's code in a recursive head; 512.")
     head_layers: int | None = HfArg(default=None, help="SwiGLU layers of a recursive head; 2.")
     step_size: float | None = HfArg(default=None, help="Factor of a recursive head's updates; 0.1.")
@@ -71,6 +80,7 @@ class MaskedDiffusionScriptArguments(DataArguments):
     min_confidence: float | None = HfArg(default=None, help="Chunks below it are refined; 0.5.")
     deep_supervision_weight: float | None = HfArg(default=None, help="Of the loss over the steps; 0.3.")
     deep_supervision_schedule: str | None = HfArg(default=None, help="constant (default), linear or exponential.")
+    change_loss_weight: float | None = HfArg(default=None, help="Of what the refiner adds, read alone; 1.")
     confidence_loss_weight: float | None = HfArg(default=None, help="Of the confidence's calibration; 0.05.")
     orthogonality_weight: float | None = HfArg(default=None, help="Of the overlap between slots; 0.01.")
     freeze_backbone: bool = HfArg(default=False, help="Train the refiner only.")
@@ -220,6 +230,13 @@ _REFINER_SETTINGS = [
     "chunk_size",
     "max_recursive_steps",
     "convergence_threshold",
+    *_DEPTH_IN_TRAINING,
+    "recall",
+    "recursion_size",
+    "n_latent_steps",
+    "damping",
+    "noise_std",
+    "num_trajectories",
     "head_hidden_size",
     "head_layers",
     "step_size",

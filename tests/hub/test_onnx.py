@@ -27,6 +27,7 @@ from llada_trm_hf.models import (
     SequenceTRM,
     SequenceTRMConfig,
     SlotTRMRefinerConfig,
+    TRMRefinerConfig,
 )
 
 SIZES = {
@@ -61,7 +62,8 @@ def new_hybrid(kind, seed=0, backbone=None):
     head = RecursiveRefinementHeadConfig(hidden_size=32, **HEAD)
     slot = SlotTRMRefinerConfig(hidden_size=32, **SLOT, convergence_threshold=0.001)
     tireless = RecursiveRefinementHeadConfig(hidden_size=32, **HEAD | {"convergence_threshold": 0.0})
-    refiner = {"head": head, "tireless head": tireless, "slot": slot}.get(kind, [head, slot])
+    trm = TRMRefinerConfig(hidden_size=32, chunk_size=4, recursion_size=16, convergence_threshold=0.5)
+    refiner = {"trm": trm, "head": head, "tireless head": tireless, "slot": slot}.get(kind, [head, slot])
     fields = {"min_confidence": 0.3, **({"integration": kind} if isinstance(refiner, list) else {})}
     backbone = new_backbone(seed) if backbone is None else backbone
     model = LLaDATRMForMaskedDiffusion.from_backbone(backbone, refiner=refiner, **fields).eval()
@@ -175,7 +177,7 @@ def test_experts(folder):
         assert_equal_results(model, folder / "moe.onnx", new_inputs(batch, length, "left"))
 
 
-@pytest.mark.parametrize("kind", ["head", "tireless head", "slot", "cascade", "mix"])
+@pytest.mark.parametrize("kind", ["head", "tireless head", "slot", "trm", "cascade", "mix"])
 @pytest.mark.parametrize("max_steps", [None, 0, 2])
 def test_what_is_traced_computes_the_same(monkeypatch, kind, max_steps):
     """Everything a refiner returns, while exporting and not, without a graph in between."""

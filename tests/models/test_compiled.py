@@ -11,6 +11,7 @@ from llada_trm_hf.models import (
     SequenceTRM,
     SequenceTRMConfig,
     SlotTRMRefinerConfig,
+    TRMRefinerConfig,
 )
 
 CHUNK, LENGTH, WIDTH = 4, 14, 32
@@ -20,14 +21,15 @@ HOLES = torch.tensor([[1, 0] * 7, [1] * LENGTH, [0] * LENGTH])
 
 
 def refiner_configs(kind, early_stopping):
-    """The head's and the slots' thresholds are such that chunks stop after different numbers of steps, or 0: never."""
+    """The refiners' thresholds are such that chunks stop after different numbers of steps, or 0: never."""
     sizes = {"hidden_size": WIDTH, "chunk_size": CHUNK, "max_recursive_steps": 4}
     slots = {"num_hidden_layers": 1, "num_attention_heads": 2}
     head = RecursiveRefinementHeadConfig(
-        **sizes, head_hidden_size=16, convergence_threshold=0.02 if early_stopping else 0.0
+        **sizes, head_hidden_size=16, step_size=0.5, convergence_threshold=0.3 if early_stopping else 0.0
     )
     slot = SlotTRMRefinerConfig(**sizes, **slots, convergence_threshold=0.0013 if early_stopping else 0.0)
-    return {"head": head, "slot": slot}.get(kind, [head, slot])
+    trm = TRMRefinerConfig(**sizes, recursion_size=16, convergence_threshold=1.1 if early_stopping else 0.0)
+    return {"head": head, "slot": slot, "trm": trm}.get(kind, [head, slot])
 
 
 @pytest.fixture
@@ -62,7 +64,16 @@ def states_of(batch=3, length=LENGTH, width=WIDTH, seed=0):
 
 
 @pytest.mark.parametrize(
-    "kind, early_stopping", [("head", False), ("slot", False), ("head", True), ("cascade", True), ("mix", True)]
+    "kind, early_stopping",
+    [
+        ("head", False),
+        ("slot", False),
+        ("trm", False),
+        ("head", True),
+        ("trm", True),
+        ("cascade", True),
+        ("mix", True),
+    ],
 )
 def test_refiners(make_hybrid_of, kind, early_stopping):
     refiner = make_hybrid_of(kind, early_stopping).refiner

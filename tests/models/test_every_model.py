@@ -20,6 +20,7 @@ from llada_trm_hf import (
     SequenceTRM,
     SequenceTRMConfig,
     SlotTRMRefinerConfig,
+    TRMRefinerConfig,
     thought_token_ids,
 )
 
@@ -28,6 +29,9 @@ HEAD = RecursiveRefinementHeadConfig(
     hidden_size=WIDTH, chunk_size=CHUNK, head_hidden_size=24, max_recursive_steps=3, convergence_threshold=0.02
 )
 SLOTS = SlotTRMRefinerConfig(hidden_size=WIDTH, chunk_size=CHUNK, max_recursive_steps=2, dropout=0.0)
+LOOP = TRMRefinerConfig(
+    hidden_size=WIDTH, chunk_size=CHUNK, recursion_size=16, num_attention_heads=2, convergence_threshold=0.3
+)
 TRM = SequenceTRMConfig(hidden_size=16, n_heads=2, n_latent_steps=2, n_supervision_steps=2, dropout=0.0)
 NO_LAYERS = "has no stack of layers"
 
@@ -109,6 +113,10 @@ class TestHybridWithSlots(HybridTester):
     refiners = [SLOTS]
 
 
+class TestHybridWithTRM(HybridTester):
+    refiners = [LOOP]
+
+
 class TestHybridWithCascade(HybridTester):
     refiners, integration = [HEAD, SLOTS], "cascade"
 
@@ -143,6 +151,10 @@ class TestHead(RefinerTester):
 
 class TestSlots(RefinerTester):
     refiners = [SLOTS]
+
+
+class TestTRMRefiner(RefinerTester):
+    refiners = [LOOP]
 
 
 class TestCascade(RefinerTester):

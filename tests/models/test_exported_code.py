@@ -18,12 +18,14 @@ from llada_trm_hf import (
     SequenceTRM,
     SequenceTRMConfig,
     SlotTRMRefinerConfig,
+    TRMRefinerConfig,
 )
 from llada_trm_hf.models.hub_model import BACKBONES, REFINERS
 from llada_trm_hf.models.refiners.refiner_integration import build_refiner
 
 HEAD = RecursiveRefinementHeadConfig(hidden_size=32, chunk_size=4, head_hidden_size=16)
 SLOTS = SlotTRMRefinerConfig(hidden_size=32, chunk_size=4, num_hidden_layers=1, num_attention_heads=2)
+LOOP = TRMRefinerConfig(hidden_size=32, chunk_size=4, recursion_size=16)
 COMPRESSOR = DimensionCompressorConfig(hidden_size=8, compressed_size=4)
 MOE = LLaDAMoEConfig(
     vocab_size=50,
@@ -49,8 +51,10 @@ MODELS = {
     "llada_moe": (lambda backbone: LLaDAMoEForMaskedDiffusion(MOE), 10),
     "head": (lambda backbone: build_refiner(HEAD), 4),
     "slots": (lambda backbone: build_refiner(SLOTS), 4),
+    "trm": (lambda backbone: build_refiner(LOOP), 5),
     "cascade": (lambda backbone: build_refiner(RefinerCascadeConfig(refiner_configs=[HEAD, SLOTS])), 8),
     "hybrid": (lambda backbone: hybrid(backbone, HEAD), 20),
+    "hybrid of a TRM refiner": (lambda backbone: hybrid(backbone, LOOP), 20),
     "hybrid of a cascade": (lambda backbone: hybrid(backbone, [HEAD, SLOTS], integration="cascade"), 20),
     "hybrid on experts": (lambda backbone: hybrid(LLaDAMoEForMaskedDiffusion(MOE), SLOTS), 20),
     "latent thinker": (lambda backbone: make_model(), 20),

@@ -36,6 +36,7 @@ from llada_trm_hf import (
     SequenceTRM,
     SequenceTRMConfig,
     SlotTRMRefinerConfig,
+    TRMRefinerConfig,
 )
 from llada_trm_hf.hub import export_custom_generate
 
@@ -50,11 +51,13 @@ CASES = {
     "moe-encoder": ((MODEL,), False),
     "hybrid": ((MASKED_LM, CAUSAL_LM, MODEL), True),
     "hybrid-slots": ((MASKED_LM,), False),
+    "hybrid-trm": ((MASKED_LM,), False),
     "hybrid-moe": ((MASKED_LM,), False),
     "hybrid-cascade": ((CAUSAL_LM,), True),
     "hybrid-own": ((MASKED_LM,), True),  # mixes the slot refiner with one of a user's
     "head": ((MODEL,), False),
     "slots": ((MODEL,), False),
+    "trm-refiner": ((MODEL,), False),
     "cascade": ((MODEL,), False),
     "mix": ((MODEL,), False),
     "own": ((MODEL,), False),
@@ -143,6 +146,7 @@ def new_models(own):
     moe = LLaDAMoEForMaskedDiffusion(LLaDAMoEConfig(vocab_size=len(TOKENIZER), **experts, **sizes, **ids))
     head = RecursiveRefinementHeadConfig(hidden_size=32, chunk_size=5, head_hidden_size=24)
     slots = SlotTRMRefinerConfig(hidden_size=32, chunk_size=5)
+    loop = TRMRefinerConfig(hidden_size=32, chunk_size=5, recursion_size=16)
     mine = own.ChunkMeanRefinerConfig(hidden_size=32, chunk_size=5)
 
     def put_on(backbone, *refiners, integration=None):
@@ -165,11 +169,13 @@ def new_models(own):
         "moe-encoder": LLaDAMoEForMaskedDiffusion(moe.config).model,
         "hybrid": hybrid,
         "hybrid-slots": put_on(new_backbone(), slots),
+        "hybrid-trm": put_on(new_backbone(), loop),
         "hybrid-moe": put_on(moe, head),
         "hybrid-cascade": cascade,
         "hybrid-own": own_hybrid,
         "head": new_hybrid().refiner,
         "slots": cascade.refiner.refiners[1],
+        "trm-refiner": put_on(new_backbone(), loop).refiner,
         "cascade": put_on(new_backbone(), head, slots, integration="cascade").refiner,
         "mix": put_on(new_backbone(), head, slots, integration="mix").refiner,
         "own": put_on(new_backbone(), mine).refiner,

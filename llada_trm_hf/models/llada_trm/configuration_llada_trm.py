@@ -20,7 +20,7 @@ class LLaDATRMConfig(PreTrainedConfig):
     Args:
         backbone_config (`PreTrainedConfig` or `dict`): The masked-diffusion model; LLaDA-8B by default.
         refiner_config (`PreTrainedConfig` or `dict`, or a `list` of them): The refiner, or several; by default a
-            [`RecursiveRefinementHead`] as wide as the backbone. Several become one, the config of a
+            [`TRMRefiner`] for the backbone's width. Several become one, the config of a
             [`RefinerCascade`] or [`RefinerMix`].
         integration (`str`, *optional*): How several refiners work together: `"cascade"` (one after the other) or
             `"mix"` (side by side, with a learned gate). A single refiner means `"replace"`.
@@ -32,9 +32,10 @@ class LLaDATRMConfig(PreTrainedConfig):
         deep_supervision_weight (`float`, defaults to 0.3): Weight of the mean loss over the recursion steps.
         deep_supervision_schedule (`str`, defaults to `"constant"`): How much each step counts in that mean: the same,
             in proportion to its number (`"linear"`), or twice the step before (`"exponential"`).
-        change_loss_weight (`float`, defaults to 0.0): Weight of the same loss of what the refiner adds to the hidden
-            states, read by the LM head without them. A refiner that starts near zero learns from the tokens alone that
-            the backbone gets wrong, few of them; this lets it learn from all that are masked.
+        change_loss_weight (`float`, defaults to 1.0): Weight of the same loss of what the refiner adds to the hidden
+            states, read by the LM head without them. A refiner that starts near zero learns only from the tokens that
+            the backbone gets wrong, few of them; this lets it learn from all that are masked. 0 for checkpoints that
+            do not mention it.
         confidence_loss_weight (`float`, defaults to 0.05): Weight of the calibration of the refiner's confidence.
         orthogonality_weight (`float`, defaults to 0.01): Weight of the overlap between a refiner's slots, where it has
             slots.
@@ -65,7 +66,7 @@ class LLaDATRMConfig(PreTrainedConfig):
     min_confidence: float = 0.5
     deep_supervision_weight: float = 0.3
     deep_supervision_schedule: str = "constant"
-    change_loss_weight: float = 0.0
+    change_loss_weight: float = 1.0
     confidence_loss_weight: float = 0.05
     orthogonality_weight: float = 0.01
     mask_token_id: int = None  # type: ignore[assignment]
@@ -80,7 +81,7 @@ class LLaDATRMConfig(PreTrainedConfig):
         text_config = self.backbone_config.get_text_config()
         if self.refiner_config is None:
             self.refiner_config = {
-                "model_type": "recursive_refinement_head",
+                "model_type": "trm_refiner",
                 "hidden_size": text_config.hidden_size,
                 "chunk_size": self.chunk_size,
             }
@@ -96,6 +97,10 @@ class LLaDATRMConfig(PreTrainedConfig):
         experts = kwargs.get("experts_implementation", self.backbone_config._experts_implementation)
         kwargs["experts_implementation"] = for_the_backbone_only(experts)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return super().from_dict({"change_loss_weight": 0.0, **config_dict}, **kwargs)
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The backbone's: what code that asks for `vocab_size` or `hidden_size` means."""

@@ -136,7 +136,7 @@ class LLaDATRMForMaskedDiffusion(
     def from_backbone(
         cls,
         backbone: str | os.PathLike | PreTrainedModel,
-        refiner: str | os.PathLike | PreTrainedConfig | PreTrainedModel | list = "recursive_refinement_head",
+        refiner: str | os.PathLike | PreTrainedConfig | PreTrainedModel | list = "trm_refiner",
         freeze_backbone: bool = True,
         **kwargs: Any,
     ) -> "LLaDATRMForMaskedDiffusion":

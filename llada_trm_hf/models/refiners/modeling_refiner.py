@@ -288,9 +288,6 @@ class RecallConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         return super().from_dict({"recall": False, **config_dict}, **kwargs)
 
-    def to_diff_dict(self) -> dict[str, Any]:
-        return {**super().to_diff_dict(), "recall": self.recall}
-
 
 class RefinerAttention(nn.Module):
     """Bidirectional multi-head attention through the transformers attention interface, of width `size`."""

@@ -88,10 +88,10 @@ class RecursiveRefinementHead(PreTrainedRefiner):
     """
     Refines hidden states chunk by chunk, all active chunks of a batch at once.
 
-    Each step encodes a chunk `[C, D]` to a code, together with the chunk as it came (recall), decodes an update from
-    it and adds `step_size` times the update to the chunk as it came. A chunk stops when its code no longer turns
-    (`convergence_threshold`), or after `max_recursive_steps` updates. In training nothing stops, and the depth is
-    random (see [`RecursionDepth`]).
+    Each step encodes a chunk `[C, D]` to a code, together with the code of the chunk as it came (recall), decodes an
+    update from it and adds `step_size` times the update to the chunk as it came. A chunk stops when its code no longer
+    turns (`convergence_threshold`), or after `max_recursive_steps` updates. In training nothing stops, and the depth
+    is random (see [`RecursionDepth`]).
 
     With `recall=False` only the chunk's latest states are read, updates add up, and training is like inference.
     """
@@ -104,7 +104,7 @@ class RecursiveRefinementHead(PreTrainedRefiner):
         super().__init__(config)
         chunk_width, size = config.chunk_size * config.hidden_size, config.head_hidden_size
         self.encoder = nn.Sequential(nn.Linear(chunk_width, size), nn.LayerNorm(size), nn.GELU())
-        self.recall = nn.Linear(chunk_width, size, bias=False) if config.recall else None
+        self.recall = nn.Linear(size, size, bias=False) if config.recall else None
         self.layers = nn.Sequential(*(RefinementSwiGLU(config) for _ in range(config.head_layers)))
         self.projector = nn.Linear(size, chunk_width)
         self.confidence = nn.Sequential(nn.Linear(size, size // 2 or 1), nn.GELU(), nn.Linear(size // 2 or 1, 1))
@@ -161,7 +161,7 @@ class RecursiveRefinementHead(PreTrainedRefiner):
         )
 
     def _encode(self, state: torch.Tensor, recalled: torch.Tensor | None) -> torch.Tensor:
-        """The codes `[A, head_hidden_size]` of chunks `[A, C * D]`, with what `_recall` made of them as they came."""
+        """The codes `[A, head_hidden_size]` of chunks `[A, C * D]`; `recalled` is of the codes they came with."""
         linear, norm, activation = self.encoder
         code = linear(state)
         return activation(norm(code if recalled is None else code + recalled))
@@ -178,7 +178,7 @@ class RecursiveRefinementHead(PreTrainedRefiner):
         num_steps = torch.zeros(len(chunks), dtype=torch.long, device=chunks.device)
         similarity = torch.full((len(chunks), total), torch.nan, device=chunks.device)
         running = torch.arange(len(chunks), device=chunks.device)  # indices of the chunks still moving
-        recalled = None if self.recall is None else self.recall(chunks)
+        recalled = None if self.recall is None else self.recall(self._encode(chunks, None))
         came, result, state, code = chunks, chunks, chunks, self._encode(chunks, recalled)
         codes, steps = code, []
         for step in range(total):
@@ -217,7 +217,7 @@ class RecursiveRefinementHead(PreTrainedRefiner):
         """
         num_steps = torch.zeros_like(chunks[:, 0], dtype=torch.long)  # (`len` would fix how many there are)
         similarity = torch.full((chunks.shape[0], max_steps), torch.nan, device=chunks.device)
-        recalled = None if self.recall is None else self.recall(chunks)
+        recalled = None if self.recall is None else self.recall(self._encode(chunks, None))
         stops = self.recall is None or not self.training
         state, code, steps = chunks, self._encode(chunks, recalled), []
         for step in range(max_steps):

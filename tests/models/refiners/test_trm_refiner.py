@@ -15,7 +15,7 @@ WIDTH, LENGTH, CHUNK = 12, 11, 3
 
 def make_refiner(dtype=torch.float64, **config):
     sizes = {"hidden_size": WIDTH, "chunk_size": CHUNK, "recursion_size": 16, "num_attention_heads": 4}
-    defaults = {"max_recursive_steps": 7, "convergence_threshold": 0.1, "n_latent_steps": 2}
+    defaults = {"max_recursive_steps": 7, "convergence_threshold": 0.6, "n_latent_steps": 2}
     refiner = TRMRefiner(TRMRefinerConfig(**sizes | defaults | config)).eval()
     randomise(refiner)
     return refiner.to(dtype)
@@ -184,7 +184,7 @@ def test_rows_are_what_they_are_alone(states):
 
 
 def test_rows_that_have_converged_are_not_computed(states):
-    refiner, rows = make_refiner(convergence_threshold=0.2), []
+    refiner, rows = make_refiner(convergence_threshold=0.7), []
     refiner.layers[0].register_forward_pre_hook(lambda *args: rows.append(len(args[1][0])))
     outputs = refiner(states)
     last = outputs.num_steps.amax(-1)
@@ -215,9 +215,10 @@ def test_the_best_of_several_trajectories(states):
     refiner = make_refiner(noise_std=0.5, num_trajectories=4, convergence_threshold=0.0, max_recursive_steps=3)
     torch.manual_seed(5)
     outputs = refiner(states, output_statistics=True)
+    quiet = copy.deepcopy(refiner)
+    quiet.config.num_trajectories, quiet.config.noise_std = 1, 0.0
     single = copy.deepcopy(refiner)
     single.config.num_trajectories = 1
-    quiet = make_refiner(convergence_threshold=0.0, max_recursive_steps=3)
     assert torch.equal(single(states).hidden_states, quiet(states).hidden_states)
 
     # All trajectories, as rows of a batch: the same noise in the same order.
