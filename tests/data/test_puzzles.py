@@ -6,10 +6,12 @@ import time
 
 import pytest
 
+from llada_trm_hf.cli.main import main
 from llada_trm_hf.data import load_reasoning_dataset, mazes, prefix_sums, sudoku_guesses, sudoku_puzzles
 from llada_trm_hf.data.distinct_problems import split_of
 from llada_trm_hf.data.generated_problems import GENERATORS, GeneratorOptions, options_taken
 from llada_trm_hf.data.sudoku import _PUZZLES_OF_4, _split_key
+from llada_trm_hf.recipes.run_setup import DataArguments, train_and_save
 
 BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
 
@@ -304,6 +306,36 @@ def test_options_reach_the_problems():
 def test_every_option_is_taken_by_some_dataset():
     assert {option for name in GENERATORS for option in options_taken(name)} == set(vars(GeneratorOptions()))
     assert GeneratorOptions(puzzle_size=4).generator_options() == {"puzzle_size": 4}
+
+
+@pytest.mark.parametrize("command", ["evaluate", "datagen"])
+def test_every_option_is_a_flag(command, capsys):
+    assert main([command, "--help"]) == 0
+    flags = set(capsys.readouterr().out.split())
+    assert {f"--{name}" for name in vars(GeneratorOptions())} <= flags
+
+
+def test_a_run_records_the_options_of_its_data():
+    """Where they are left out too, or a stream would go on with others after a change of a default."""
+
+    class Trainer:
+        def train(self, resume_from_checkpoint):
+            pass
+
+        save_model = save_state = lambda self: None
+
+    for arguments, recorded in (
+        (
+            {"dataset_name": "sudoku", "num_clues": [5, 6]},
+            {"puzzle_size": 4, "num_clues": [5, 6], "num_guesses": None},
+        ),
+        ({"dataset_name": "arithmetic"}, {"num_terms": 8}),
+        ({"dataset_name": "gsm8k", "num_terms": 3}, {}),
+    ):
+        trainer = Trainer()
+        train_and_save(trainer, None, DataArguments(**arguments))
+        found = {name: value for name, value in trainer.recipe_settings.items() if name in vars(GeneratorOptions())}
+        assert found == recorded
 
 
 @pytest.mark.parametrize("streaming", [False, True])
