@@ -43,6 +43,7 @@ except PackageNotFoundError:  # a checkout that is not installed
 # The public names of each folder, which is imported when one of them is used.
 _LAZY = {
     "data": (
+        "GeneratorOptions",
         "LatentAnswerCollator",
         "MaskedDiffusionCollator",
         "TextCollator",
@@ -52,7 +53,11 @@ _LAZY = {
         "latent_thinking_prompt",
         "load_reasoning_dataset",
         "load_text_dataset",
+        "mazes",
+        "prefix_sums",
         "prompt_tokens",
+        "sudoku_guesses",
+        "sudoku_puzzles",
         "tokenize_latent_answers",
         "tokenize_reasoning",
         "tokenize_texts",

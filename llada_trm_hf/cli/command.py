@@ -94,6 +94,14 @@ def add_import_module(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_generator_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the `GeneratorOptions`, which are in a module that would import torch before `--help` is answered."""
+    parser.add_argument("--num_terms", type=int, help="digits of generated arithmetic (8) or bits of prefix_sum (32)")
+    parser.add_argument("--puzzle_size", type=int, help="side of a generated sudoku: 4, 6 or 9 (4), or maze: odd (9)")
+    parser.add_argument("--num_clues", type=int, nargs="+", help="of a generated sudoku: a number, or least and most")
+    parser.add_argument("--num_guesses", type=int, nargs="+", help="that a plain solver needs for it, in the same way")
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Adds `--device`, for `checked_device`."""
     parser.add_argument("--device", help="cuda, cuda:1, cpu, mps, ...; cuda where there is one, else cpu")

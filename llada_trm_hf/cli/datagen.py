@@ -4,6 +4,7 @@ from .command import (
     DTYPES,
     CommandParser,
     add_device,
+    add_generator_options,
     check_output_dir,
     check_output_file,
     checked_device,
@@ -55,7 +56,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--dataset", "--dataset_name", default="", help="problems: names or files, with commas")
     parser.add_argument("--split", default="train", help="split or slice of each dataset, e.g. train[:1000]")
     parser.add_argument("--num_samples", type=int, help="at most so many problems of each dataset")
-    parser.add_argument("--num_terms", type=int, default=8, help="difficulty of generated arithmetic")
+    add_generator_options(parser)
     parser.add_argument("--traces_file", help="for --stage states: finished traces, or the folder of --stage traces")
     parser.add_argument("--columns", nargs="+", default=[], help="of a local file: prompt=question completion=output")
     parser.add_argument("--batch_size", type=int, default=8, help="problems that go through the model together")

@@ -3,7 +3,15 @@
 import json
 import sys
 
-from .command import CommandParser, check_output_dir, check_output_file, finish_distributed, options_for, prepare
+from .command import (
+    CommandParser,
+    add_generator_options,
+    check_output_dir,
+    check_output_file,
+    finish_distributed,
+    options_for,
+    prepare,
+)
 from .generation import add_generation_flags, generation_settings
 
 
@@ -19,8 +27,8 @@ def run_evaluate(arguments: list[str]) -> None:
     parser.add_argument("--split", default="test", help="split or slice, e.g. test[:200]")
     parser.add_argument("--data_files", help="a local file to read instead of the Hub's, in the dataset's format")
     parser.add_argument("--columns", nargs="+", default=[], help="columns of a local file, e.g. prompt=question")
-    parser.add_argument("--num_terms", type=int, default=8, help="difficulty of generated arithmetic")
-    parser.add_argument("--data_seed", type=int, default=0, help="of generated arithmetic")
+    add_generator_options(parser)
+    parser.add_argument("--data_seed", type=int, default=0, help="of generated problems")
     parser.add_argument("--prompt_format", default="{prompt}", help="e.g. '{prompt} Think step by step.'")
     parser.add_argument("--no_thinking", action="store_true", help="tell a causal model's chat template so")
     parser.add_argument("--output_dir", default="outputs/evaluation", help="for problems.jsonl and summary.json")

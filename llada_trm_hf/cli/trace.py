@@ -20,6 +20,9 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--checkpoint", required=True, help="folder or repository of a hybrid or a backbone")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--answer", help="the right answer, if known: shows what became right, and what wrong")
+    parser.add_argument(
+        "--grid_width", type=int, help="draw the answer as a grid with so many cells in a row, as of a sudoku"
+    )
     add_generation_flags(parser)
     parser.add_argument("--output_dir", default="outputs/trace", help="folder for the files")
     options = parser.parse(arguments)
@@ -44,11 +47,11 @@ def run(arguments: list[str]) -> None:
     if options.answer is not None:
         trace.expect(answer_tokens(options.answer, tokenizer, answers.shape[1]))
     with output_dir_lock(folder, ".trace.lock"):  # so that the three files are of one answer
-        write_atomically(page, lambda path: trace.to_html(path, tokenizer))
+        write_atomically(page, lambda path: trace.to_html(path, tokenizer, options.grid_width))
         write_atomically(data, lambda path: trace.to_json(path, tokenizer))
         print(f"{decode(answers[0], tokenizer)}\n\n{trace_summary(trace)}\n\n{page}\n{data}")
         if trace.passes:
-            write_atomically(picture, lambda path: trace.plot(path, tokenizer))
+            write_atomically(picture, lambda path: trace.plot(path, tokenizer, options.grid_width))
             print(picture)
 
 

@@ -1,17 +1,22 @@
 """Reasoning datasets with one schema: prompt, reasoning, answer; for code also tests and the entry point."""
 
-from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
-from datasets import Dataset, Features, IterableDataset, Value
+from datasets import Dataset
 
 from ..models.hub_model import nearest_name
-from .arithmetic import difference_chains
+from .generated_problems import GeneratorOptions, generate_problems
 from .reasoning_sources import CODE_COLUMNS, LOCAL_CODE, LOCAL_FILE, SCHEMA, SOURCES, ReasoningSource
-from .rows import Rows, check_columns_exist, column_names, is_data_file, parse_split, read_hub, read_rows, row_range
-
-_GENERATED_PROBLEMS = {"train": 50_000, "test": 1_000}
+from .rows import (
+    Rows,
+    check_columns_exist,
+    column_names,
+    is_data_file,
+    parse_split,
+    read_hub,
+    read_rows,
+    text_features,
+)
 
 
 def load_reasoning_dataset(
@@ -19,33 +24,36 @@ def load_reasoning_dataset(
     split: str = "train",
     data_files: str | None = None,
     columns: dict[str, str] | None = None,
-    num_terms: int = 8,
     seed: int = 0,
     streaming: bool = False,
+    **generator_options: Any,
 ) -> tuple[Rows, str]:
     """
     Loads problems as texts: `prompt`, `reasoning`, `answer`, and where answers are programs `tests` and `entry_point`
     (see `code_tests`). Rows with neither answer nor tests are left out and, but for streams, counted.
 
     Args:
-        name: `"arithmetic"` (generated), a dataset of the Hub (`"gsm8k"`, `"natural_reasoning"`, `"math"`, `"aime"`,
-            `"humaneval"`, `"mbpp"`, `"apps"`), or a local json, jsonl, csv or parquet file, gzipped or not, with the
-            schema's columns or those of one of these datasets.
+        name: a generated dataset (`"arithmetic"`, `"prefix_sum"`, `"sudoku"`, `"maze"`), one of the Hub (`"gsm8k"`,
+            `"natural_reasoning"`, `"math"`, `"aime"`, `"humaneval"`, `"mbpp"`, `"apps"`), or a local json, jsonl, csv
+            or parquet file, gzipped or not, with the schema's columns or those of one of these datasets.
         split: a split, or a slice of one such as `"train[:1000]"` or `"test[10%:20%]"`. A local file is one split. For
-            arithmetic the slice says which problems are made, 50,000 for `"train"`, 1,000 for `"test"`.
+            generated data the slice says which problems are made, 50,000 for `"train"`, 1,000 for `"test"`.
         data_files: a local file to read instead of the Hub's, in the format of the dataset `name`.
         columns: for a local file, which of its columns are which, e.g. `{"prompt": "question"}`.
-        num_terms, seed: of generated arithmetic.
+        seed: of generated data.
         streaming: read rows as they are needed, as an `IterableDataset`; it is sliced by numbers only.
+        generator_options: of generated data, see [`GeneratorOptions`]; other data take no notice of them.
 
     Returns:
         The dataset, and the format string that joins reasoning and answer to a response.
 
     Raises:
-        ValueError: for an unknown name or split, missing columns, an empty dataset, or a malformed row, with its
-            number in the slice, from 0; in a stream, when the row is read.
+        TypeError: for an option that no generated dataset has.
+        ValueError: for an unknown name or split, generator options that do not fit, missing columns, an empty dataset,
+            or a malformed row, with its number in the slice, from 0; in a stream, when the row is read.
         FileNotFoundError: for a file that does not exist.
     """
+    options = GeneratorOptions(**generator_options).generator_options()
     path = data_files or (name if is_data_file(name) else None)
     if path is not None:
         rows = read_rows(path, split, streaming, SOURCES[name].splits if name in SOURCES else ())
@@ -55,7 +63,7 @@ def load_reasoning_dataset(
         if parse_split(split)[0] not in source.splits:
             raise ValueError(f"{name} has no split {parse_split(split)[0]!r}, it has {', '.join(source.splits)}.")
         if source.hub_name is None:
-            rows = _generate_arithmetic(split, num_terms, seed, streaming)
+            rows = generate_problems(name, split, seed, options, streaming)
         else:
             rows = read_hub(source.hub_name, source.hub_config, split, streaming, source.hub_files)
     else:
@@ -72,19 +80,6 @@ def column_mapping(columns: list[str] | None) -> dict[str, str] | None:
     if any(not column for _, _, column in pairs):
         raise ValueError(f"columns are pairs such as prompt=question; got {' '.join(columns or [])}.")
     return {name: column for name, _, column in pairs} or None
-
-
-def _generate_arithmetic(split: str, num_terms: int, seed: int, streaming: bool) -> Rows:
-    split_name, _ = parse_split(split)
-    start, stop = row_range(split, "arithmetic")
-    stop = _GENERATED_PROBLEMS[split_name] if stop is None else stop
-
-    def problems() -> Iterator[dict[str, str]]:
-        return islice(difference_chains(stop, num_terms, split_name, seed), start, None)
-
-    if streaming:
-        return IterableDataset.from_generator(problems, features=_features(SCHEMA))
-    return Dataset.from_list(list(problems()), features=_features(SCHEMA))
 
 
 def _recognise(found: list[str], columns: dict[str, str] | None) -> ReasoningSource:
@@ -128,14 +123,10 @@ def _convert(rows: Rows, source: ReasoningSource, columns: dict[str, str], where
         batched=True,
         batch_size=100,  # some problems of APPS come with megabytes of tests
         remove_columns=column_names(rows),
-        features=_features(source.result_columns),
+        features=text_features(source.result_columns),
     )
     if isinstance(converted, Dataset) and not len(converted):
         raise ValueError(f"{where} [{split}] is empty, or none of its rows has an answer.")
     if isinstance(converted, Dataset) and len(converted) < len(rows):
         print(f"Left out {len(rows) - len(converted)} of {len(rows)} rows of {where} [{split}]: they have no answer.")
     return converted
-
-
-def _features(columns: tuple[str, ...]) -> Features:
-    return Features({column: Value("string") for column in columns})

@@ -169,6 +169,9 @@ def _convert_apps(row: dict[str, Any]) -> dict[str, str]:
 # whose columns it has: files of problem, solution and answer are read as math.
 SOURCES = {
     "arithmetic": ReasoningSource(SCHEMA, _convert_local, response="{reasoning}{answer}"),
+    "prefix_sum": ReasoningSource(SCHEMA, _convert_local, response="{answer}"),
+    "sudoku": ReasoningSource(SCHEMA, _convert_local, response="{answer}"),
+    "maze": ReasoningSource(SCHEMA, _convert_local, response="{answer}"),
     "gsm8k": ReasoningSource(("question", "answer"), _convert_gsm8k, "openai/gsm8k", "main"),
     "natural_reasoning": ReasoningSource(
         ("question", "reference_answer", "responses"),

@@ -5,11 +5,11 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any, TypeAlias
 
 import pyarrow
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, Features, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
@@ -64,6 +64,11 @@ def is_data_file(name: str) -> bool:
 def column_names(rows: Rows) -> list[str]:
     """The columns of the rows; a stream may not know them before its first row."""
     return rows.column_names or list(next(iter(rows)))
+
+
+def text_features(columns: Iterable[str]) -> Features:
+    """Columns of text."""
+    return Features({column: Value("string") for column in columns})
 
 
 def fingerprint(rows: Dataset) -> str:

@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..data import load_reasoning_dataset
+from ..data import GeneratorOptions, load_reasoning_dataset
 from ..data.rows import check_prompts, fingerprint
 from ..generation import MaskedDiffusionGenerationConfig
 from ..hub.files import check_processes, output_dir_lock
@@ -21,12 +21,14 @@ from .scoring import expected_answer, score_output, scoring_kind
 
 
 @dataclass
-class EvaluationSettings:
+class EvaluationSettings(GeneratorOptions):
     """
+    What is evaluated on what; the problems are those of `load_reasoning_dataset`.
+
     Attributes:
         model: name or folder of a hybrid, a masked-diffusion backbone or a causal language model.
         output_dir: where results go; an interrupted evaluation there is resumed.
-        dataset_name, split, data_files, columns, num_terms, data_seed: the problems, see `load_reasoning_dataset`.
+        dataset_name, split, data_files, columns, data_seed: the problems, with the generator options.
         prompt_format: how a problem becomes a prompt; `{prompt}` stands for it.
         generation: settings that override the model's own.
         batch_size: problems that go through the model together.
@@ -44,7 +46,6 @@ class EvaluationSettings:
     split: str = "test"
     data_files: str | None = None
     columns: dict[str, str] | None = None
-    num_terms: int = 8
     data_seed: int = 0
     prompt_format: str = "{prompt}"
     generation: dict[str, Any] = field(default_factory=dict)
@@ -67,8 +68,10 @@ class Evaluation:
 
     def __init__(self, settings: EvaluationSettings, device: Any):
         self.settings = settings
-        names = ("dataset_name", "split", "data_files", "columns", "num_terms", "data_seed")
-        self.problems, response = load_reasoning_dataset(*(getattr(settings, name) for name in names))
+        names = ("dataset_name", "split", "data_files", "columns", "data_seed")
+        self.problems, response = load_reasoning_dataset(
+            *(getattr(settings, name) for name in names), **settings.generator_options()
+        )
         source = settings.data_files or settings.dataset_name
         check_prompts(self.problems, source)
         for number, prompt in enumerate(self.problems["prompt"]):

@@ -30,13 +30,13 @@ class Score:
 
 def scoring_kind(columns: list[str], response: str) -> ScoringKind:
     """
-    How the outputs for a dataset are scored: `code` where it has tests; `response`, all of it, where its format of
-    responses joins reasoning and answer without anything between (after a thought, or without reasoning, the answer
-    alone is right too); else `answer`.
+    How the outputs for a dataset are scored: `code` where it has tests; `response`, all of it and as text, where its
+    format of responses is the answer only, or joins reasoning and answer without anything between (after a thought, or
+    without reasoning, the answer alone is right too); else `answer`.
     """
     if "tests" in columns:
         return "code"
-    return "response" if "{reasoning}{answer}" in response else "answer"
+    return "response" if response in ("{answer}", "{reasoning}{answer}") else "answer"
 
 
 def expected_answer(kind: ScoringKind, problem: Mapping[str, Any], response: str) -> str:

@@ -174,13 +174,26 @@ class RefinementTrace:
                 raise ValueError(f"{path} is not a refinement trace: {error!r}.") from error
         return trace
 
-    def to_html(self, path: str | os.PathLike, tokenizer: Any = None) -> None:
-        """Writes one self-contained page: the text appearing, what the refiner changed, confidence as colour."""
-        self._render("html", path, tokenizer)
+    def to_html(self, path: str | os.PathLike, tokenizer: Any = None, grid_width: int | None = None) -> None:
+        """
+        Writes one self-contained page: the text appearing, what the refiner changed, confidence as colour.
 
-    def plot(self, path: str | os.PathLike, tokenizer: Any = None) -> None:
-        """Writes a PNG of the first row: guesses changed, updates of each chunk, confidence over time, similarity."""
-        self._render("plot", path, tokenizer)
+        Args:
+            tokenizer: anything with `decode([id])`; without it, the page shows token ids.
+            grid_width: draws the response as a square grid with so many cells in a row, a token each, and the cells
+                that the prompt gives, where it is such a grid and one token more (`=`), as given.
+
+        Raises:
+            ValueError: if there are fewer new tokens than cells.
+        """
+        self._render("html", path, tokenizer, grid_width)
+
+    def plot(self, path: str | os.PathLike, tokenizer: Any = None, grid_width: int | None = None) -> None:
+        """
+        Writes a PNG of the first row: guesses changed, updates of each chunk, confidence over time, similarity. Takes
+        what `to_html` takes.
+        """
+        self._render("plot", path, tokenizer, grid_width)
 
     def _text(self, token: int, tokenizer: Any) -> str | None:
         return None if token == self.mask_token_id else tokenizer.decode([token])

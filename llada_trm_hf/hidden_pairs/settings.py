@@ -10,7 +10,8 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
-from ..data import load_reasoning_dataset
+from ..data import GeneratorOptions, load_reasoning_dataset
+from ..data.generated_problems import GENERATORS, options_taken
 from ..data.rows import check_columns_exist, check_prompts, fingerprint, is_data_file, read_rows
 from ..models import DimensionCompressor
 from .dataset import CONFIG_FILE
@@ -22,7 +23,7 @@ _TRACE_COLUMNS = ("id", "prompt", "reasoning", "completion", "completion_ids", "
 
 
 @dataclass
-class DatagenSettings:
+class DatagenSettings(GeneratorOptions):
     """
     What a datagen run makes.
 
@@ -31,7 +32,7 @@ class DatagenSettings:
         output_dir: where everything goes.
         stage: `traces` writes thoughts, `states` takes the states of finished traces, `all` does both in one go and
             keeps the states while the model writes.
-        dataset, split, num_samples, columns, num_terms: the problems, see `load_problems`.
+        dataset, split, num_samples, columns: the problems, with the generator options; see `load_problems`.
         traces_file: finished traces instead of a dataset, for `states`; see `load_traces`.
         think_start, think_end: the markers around a thought.
         batch_size: problems that go through the model together.
@@ -49,7 +50,6 @@ class DatagenSettings:
     split: str = "train"
     num_samples: int | None = None
     columns: dict[str, str] | None = None
-    num_terms: int = 8
     traces_file: str | None = None
     traces: TraceSettings = field(default_factory=TraceSettings)
     think_start: str = "<think>"
@@ -81,7 +81,8 @@ class DatagenSettings:
         if self.traces_file is not None:
             rows = load_traces(self.traces_file, self.split, self.num_samples, self.columns)
         else:
-            rows = load_problems(self.dataset, self.split, self.num_samples, self.columns, self.num_terms)
+            options = self.generator_options()
+            rows = load_problems(self.dataset, self.split, self.num_samples, self.columns, **options)
         check_prompts(rows, self.traces_file or ", ".join(self.dataset))
         return rows
 
@@ -133,11 +134,12 @@ def load_problems(
     split: str = "train",
     num_samples: int | None = None,
     columns: dict[str, str] | None = None,
-    num_terms: int = 8,
+    **generator_options: Any,
 ) -> Dataset:
     """
     The first `num_samples` problems of each dataset, as `load_reasoning_dataset` reads it, with the columns `id`
-    (`name:split:number`) and `prompt`. `columns` is for local files. Raises ValueError for a dataset named twice.
+    (`name:split:number`) and `prompt`. `columns` is for local files; of `generator_options`, each of several datasets
+    gets those it takes. Raises ValueError for a dataset named twice.
     """
     names = [os.path.basename(name) for name in datasets]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -146,7 +148,10 @@ def load_problems(
     parts = []
     for name, source in zip(names, datasets):
         file_columns = columns if is_data_file(source) else None
-        rows, _ = load_reasoning_dataset(source, split, columns=file_columns, num_terms=num_terms)
+        options = generator_options
+        if len(datasets) > 1 and source in GENERATORS:
+            options = {option: value for option, value in options.items() if option in options_taken(source)}
+        rows, _ = load_reasoning_dataset(source, split, columns=file_columns, **options)
         rows = _first(rows.select_columns("prompt"), num_samples)
         parts.append(rows.add_column("id", [f"{name}:{split}:{number}" for number in range(len(rows))]))
     return concatenate_datasets(parts)

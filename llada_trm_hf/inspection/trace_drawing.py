@@ -7,26 +7,31 @@ import torch
 
 from ..generation import RefinementTrace
 from ..generation.refinement_trace import TRACE_RENDERERS
+from .trace_grid import TraceGrid
 from .trace_story import TokenTexts, first_masked, first_row, guess_changes, headline, passes_of_row, plural
 
 # Letters and numbers stand in the cells as long as these are large enough to be read.
 MOST_LETTERED_TOKENS, MOST_LETTERED_STEPS, MOST_NUMBERED_CELLS = 24, 10, 160
 MOST_CURVES = 6  # similarity curves drawn one by one
+MOST_GRIDS, GRIDS_IN_A_ROW = 12, 6
 WIDTH = 13.0  # of the figure, in inches
 BACKBONE, REFINER, RIGHT, WRONG = "#c4641a", "#6a35d9", "#137a3d", "#c02626"
 SHARP: dict[str, Any] = {"interpolation": "nearest"}  # cells, not a landscape
-OPEN, DECIDED, DECIDED_NOW, CHANGED = "#f3f1ec", "#d3d1cc", "#33343a", "#cdb6f7"
+OPEN, DECIDED, DECIDED_NOW, CHANGED, WALL = "#f3f1ec", "#d3d1cc", "#33343a", "#cdb6f7", "#7d7a73"
 
 
-def plot_trace(trace: RefinementTrace, path: str | os.PathLike, tokenizer: Any = None) -> None:
+def plot_trace(
+    trace: RefinementTrace, path: str | os.PathLike, tokenizer: Any = None, grid_width: int | None = None
+) -> None:
     """
     Writes a PNG about the first row of the batch: which best guesses the refiner changed in which diffusion step, how
     often it updated each chunk, the confidence before and after, and how its updates die down. With a tokenizer,
-    anything with `decode([id])`, short texts are written out, else the ids of their tokens are.
+    anything with `decode([id])`, short texts are written out, else the ids of their tokens are. With `grid_width`, the
+    response is drawn as a square grid, once for each of some steps.
 
     Raises:
         ImportError: without matplotlib.
-        ValueError: for a trace of a model without refiner.
+        ValueError: for a trace of a model without refiner, and as `TraceGrid`.
     """
     try:
         from matplotlib.figure import Figure
@@ -34,16 +39,22 @@ def plot_trace(trace: RefinementTrace, path: str | os.PathLike, tokenizer: Any =
         raise ImportError("Plotting a trace needs matplotlib: pip install llada-trm-hf[demo]") from error
     if not trace.passes:
         raise ValueError("The trace has no refinement passes: there is nothing to plot for a model without refiner.")
-    picture = _Picture(trace, TokenTexts(trace, tokenizer))
+    texts = TokenTexts(trace, tokenizer)
+    picture = _Picture(trace, texts, None if grid_width is None else TraceGrid(trace, grid_width, texts))
     lines = picture.num_passes + (trace.expected is not None)
     top = min(1.2 + 0.75 * lines, 6.0) if picture.has_letters else 3.8
+    if picture.grid is not None:
+        top = 0.6 + picture.grid_rows * WIDTH / GRIDS_IN_A_ROW
 
     # Not pyplot's figure: nothing global, so it works in threads and without a display.
     figure = Figure(figsize=(WIDTH, top + 4.2), layout="constrained")
     figure.suptitle(headline(trace), fontsize=14, fontweight="bold", wrap=True)
     halves: Any = figure.subfigures(2, 1, height_ratios=[top, 3.6])
     upper, lower = halves
-    picture.draw_guesses(upper.subplots())
+    if picture.grid is None:
+        picture.draw_guesses(upper.subplots())
+    else:
+        picture.draw_grids(upper)
     updates, confidence, similarity = lower.subplots(1, 3, width_ratios=[1.1, 1.2, 1])
     picture.draw_updates(updates)
     picture.draw_confidence(confidence)
@@ -56,8 +67,8 @@ def plot_trace(trace: RefinementTrace, path: str | os.PathLike, tokenizer: Any =
 class _Picture:
     """The panels, each about the steps that row 0 took part in."""
 
-    def __init__(self, trace: RefinementTrace, texts: TokenTexts):
-        self.trace, self.texts = trace, texts
+    def __init__(self, trace: RefinementTrace, texts: TokenTexts, grid: TraceGrid | None = None):
+        self.trace, self.texts, self.grid = trace, texts, grid
         self.passes = [done for _, (done, _) in passes_of_row(trace, 0)]
         self.num_passes, self.first = len(self.passes), first_masked(trace, 0)
         self.canvases = torch.stack([canvas[0] for canvas in trace.canvases[: self.num_passes + 1]])[:, self.first :]
@@ -65,6 +76,61 @@ class _Picture:
         self.changes = guess_changes(trace)
         is_short = self.canvases.shape[1] <= MOST_LETTERED_TOKENS and self.num_passes <= MOST_LETTERED_STEPS
         self.has_letters = is_short
+
+        self.grid_rows = -(-min(self.num_passes, MOST_GRIDS) // GRIDS_IN_A_ROW)
+
+    def draw_grids(self, figure: Any) -> None:
+        """The grid after some of the steps, the last one among them, by what became of each cell."""
+        from matplotlib.patches import Patch, Rectangle
+
+        assert self.grid is not None
+        width, first = self.grid.width, self.grid.first
+        cells, given, boxes = slice(first, first + width**2), self.grid.given(0), self.grid.boxes()
+        shown = torch.linspace(0, self.num_passes - 1, min(self.num_passes, MOST_GRIDS)).round().long().tolist()
+        changed: dict[int, set[int]] = {}
+        for change in self.changes:
+            changed.setdefault(change.step - 1, set()).add(change.position - first)
+        panels = figure.subplots(self.grid_rows, GRIDS_IN_A_ROW, squeeze=False).flatten()
+        for axes in panels:
+            axes.set(xlim=(0, width), ylim=(width, 0), aspect="equal")
+            axes.axis("off")
+        for axes, step in zip(panels, shown):
+            before, after = (self.trace.canvases[step + i][0, cells].tolist() for i in (0, 1))
+            wrong = set() if self.trace.expected is None else self._wrong_cells(after, cells)
+            for cell, (old, token, clue) in enumerate(zip(before, after, given)):
+                row, column = divmod(cell, width)
+                is_open, is_new = token == self.trace.mask_token_id, token != old
+                letter = self.texts(clue if is_open else token) if not is_open or clue >= 0 else ""
+                color = OPEN if is_open else DECIDED_NOW if is_new else DECIDED
+                color = WALL if letter == "#" else CHANGED if cell in changed.get(step, ()) else color
+                axes.add_patch(Rectangle((column, row), 1, 1, facecolor=color, edgecolor="white", linewidth=0.6))
+                ink = (
+                    "white" if color == DECIDED_NOW else WRONG if cell in wrong else "black" if clue >= 0 else BACKBONE
+                )
+                if letter not in ("#", "."):
+                    style = {"color": ink, "fontweight": "bold" if clue >= 0 else "normal"}
+                    size = 72 * WIDTH / GRIDS_IN_A_ROW / width * 0.5
+                    axes.text(
+                        column + 0.5, row + 0.54, _drawable(letter), size=size, ha="center", va="center", **style
+                    )
+            for line in range(0, width + 1):
+                if line in (0, width) or (boxes and line % boxes[0] == 0):
+                    axes.plot([0, width], [line, line], color="black", linewidth=1.2, clip_on=False)
+                if line in (0, width) or (boxes and line % boxes[1] == 0):
+                    axes.plot([line, line], [0, width], color="black", linewidth=1.2, clip_on=False)
+            axes.set_title(f"step {step + 1}", fontsize=10)
+        names = {"still open": OPEN, "decided before": DECIDED, "decided in this step": DECIDED_NOW}
+        names["best guess changed by the refiner"] = CHANGED
+        handles = [Patch(facecolor=color, edgecolor="grey", label=name) for name, color in names.items()]
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+
+    def _wrong_cells(self, tokens: list[int], cells: slice) -> set[int]:
+        """The decided cells of the grid that are not as in the known answer."""
+        assert self.trace.expected is not None
+        pairs = enumerate(zip(tokens, self.trace.expected[0, cells].tolist()))
+        return {
+            cell for cell, (token, right) in pairs if right >= 0 and token not in (right, self.trace.mask_token_id)
+        }
 
     def draw_guesses(self, axes: Any) -> None:
         """A row of cells for each step, a column for each token, by what became of the token there."""

@@ -12,6 +12,7 @@ import torch
 
 from ..generation import RefinementPass, RefinementTrace
 from ..generation.refinement_trace import TRACE_RENDERERS
+from .trace_grid import TraceGrid
 from .trace_story import TokenTexts, first_masked, guess_changes, headline, passes_of_row, plural, visible_text
 
 # Of a drawing, in pixels.
@@ -19,20 +20,24 @@ WIDTH, HEIGHT, MARGIN = 160, 48, 4
 MOST_CHANGES = 200  # in the table of a row; the player shows all of them, step by step
 
 
-def write_html(trace: RefinementTrace, path: str | os.PathLike, tokenizer: Any = None) -> None:
+def write_html(
+    trace: RefinementTrace, path: str | os.PathLike, tokenizer: Any = None, grid_width: int | None = None
+) -> None:
     """
     Writes one self-contained page that plays the trace of `generate(..., output_refinement_trace=True)`; it loads
-    nothing from anywhere. Without a tokenizer, anything with `decode([id])`, it shows token ids.
+    nothing from anywhere. Without a tokenizer, anything with `decode([id])`, it shows token ids. With `grid_width`,
+    the response is drawn as a square grid; raises ValueError as `TraceGrid`.
     """
     texts, rows = TokenTexts(trace, tokenizer), range(len(trace.canvases[0]))
+    grid = None if grid_width is None else TraceGrid(trace, grid_width, texts)
     stories = (f'<p class="story" data-row="{row}">{html.escape(headline(trace, row))}</p>' for row in rows)
     parts = {
         "stories": "\n".join(stories),
-        "changes": "\n".join(_changes_table(trace, row, texts) for row in rows),
+        "changes": "\n".join(_changes_table(trace, row, texts, grid) for row in rows),
         "end": ", ".join(f"<code>{html.escape(visible_text(name))}</code>" for name in texts.end.values()),
         "curves": _similarity_curves(trace),
         # Every "<" is escaped, not only "</": "<!--<script" in a text would hide the end of the script element too.
-        "trace": json.dumps(page_data(trace, texts), separators=(",", ":")).replace("<", "\\u003c"),
+        "trace": json.dumps(page_data(trace, texts, grid), separators=(",", ":")).replace("<", "\\u003c"),
     }
     page = files(__package__).joinpath("trace.html").read_text(encoding="utf-8")
     # In one pass: what is filled in may itself look like a placeholder.
@@ -41,7 +46,7 @@ def write_html(trace: RefinementTrace, path: str | os.PathLike, tokenizer: Any =
         file.write(page)
 
 
-def page_data(trace: RefinementTrace, texts: TokenTexts) -> dict[str, Any]:
+def page_data(trace: RefinementTrace, texts: TokenTexts, grid: TraceGrid | None = None) -> dict[str, Any]:
     """
     The trace as the page's script reads it: each text once, of each canvas the tokens that are new in it, guesses
     where something happened, and probabilities in thousandths, so that long generations stay small.
@@ -50,11 +55,12 @@ def page_data(trace: RefinementTrace, texts: TokenTexts) -> dict[str, Any]:
         "mask_token_id": trace.mask_token_id,
         "texts": {token: visible_text(text, keep="\n") for token, text in texts.texts.items()} or None,
         "end": list(texts.end),
-        "rows": [_row_data(trace, row) for row in range(len(trace.canvases[0]))],
+        "grid": None if grid is None else grid.data(),
+        "rows": [_row_data(trace, row, grid) for row in range(len(trace.canvases[0]))],
     }
 
 
-def _row_data(trace: RefinementTrace, row: int) -> dict[str, Any]:
+def _row_data(trace: RefinementTrace, row: int, grid: TraceGrid | None) -> dict[str, Any]:
     passes = dict(passes_of_row(trace, row))
     steps = []
     for step in range(1, len(trace.canvases)):
@@ -70,6 +76,8 @@ def _row_data(trace: RefinementTrace, row: int) -> dict[str, Any]:
         data["chunk_of_token"] = done.chunk_of_token[index].tolist()
     if trace.expected is not None:
         data["expected"] = trace.expected[row].tolist()
+    if grid is not None:
+        data["given"] = grid.given(row)
     return data
 
 
@@ -98,18 +106,25 @@ def _pass_data(done: RefinementPass, index: int, decided: set[int]) -> dict[str,
     return data
 
 
-def _changes_table(trace: RefinementTrace, row: int, texts: TokenTexts) -> str:
+def _changes_table(trace: RefinementTrace, row: int, texts: TokenTexts, grid: TraceGrid | None) -> str:
     """HTML with a table of the best guesses that the refiner changed in a row; nothing without any."""
     changes, first = guess_changes(trace, row), first_masked(trace, row)
     if not changes:
         return ""
     known = trace.expected is not None and any(change.outcome for change in changes)
-    heads = ["Step", "Token", "Backbone", "Refiner", *(["Known answer", ""] if known else []), "In this step"]
+    heads = [
+        "Step",
+        "Token" if grid is None else "Cell",
+        "Backbone",
+        "Refiner",
+        *(["Known answer", ""] if known else []),
+        "In this step",
+    ]
     lines = []
     for change in changes[:MOST_CHANGES]:
         cells = [
             f'<a href="#step={change.step}&amp;row={row}">{change.step}</a>',
-            str(change.position - first + 1),
+            str(change.position - first + 1) if grid is None else grid.place(change.position),
             _guess(texts, change.backbone, change.backbone_probability),
             _guess(texts, change.refined, change.refined_probability),
         ]

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedConfig
@@ -12,7 +12,7 @@ from transformers.hf_argparser import HfArg
 from ..data import latent_thinking_prompt
 from ..data.rows import check_prompts
 from ..evaluation.code_execution import ExecutionLimits
-from ..evaluation.scoring import scoring_kind
+from ..evaluation.scoring import ScoringKind, scoring_kind
 from ..hub.files import output_dir_lock
 from ..hub.model_folders import LATENT_THINKING, load_tokenizer
 from ..models import LatentThinkingConfig, LatentThinkingForCausalLM
@@ -87,13 +87,15 @@ def _load_model(script_args: GRPOScriptArguments) -> LatentThinkingForCausalLM:
 
 def _problems(
     script_args: GRPOScriptArguments, fits: Callable[[dict[str, Any]], bool], split: str, path: str | None
-) -> tuple[Dataset, Literal["answer", "code"]]:
+) -> tuple[Dataset, ScoringKind]:
     """The problems whose prompts leave room for an answer, and what decides whether it is right."""
     problems, response = load_problems(script_args, split, path)
     source = path or script_args.dataset_name
     check_prompts(problems, source)
-    is_code = scoring_kind(problems.column_names, response) == "code"
-    if is_code and not script_args.allow_code_execution:
+    kind = scoring_kind(problems.column_names, response)
+    if kind == "response" and "{reasoning}" in response:  # which is a thought here
+        kind = "answer"
+    if kind == "code" and not script_args.allow_code_execution:
         hint = "allow it with --allow_code_execution true, preferably in a container"
         raise ValueError(f"The answers to {source} are programs, which have to run: {hint}.")
     fitting = problems.filter(fits)
@@ -105,7 +107,7 @@ def _problems(
     dropped = len(problems) - len(fitting)
     if dropped:
         print(f"Dropped {dropped} of {len(problems)} problems: more than {script_args.max_length} tokens.")
-    return fitting, "code" if is_code else "answer"
+    return fitting, kind
 
 
 METHOD = TrainingMethod(

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
-from ..data import load_reasoning_dataset, tokenize_reasoning
+from ..data import GeneratorOptions, load_reasoning_dataset, tokenize_reasoning
+from ..data.generated_problems import GENERATORS, options_taken
 from ..data.reasoning import column_mapping
 from ..data.reasoning_sources import SOURCES
 from ..data.rows import Rows, is_data_file, parse_split, slices_overlap
@@ -32,7 +33,7 @@ _MAY_CHANGE = {
 
 
 @dataclass
-class DataArguments:
+class DataArguments(GeneratorOptions):
     """Text to train on, and the tokenizer that reads it."""
 
     tokenizer: str | None = HfArg(default=None, help="Name or folder; the model's own, or bytes for a new model.")
@@ -44,7 +45,6 @@ class DataArguments:
     eval_split: str | None = HfArg(default=None, help="Split or slice to evaluate on.")
     eval_data_files: str | None = HfArg(default=None, help="Local file to evaluate on.")
     streaming: bool = HfArg(default=False, help="Read rows as they are needed; needs max_steps.")
-    num_terms: int = HfArg(default=8, help="Difficulty of generated arithmetic.")
     max_length: int = HfArg(default=512, help="Tokens of prompt and response together.")
 
 
@@ -123,7 +123,7 @@ def load_problems(
     """Problems, and the template of their response; see `load_reasoning_dataset`."""
     columns = column_mapping(script_args.columns)
     return load_reasoning_dataset(
-        script_args.dataset_name, split, path, columns, num_terms=script_args.num_terms, streaming=streaming
+        script_args.dataset_name, split, path, columns, streaming=streaming, **script_args.generator_options()
     )
 
 
@@ -203,7 +203,10 @@ def train_and_save(trainer: BaseTrainer, resume_from: str | None, script_args: D
     """Trains, from `resume_from` if given, and leaves model, state and a record of the data in the output folder."""
     if script_args is not None:
         trainer.data_description = describe_data(script_args)
-        given = {name: value for name, value in vars(script_args).items() if name not in _MAY_CHANGE}
+        options = {field.name for field in fields(GeneratorOptions)}
+        given = {name: value for name, value in vars(script_args).items() if name not in _MAY_CHANGE | options}
+        if script_args.dataset_name in GENERATORS:
+            given |= options_taken(script_args.dataset_name) | script_args.generator_options()
         trainer.recipe_settings = given
     trainer.train(resume_from_checkpoint=resume_from)
     trainer.save_model()

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from datasets import Dataset
 
 from ..data.rows import fingerprint
 from ..evaluation.code_execution import ExecutionLimits, sandbox_protections
-from ..evaluation.scoring import score_output
+from ..evaluation.scoring import ScoringKind, score_output
 from ..hub.files import write_atomically
 
 PASS_RATES_FILE = "pass_rates.json"
@@ -21,27 +21,28 @@ _PROGRAMS_AT_A_TIME = 8
 
 
 def correctness_reward(
-    kind: Literal["answer", "code"] = "answer", limits: ExecutionLimits | None = None
+    kind: ScoringKind = "answer", limits: ExecutionLimits | None = None
 ) -> Callable[..., list[float]]:
     """
     A reward function for TRL's trainers: 1 for a right completion, 0 for a wrong one.
 
     Args:
         kind: `answer` compares the completion's answer with the column `answer`, as `extract_answer` and
-            `answers_match` do; `code` runs its program with the column `tests`, as `run_tests`, with these `limits`.
+            `answers_match` do; `response` compares all of it, as text; `code` runs its program with the column
+            `tests`, as `run_tests`, with these `limits`.
     """
 
     def correctness(prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
         names = [name for name in ("tests", "entry_point") if name in columns]
         problems = [
-            {"prompt": prompt, **dict(zip(names, values))}
-            for prompt, *values in zip(prompts, *(columns[name] for name in names))
+            {"prompt": prompt, "answer": right, **dict(zip(names, values))}
+            for prompt, right, *values in zip(prompts, answer, *(columns[name] for name in names))
         ]
 
         def score(problem: dict[str, str], expected: str, completion: str) -> float:
             return float(score_output(kind, problem, expected, completion, limits).correct)
 
-        if kind == "answer":
+        if kind != "code":
             return list(map(score, problems, answer, completions))
         sandbox_protections()  # tried once, before the threads would
         with ThreadPoolExecutor(_PROGRAMS_AT_A_TIME) as pool:

@@ -129,6 +129,20 @@ def test_trace_writes_page_picture_and_data(checkpoint, tmp_path, capsys):
     assert (folder / "trace.html").read_text() == (tmp_path / "again.html").read_text()
 
 
+def test_trace_draws_a_grid(checkpoint, tmp_path, capsys):
+    flags = ["--prompt", "1..2=", "--num_diffusion_steps", "3"]
+    assert trace(checkpoint, tmp_path / "grid", *flags, "--grid_width", "2") == 0
+    recorded = RefinementTrace.from_json(tmp_path / "grid" / "trace.json")
+    recorded.plot(tmp_path / "again.png", byte_tokenizer(), 2)
+    assert (tmp_path / "grid" / "trace.png").read_bytes() == (tmp_path / "again.png").read_bytes()
+    recorded.to_html(tmp_path / "again.html", byte_tokenizer(), 2)
+    assert (tmp_path / "grid" / "trace.html").read_text() == (tmp_path / "again.html").read_text()
+    capsys.readouterr()
+    assert trace(checkpoint, tmp_path / "wide", *flags, "--grid_width", "3") == 2
+    assert "grid_width=3 does not fit" in capsys.readouterr().err
+    assert os.listdir(tmp_path / "wide") == [".trace.lock"]
+
+
 @pytest.mark.parametrize("length", [4, 6])
 def test_trace_compares_with_the_known_answer(checkpoint, tmp_path, capsys, length):
     flags = ["--prompt", "12=", "--num_diffusion_steps", "3", "--answer", "123456"[:length]]

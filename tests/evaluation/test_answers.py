@@ -9,7 +9,9 @@ from threading import Thread
 import pytest
 from conftest import DATA
 
+from llada_trm_hf.data import load_reasoning_dataset
 from llada_trm_hf.evaluation import answers_match, extract_answer
+from llada_trm_hf.evaluation.scoring import score_output, scoring_kind
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +188,23 @@ def test_same(a, b):
 )  # fmt: skip
 def test_different(a, b):
     assert not answers_match(a, b) and not answers_match(b, a)
+
+
+@pytest.mark.parametrize("size", [4, 6, 9])
+def test_one_wrong_cell_of_a_grid_is_seen(size):
+    """Grids are digits without end: compared as floats, they would be equal."""
+    digits = "".join(map(str, range(1, size + 1)))
+    grid = "".join(digits[row:] + digits[:row] for row in range(size))
+    assert answers_match(grid, grid)
+    for cell in range(size * size):
+        wrong = f"{grid[:cell]}{int(grid[cell]) % size + 1}{grid[cell + 1 :]}"
+        assert not answers_match(grid, wrong) and not answers_match(wrong, grid)
+        assert not score_output("response", {"answer": grid}, grid, wrong).correct
+    kept = scoring_kind(["prompt", "reasoning", "answer"], load_reasoning_dataset("sudoku", "test[:1]")[1])
+    for text, right in ((grid, True), (f" {grid}\n", True), (f"0{grid}", False), (f"{grid}.0", False), ("", False)):
+        assert score_output(kept, {"answer": grid}, grid, text).correct == right
+    for short in (grid[:-1], f"{grid}1", f"{grid[0]}.{grid[1:]}e{size * size - 1}"):
+        assert not score_output(kept, {"answer": grid}, grid, short).correct
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import DATA, run_two_processes
 from datagen_models import load_model, save_model, tokenizer_with_markers
-from tiny_training import new_backbone
+from tiny_training import SIZES, new_backbone
 
 from llada_trm_hf import LLaDATRMForMaskedDiffusion, RecursiveRefinementHeadConfig
 from llada_trm_hf.cli.main import main
@@ -102,6 +102,32 @@ def test_the_accuracy_the_demo_would_print(hybrid, tmp_path, refined, steps, cap
     assert found["interval_95"] == pytest.approx(expected.interval)
     assert found["forward_passes"] == steps and (found["refinement_steps"] > 0) == refined
     assert f"{expected.correct} of 10 right: {expected}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["sudoku", "maze"])
+def test_the_whole_grid_counts(tmp_path, monkeypatch, name):
+    """A model that learned to copy 4x4 clues or mazes for a moment, against its outputs compared cell by cell."""
+    flags = {"sudoku": "--puzzle_size 4 --num_clues 14 15", "maze": "--puzzle_size 5"}[name]
+    (tmp_path / "small.json").write_text(
+        json.dumps({**SIZES, "max_position_embeddings": 64, "initializer_range": 0.15})
+    )
+    monkeypatch.chdir(tmp_path)
+    steps = {"sudoku": 120, "maze": 3}[name]
+    run = f"--split train[:200] --max_steps {steps} --batch_size 32 --lr 1e-2 --gradient_checkpointing false"
+    run += " --recipe finetune --refiner none --backbone small.json --save_strategy no --use_cpu --disable_tqdm true"
+    data = f"--dataset_name {name} {flags}"
+    assert main(["train", *f"{data} {run} --max_length 56 --logging_strategy no --output_dir model".split()]) == 0
+    length = {"sudoku": 17, "maze": 26}[name]
+    asked = f"{data} --split test[:40] --max_new_tokens {length} --num_diffusion_steps 4"
+    assert evaluate("model", tmp_path / "results", *asked.split()) == 0
+    options = {"sudoku": {"puzzle_size": 4, "num_clues": [14, 15]}, "maze": {"puzzle_size": 5}}[name]
+    problems, _ = load_reasoning_dataset(name, "test[:40]", **options)
+    found = lines(tmp_path / "results")
+    assert [line["prompt"] for line in found] == problems["prompt"]
+    for line, answer in zip(found, problems["answer"], strict=True):
+        assert line["correct"] == (list(line["output"].strip()) == list(answer))
+    right = summary(tmp_path / "results")["correct"]
+    assert right == sum(line["correct"] for line in found) and (0 < right < 40 or name == "maze")
 
 
 def test_the_harness_finds_the_same_accuracy(hybrid, tmp_path):

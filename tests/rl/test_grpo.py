@@ -87,6 +87,24 @@ def test_rewards_for_answers():
     assert found == [1.0, 1.0, 0.0, 0.0, 1.0]
 
 
+def test_rewards_for_grids():
+    """All of the text, and nothing as a number."""
+    from llada_trm_hf.rl import correctness_reward
+
+    grid = "1234341221434321"
+    completions = [
+        grid,
+        f" {grid}\n",
+        grid[:-1] + "2",
+        f"0{grid}",
+        f"The answer is {grid}",
+        "1.234341221434321e15",
+        "",
+    ]
+    found = correctness_reward("response")(["?"] * 7, completions, [grid] * 7, reasoning=[""] * 7)
+    assert found == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+
+
 def test_rewards_for_programs():
     from llada_trm_hf.rl import correctness_reward
 
