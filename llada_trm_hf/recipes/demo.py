@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ..data import byte_tokenizer, load_reasoning_dataset, tokenize_reasoning
 from ..evaluation import Accuracy, exact_match_accuracy
 from ..hub.files import output_dir_lock, write_atomically, write_text
-from ..models import LLaDAConfig, LLaDAForMaskedDiffusion, LLaDATRMForMaskedDiffusion, RecursiveRefinementHeadConfig
+from ..models import LLaDAConfig, LLaDAForMaskedDiffusion, LLaDATRMForMaskedDiffusion, TRMRefinerConfig
 from ..training import MaskedDiffusionTrainer, MaskedDiffusionTrainingArguments, set_trainable
 from .run_setup import vocabulary_settings
 
@@ -30,14 +30,15 @@ class DemoSize:
 
     problems: int = 200_000
     held_out: int = 1_000
-    backbone_steps: int = 5_500
-    head_steps: int = 1_500
+    backbone_steps: int = 3_000
+    refiner_steps: int = 1_600
 
 
-SMOKE_TEST = DemoSize(problems=2_000, held_out=50, backbone_steps=20, head_steps=10)
+SMOKE_TEST = DemoSize(problems=2_000, held_out=50, backbone_steps=20, refiner_steps=10)
 NUM_TERMS = 7
 STEPS_COMPARED = (1, 2, 4)
-STEPS_SHOWN = 2  # in the trace: with more, there is hardly anything left for the head to fix
+DEPTHS_COMPARED = (1, 2, 4, 8, 16, 32)  # recursion steps
+STEPS_SHOWN = 1  # in the trace: with more, there is hardly anything left for the refiner to fix
 _LOCK = ".demo.lock"  # stays in the folder, and so tells that a demo that was killed is one
 # Loads a checkpoint with transformers alone, as on a machine without this package.
 REMOTE_CODE_SCRIPT = """
@@ -51,7 +52,7 @@ print(json.dumps(model.generate(torch.tensor(json.loads(sys.argv[2]))).tolist())
 
 def run_demo(output_dir: str, seed: int = 0, smoke_test: bool = False) -> None:
     """
-    Trains a backbone, then a head on it, compares them with a control, and saves checkpoint, trace and results in
+    Trains a backbone, then a refiner on it, compares them with a control, and saves checkpoint, trace and results in
     `output_dir`: a new folder, or one with an earlier demo (else ValueError; RuntimeError while that still runs).
     `smoke_test` takes a few steps only.
     """
@@ -83,20 +84,21 @@ class Demo:
         self.timed("train the backbone", lambda: self.train(backbone, train, "backbone", self.size.backbone_steps))
 
         hybrid = self.make_hybrid(backbone)
-        print(f"\n2. A recursive head of {hybrid.refiner.num_parameters():,} parameters learns on a frozen backbone")
+        print(f"\n2. A TRM refiner of {hybrid.refiner.num_parameters():,} parameters learns on a frozen backbone")
         set_trainable(hybrid, ["refiner"])
-        self.timed("train the head", lambda: self.train(hybrid, train, "head", self.size.head_steps))
+        self.timed("train the refiner", lambda: self.train(hybrid, train, "refiner", self.size.refiner_steps))
 
         control_steps = self.steps_in_the_same_time()
-        print(f"\n3. Control: a copy of the backbone alone trains on for as long as the head: {control_steps:,} steps")
+        print(f"\n3. Control: a copy of the backbone alone trains on for as long as the refiner: {control_steps:,} steps")
         control = copy.deepcopy(backbone).requires_grad_(True)
         self.timed("train the control", lambda: self.train(control, train, "control", control_steps))
 
         print("\n4. All three answer the same held-out problems")
         results = self.timed("compare", lambda: compare(hybrid, control, test))
+        curve = self.timed("recursion steps", lambda: accuracy_by_depth(hybrid, test))
         steps = fewest_steps_of_the_best(results["refined"])
         example, reloaded = self.timed("save and reload", lambda: self.save(hybrid, test, steps))
-        self.report(results, example, reloaded)
+        self.report(results, curve, example, reloaded)
 
     def timed(self, name: str, stage: Callable[[], Any]) -> Any:
         start = time.perf_counter()
@@ -124,30 +126,22 @@ class Demo:
         )
 
     def make_hybrid(self, backbone: LLaDAForMaskedDiffusion) -> LLaDATRMForMaskedDiffusion:
-        head = RecursiveRefinementHeadConfig(
-            hidden_size=64,
-            chunk_size=NUM_TERMS + 1,  # the prompt is one chunk, the response another
-            head_hidden_size=192,
-            head_intermediate_size=384,
-            head_layers=1,
-            max_recursive_steps=4,
-            step_size=0.5,
-            convergence_threshold=1e-4,
-            initializer_range=0.06,
-        )
+        # The prompt is one chunk, the response another.
+        refiner = TRMRefinerConfig(hidden_size=64, chunk_size=NUM_TERMS + 1, initializer_range=0.1)
         # A toy this small is overconfident: at the default 0.5 hardly any chunk would count as unsure.
-        return LLaDATRMForMaskedDiffusion.from_backbone(copy.deepcopy(backbone), head, min_confidence=0.95)
+        return LLaDATRMForMaskedDiffusion.from_backbone(
+            copy.deepcopy(backbone), refiner, min_confidence=0.95, deep_supervision_weight=1.0
+        )
 
     def steps_in_the_same_time(self) -> int:
         seconds_per_step = self.seconds["train the backbone"] / self.size.backbone_steps
-        return max(round(self.seconds["train the head"] / seconds_per_step), 1)
+        return max(round(self.seconds["train the refiner"] / seconds_per_step), 1)
 
     def train(self, model: PreTrainedModel, samples: Any, name: str, steps: int) -> None:
         arguments = MaskedDiffusionTrainingArguments(
             output_dir=os.path.join(self.folder, "training", name),
             max_steps=steps,
-            # The head skips chunks the backbone is sure of: a larger batch keeps it busy.
-            per_device_train_batch_size=384 if name == "head" else 128,
+            per_device_train_batch_size=128,
             learning_rate=3e-3,
             lr_scheduler_type="linear",
             warmup_steps=min(100, steps // 2),
@@ -176,7 +170,7 @@ class Demo:
         hybrid.generation_config.update(max_new_tokens=NUM_TERMS + 1, num_diffusion_steps=steps)
         hybrid.save_pretrained(checkpoint)
         self.tokenizer.save_pretrained(checkpoint)
-        problems = problems_the_head_fixes(hybrid, test)
+        problems = problems_the_refiner_fixes(hybrid, test)
         prompts = problems[:, : NUM_TERMS + 1]
         output = hybrid.generate(
             prompts, num_diffusion_steps=STEPS_SHOWN, output_refinement_trace=True, return_dict_in_generate=True
@@ -197,19 +191,24 @@ class Demo:
         right = (answers == problems).all(-1)
         return problems[int(right.int().argmax())], json.loads(process.stdout.splitlines()[-1]) == answers.tolist()
 
-    def report(self, results: dict[str, list[Accuracy]], example: torch.Tensor, reloaded: bool) -> None:
+    def report(
+        self, results: dict[str, list[Accuracy]], curve: dict[int, Accuracy], example: torch.Tensor, reloaded: bool
+    ) -> None:
         width = max(map(len, results))
         print(f"\nWhole response right, of {self.size.held_out} held-out problems (95% interval)\n")
         print(" " * width + "".join(f"{f'{n} diffusion step' + 's' * (n > 1):>26}" for n in STEPS_COMPARED))
         for name, accuracies in results.items():
             print(f"{name:<{width}}" + "".join(f"{accuracy!s:>26}" for accuracy in accuracies))
+        depths = "   ".join(f"{depth}: {100 * accuracy.value:.1f}%" for depth, accuracy in curve.items())
+        print(f"\nRefined, 1 diffusion step, by recursion steps (trained with 4, and up to 8 before them): {depths}")
         print("\n" + "   ".join(f"{name}: {seconds:.0f} s" for name, seconds in self.seconds.items()))
         print(f"\n{self.folder}/checkpoint: loaded without this package, it generates the same: {reloaded}")
-        print(f"{self.folder}/trace.html: three problems that the head fixes, for a browser")
+        print(f"{self.folder}/trace.html: three problems that the refiner fixes, for a browser")
         prompt, answer = self.tokenizer.batch_decode([example[: NUM_TERMS + 1], example[NUM_TERMS + 1 : -1]])
         print(f'llada-trm generate --checkpoint {self.folder}/checkpoint --prompt "{prompt}"  # {answer} is right')
         table = {name: [asdict(accuracy) for accuracy in row] for name, row in results.items()}
-        content = {"steps": STEPS_COMPARED, "accuracy": table, "seconds": self.seconds}
+        by_depth = {depth: asdict(accuracy) for depth, accuracy in curve.items()}
+        content = {"steps": STEPS_COMPARED, "accuracy": table, "recursion_steps": by_depth, "seconds": self.seconds}
         write_text(os.path.join(self.folder, "results.json"), json.dumps(content, indent=2))
 
 
@@ -226,15 +225,27 @@ def compare(hybrid: PreTrainedModel, control: PreTrainedModel, test: Any) -> dic
     }
 
 
+def accuracy_by_depth(hybrid: LLaDATRMForMaskedDiffusion, test: Any) -> dict[int, Accuracy]:
+    """The accuracy in one diffusion step if every chunk takes so many recursion steps."""
+    config = hybrid.refiner.config
+    own = config.max_recursive_steps, config.convergence_threshold
+    accuracies = {}
+    for depth in DEPTHS_COMPARED:
+        config.max_recursive_steps, config.convergence_threshold = depth, 0.0
+        accuracies[depth] = exact_match_accuracy(hybrid, test, num_diffusion_steps=1)
+    config.max_recursive_steps, config.convergence_threshold = own
+    return accuracies
+
+
 def fewest_steps_of_the_best(accuracies: list[Accuracy]) -> int:
     """The number of diffusion steps, of those compared, with the highest accuracy; the smallest of several."""
     values = [accuracy.value for accuracy in accuracies]
     return STEPS_COMPARED[values.index(max(values))]
 
 
-def problems_the_head_fixes(hybrid: LLaDATRMForMaskedDiffusion, test: Any, number: int = 3) -> torch.Tensor:
+def problems_the_refiner_fixes(hybrid: LLaDATRMForMaskedDiffusion, test: Any, number: int = 3) -> torch.Tensor:
     """
-    Held-out problems with their answers `[number, L]` that the head gets right and the bare backbone wrong, if any.
+    Held-out problems with their answers `[number, L]` that the refiner gets right and the bare backbone wrong, if any.
     """
     expected = torch.tensor(test["input_ids"])
     prompts = expected[:, : NUM_TERMS + 1]
