@@ -1,11 +1,13 @@
 """Two processes with half the batch each are one process with the whole batch."""
 
 import json
+import time
 
 import pytest
 import torch
-from conftest import ROOT, launch_two_processes, metrics, run_two_processes
+from conftest import ROOT, launch_two_processes, metrics
 from latent_thinking_models import CLOSE, THOUGHT, make_model, tokens
+from run_programs import SECONDS
 from safetensors.torch import load_file
 from sharded_training import MODES, NAMES, STEPS, train_all
 from tiny_training import new_hybrid, trainer
@@ -29,7 +31,7 @@ def compare(tmp_path, flags, evaluated):
     flags = f"train --backbone {tmp_path}/small.json {FLAGS} {flags}".split()
     one, two = tmp_path / "one", tmp_path / "two"
     assert main([*flags, "--batch_size", "8", "--output_dir", str(one)]) == 0
-    run_two_processes([*flags, "--batch_size", "4", "--output_dir", str(two)])
+    launch_two_processes(["-m", "llada_trm_hf.cli", *flags, "--batch_size", "4", "--output_dir", str(two)])
     for column in ("loss", "diffusion_loss", "grad_norm"):
         expected = metrics(one, "training_metrics.csv", column)
         assert metrics(two, "training_metrics.csv", column) == pytest.approx(expected, rel=1e-3), column
@@ -101,7 +103,14 @@ def train_on_one_of_two(rank, folder):
 
 def test_thoughts_on_one_of_two_processes(tmp_path):
     """`DistributedDataParallel` waits for a gradient of every weight, also from the batch without a thought."""
-    multiprocessing.start_processes(train_on_one_of_two, (tmp_path,), nprocs=2, start_method="spawn", daemon=True)
+    running = multiprocessing.spawn(train_on_one_of_two, (tmp_path,), nprocs=2, join=False, daemon=True)
+    try:
+        end = time.monotonic() + SECONDS
+        while not running.join(timeout=1):
+            assert time.monotonic() < end, f"they had not ended after {SECONDS} s"
+    finally:
+        for process in running.processes:
+            process.kill()
     model = new_thinker()
     for _ in range(2):
         take_step(model, (answer_loss(model, 0) + answer_loss(model, 1)) / 2)
