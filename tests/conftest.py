@@ -2,7 +2,6 @@
 
 import csv
 import os
-import subprocess
 import sys
 import time
 
@@ -16,6 +15,7 @@ import torch
 import transformers
 from hub_http_server import TOKEN, model_hub
 from killed_commands import commands
+from run_programs import run_program
 from tiny_training import new_samples
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING
@@ -182,18 +182,10 @@ def metrics(folder, name, column):
         return [float(row[column]) for row in csv.DictReader(file)]
 
 
-def run_two_processes(arguments):
-    """`llada-trm ARGUMENTS` in two processes that work together."""
-    launch_two_processes(["-m", "llada_trm_hf.cli", *arguments])
+# `python ARGUMENTS` in two processes that work together, and meet at any free port of this machine.
+IN_TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1"]
+IN_TWO_PROCESSES += ["--nproc_per_node", "2"]
 
 
 def launch_two_processes(arguments):
-    """`python ARGUMENTS`, likewise."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [sys.executable, *launch, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_program([*IN_TWO_PROCESSES, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)

@@ -32,6 +32,7 @@ from llada_trm_hf import (
     TRMRefinerConfig,
     thought_token_ids,
 )
+from llada_trm_hf.cli.command import finish_distributed
 from llada_trm_hf.data import tokenize_latent_answers
 from llada_trm_hf.training import LatentAnswerTrainer, LatentAnswerTrainingArguments
 
@@ -154,6 +155,7 @@ def main(mode: str, folder: str) -> None:
         found |= train_and_resume(Path(folder), use_cpu=mode == "ddp")
     if os.environ.get("RANK", "0") == "0":
         Path(folder, "losses.json").write_text(json.dumps(found))
+    finish_distributed()
 
 
 if __name__ == "__main__":

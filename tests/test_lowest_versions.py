@@ -1,10 +1,10 @@
 """What `make lowest` installs is what setup.py and the README claim."""
 
-import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
+from run_programs import run_program
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from lowest_versions import lowest_versions
@@ -12,7 +12,7 @@ from lowest_versions import lowest_versions
 
 def test_the_readme_claims_what_is_tested():
     command = [sys.executable, str(ROOT / "scripts/lowest_versions.py")]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = run_program(command, check=True).stdout.splitlines()
     lowest = dict(line.split("==") for line in lines)
     assert {"torch", "transformers", "trl", "lm-eval", "onnxruntime", "matplotlib", "pytest"} <= lowest.keys()
     readme = (ROOT / "README.md").read_text()

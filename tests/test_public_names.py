@@ -1,10 +1,10 @@
 """Everything public is imported from the root, when it is first used."""
 
 import importlib
-import subprocess
 import sys
 
 import pytest
+from run_programs import run_program
 
 import llada_trm_hf
 
@@ -36,4 +36,4 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
 from llada_trm_hf import MaskedDiffusionTrainer
 assert "llada_trm_hf.training" in sys.modules
 """
-    subprocess.run([sys.executable, "-c", program], check=True)
+    run_program([sys.executable, "-c", program], check=True)

@@ -150,16 +150,17 @@ def finish_distributed() -> None:
     Ends the processes of a run together: one that leaves while others still write would bring them down.
 
     `destroy_process_group` drops only torch's own references. A DDP model holds the group too, and the trainer around
-    it is in reference cycles: without a collection, gloo's worker threads outlive `main`, and one that releases a
-    tensor while the interpreter shuts down aborts the process (pytorch issue 179291).
+    it is in reference cycles. Uncollected, gloo's worker threads outlive `main`, and one that releases a tensor while
+    the interpreter shuts down aborts the process (pytorch issue 179291). Collected afterwards, the model ends the
+    group: it waits for these threads and holds the GIL, which one that releases a tensor waits for.
     """
     from accelerate import PartialState  # not in the base install, which `push` does with
 
     processes = PartialState()
     if processes.num_processes > 1:
         processes.wait_for_everyone()
-        processes.destroy_process_group()
         gc.collect()
+        processes.destroy_process_group()  # lets go of the GIL while it waits for the threads
 
 
 def _finite_number(text: str) -> float:

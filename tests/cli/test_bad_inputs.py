@@ -3,12 +3,12 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import IN_TWO_PROCESSES, ROOT
+from run_programs import run_program
 from safetensors.torch import load_file, save_file
 from tiny_training import SIZES, new_backbone
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -232,13 +232,10 @@ def test_one_line_names_the_mistake(place, monkeypatch, capfd, command, named):
 def test_processes_that_do_not_know_of_each_other_are_refused(place, tmp_path):
     """Two, launched for GPUs where there are none: each would take itself for the only one."""
     command = f"{TRAIN} --split train[:8] --num_terms 4".replace("--use_cpu", "").replace("OUT", str(tmp_path / "OUT"))
-    launch = "-m torch.distributed.run --standalone --nproc_per_node 2 -m llada_trm_hf.cli"
-    result = subprocess.run(
-        [sys.executable, *launch.split(), *command.split()],
+    result = run_program(
+        [*IN_TWO_PROCESSES, "-m", "llada_trm_hf.cli", *command.split()],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
         cwd=place,
-        capture_output=True,
-        text=True,
     )
     lines = [line for line in result.stderr.splitlines() if line.startswith("llada-trm train: ")]
     assert result.returncode and "llada_trm_hf" in result.stderr and lines, result.stderr

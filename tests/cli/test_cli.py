@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import warnings
 from itertools import accumulate
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import forget_refiner
+from run_programs import run_program
 from tiny_training import SIZES, new_backbone
 from transformers import AutoConfig
 
@@ -283,9 +283,7 @@ def test_unknown_command_and_help(capsys):
 
 
 def test_module_entry_point_and_exit_code():
-    result = subprocess.run(
-        [sys.executable, "-m", "llada_trm_hf.cli", "generate", "--prompt", "1"], capture_output=True, text=True
-    )
+    result = run_program([sys.executable, "-m", "llada_trm_hf.cli", "generate", "--prompt", "1"])
     assert result.returncode == 2
     assert "the following arguments are required: --checkpoint" in result.stderr
 
@@ -293,11 +291,9 @@ def test_module_entry_point_and_exit_code():
 def test_what_optional_packages_log_stays_off_stderr():
     """torchao and bitsandbytes, where they are installed, say which of their extensions they did not load."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHAO_")}
-    result = subprocess.run(
+    result = run_program(
         [sys.executable, "-m", "llada_trm_hf.cli", "train", "--recipe", "warmup", "--help"],
         env=inherited,
-        capture_output=True,
-        text=True,
     )
     assert result.returncode == 0 and "--learning_rate" in result.stdout
     assert result.stderr == ""
@@ -339,14 +335,13 @@ def test_demo_runs_from_start_to_end(tmp_path, capsys):
         (["--version"], f"llada-trm {llada_trm_hf.__version__}"),
     ],
 )
-def test_help_does_not_wait_for_torch(arguments, printed, capfd):
+def test_help_does_not_wait_for_torch(arguments, printed):
     """Of the command line as a process of its own, since torch is imported here."""
     program = (
         "import sys; sys.argv[0] = 'llada-trm'; from llada_trm_hf.cli.main import main\n"
         f"code = main({arguments}); sys.exit(code or bool({{'torch', 'transformers', 'datasets'}} & set(sys.modules)))"
     )
-    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
-    assert printed in capfd.readouterr().out
+    assert printed in run_program([sys.executable, "-c", program], check=True).stdout
 
 
 def test_interrupted_while_it_imports(tmp_path):
@@ -357,11 +352,9 @@ def test_interrupted_while_it_imports(tmp_path):
         "os.kill(os.getpid(), signal.SIGINT)\n"
         "time.sleep(5)\n"
     )
-    result = subprocess.run(
+    result = run_program(
         [sys.executable, "-m", "llada_trm_hf.cli", "generate", "--checkpoint", "x", "--prompt", "1"],
         env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
-        capture_output=True,
-        text=True,
     )
     assert result.returncode == 130 and result.stderr.strip() == "llada-trm: interrupted."
 
@@ -373,7 +366,7 @@ def test_the_command_line_registers_models_once_it_needs_them(checkpoint):
         "from llada_trm_hf import LLaDAConfig, MaskedDiffusionGenerationConfig\n"
         "from transformers import AutoConfig; AutoConfig.for_model('llada'); sys.exit(code)"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    result = run_program([sys.executable, "-c", program])
     assert result.returncode == 0, result.stderr
     for noise in ("FutureWarning", "of type ``", "Loading weights", "pin_memory"):
         assert noise not in result.stderr

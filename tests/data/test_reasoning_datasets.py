@@ -3,7 +3,6 @@
 import gzip
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from conftest import DATA, ROOT
 from datasets import Dataset, IterableDataset
 from hub_server import dataset_hub
+from run_programs import run_program
 
 from llada_trm_hf.data import difference_chains, load_reasoning_dataset
 from llada_trm_hf.data.reasoning_sources import SOURCES, last_boxed
@@ -133,7 +133,7 @@ def passes(programs: list[str]) -> list[bool]:
         "print(json.dumps(results), file=out)\n"
     )
     command = [sys.executable, "-c", harness]
-    result = subprocess.run(command, input=json.dumps(programs), capture_output=True, text=True)
+    result = run_program(command, input=json.dumps(programs))
     assert result.returncode == 0, result.stderr[-2000:]
     return json.loads(result.stdout)
 
@@ -465,11 +465,9 @@ def card(config: str, *splits: str) -> bytes:
 
 def read_from_hub(url: str, home: Path, *wanted) -> list:
     away = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
-    result = subprocess.run(
+    result = run_program(
         [sys.executable, "-c", READ_HUB, json.dumps(wanted)],
         env={**os.environ, **away, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return [json.loads(line.split(" ", 1)[1]) for line in result.stdout.splitlines() if line.startswith("RESULT")]

@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
+from run_programs import run_program
 
 from llada_trm_hf import LatentThinkingForCausalLM
 from llada_trm_hf.cli.main import main
@@ -23,7 +23,7 @@ def test_the_whole_pipeline(tmp_path):
     settings = {name: str(value) for name, value in sizes.items()} | {"OMP_NUM_THREADS": "1"}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     command = ["sh", str(EXAMPLE / "run.sh"), str(tmp_path), "3"]
-    subprocess.run(command, check=True, env={**os.environ, **settings, "PATH": path})
+    run_program(command, seconds=3000, check=True, env={**os.environ, **settings, "PATH": path})
     rows = [json.loads(line) for line in (tmp_path / "lm" / "train.jsonl").read_text().splitlines()]
     lengths = [len(row["prompt"]) - 1 for row in rows]
     assert len(rows) == 2000 and all(abs(lengths.count(n) - 2000 / 7) < 1 for n in range(2, 9))

@@ -1,11 +1,11 @@
 """The README's figures are those of benchmarks/results."""
 
-import subprocess
 import sys
 
 from conftest import ROOT
+from run_programs import run_program
 
 
 def test_the_readme_says_what_was_measured():
     command = [sys.executable, str(ROOT / "benchmarks" / "report.py"), "--check"]
-    assert subprocess.run(command).returncode == 0, "run python benchmarks/report.py"
+    assert run_program(command).returncode == 0, "run python benchmarks/report.py"

@@ -1,11 +1,15 @@
 """Two processes with half the batch each are one process with the whole batch."""
 
+import gc
 import json
+import sys
+import time
 
 import pytest
 import torch
-from conftest import ROOT, launch_two_processes, metrics, run_two_processes
+from conftest import ROOT, launch_two_processes, metrics
 from latent_thinking_models import CLOSE, THOUGHT, make_model, tokens
+from run_programs import SECONDS, run_program
 from safetensors.torch import load_file
 from sharded_training import MODES, NAMES, STEPS, train_all
 from tiny_training import new_hybrid, trainer
@@ -29,7 +33,7 @@ def compare(tmp_path, flags, evaluated):
     flags = f"train --backbone {tmp_path}/small.json {FLAGS} {flags}".split()
     one, two = tmp_path / "one", tmp_path / "two"
     assert main([*flags, "--batch_size", "8", "--output_dir", str(one)]) == 0
-    run_two_processes([*flags, "--batch_size", "4", "--output_dir", str(two)])
+    launch_two_processes(["-m", "llada_trm_hf.cli", *flags, "--batch_size", "4", "--output_dir", str(two)])
     for column in ("loss", "diffusion_loss", "grad_norm"):
         expected = metrics(one, "training_metrics.csv", column)
         assert metrics(two, "training_metrics.csv", column) == pytest.approx(expected, rel=1e-3), column
@@ -96,12 +100,21 @@ def train_on_one_of_two(rank, folder):
     for _ in range(2):
         take_step(model, answer_loss(parallel, rank))
     torch.save(thinker_weights(model), folder / f"{rank}.pt")
+    del parallel
+    gc.collect()  # before the group ends, as in `finish_distributed`
     distributed.destroy_process_group()
 
 
 def test_thoughts_on_one_of_two_processes(tmp_path):
     """`DistributedDataParallel` waits for a gradient of every weight, also from the batch without a thought."""
-    multiprocessing.start_processes(train_on_one_of_two, (tmp_path,), nprocs=2, start_method="spawn", daemon=True)
+    running = multiprocessing.spawn(train_on_one_of_two, (tmp_path,), nprocs=2, join=False, daemon=True)
+    try:
+        end = time.monotonic() + SECONDS
+        while not running.join(timeout=1):
+            assert time.monotonic() < end, f"they had not ended after {SECONDS} s"
+    finally:
+        for process in running.processes:
+            process.kill()
     model = new_thinker()
     for _ in range(2):
         take_step(model, (answer_loss(model, 0) + answer_loss(model, 1)) / 2)
@@ -109,6 +122,50 @@ def test_thoughts_on_one_of_two_processes(tmp_path):
     assert (thinker_weights(model) - thinker_weights(new_thinker())).abs().max() > 1e-3
     assert torch.equal(*found)
     torch.testing.assert_close(found[0], thinker_weights(model), atol=1e-6, rtol=1e-5)
+
+
+END_WHILE_A_THREAD_WANTS_THE_GIL = """
+import gc, sys, time
+from unittest.mock import patch
+import psutil
+import torch
+import torch.distributed.nn.functional  # keeps the first group that it finds
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+from llada_trm_hf.cli.command import finish_distributed
+
+class Processes:
+    num_processes = 2
+    destroy_process_group = staticmethod(distributed.destroy_process_group)
+
+    def wait_for_everyone(self):
+        # Gloo's threads still copy them when nobody else holds them, and meet a GIL that is not given away.
+        tensors = [(torch.ones(1 << 21), torch.ones(1 << 21)) for _ in range(8)]
+        while tensors:
+            one, other = tensors.pop()
+            distributed.all_gather([one], other, async_op=True)
+            del one, other
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:
+            pass
+
+torch.set_num_threads(1)
+gc.disable()
+before = psutil.Process().num_threads()
+distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+assert psutil.Process().num_threads() > before
+models = [DistributedDataParallel(torch.nn.Linear(2, 2))]
+models.append(models)
+del models
+sys.setswitchinterval(100)
+with patch("accelerate.PartialState", Processes):
+    finish_distributed()
+assert psutil.Process().num_threads() == before
+"""
+
+
+def test_a_run_ends_while_a_thread_of_gloo_lets_go_of_a_tensor():
+    run_program([sys.executable, "-c", END_WHILE_A_THREAD_WANTS_THE_GIL], seconds=100, check=True)
 
 
 @pytest.fixture(scope="module")

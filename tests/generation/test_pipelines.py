@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT, randomise
 from run_pipelines import CHAT, MASKED, PROMPTS
+from run_programs import run_program
 from tiny_training import SIZES, new_backbone, new_hybrid
 
 from llada_trm_hf import LLaDAMoEConfig, LLaDAMoEForMaskedDiffusion
@@ -67,12 +67,10 @@ def found(models, tokenizer, tmp_path_factory):
         json.dumps([{name: str(folder / name) for name in NAMES}, str(folder / "out")])
     )
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    result = subprocess.run(
+    result = run_program(
         [sys.executable, str(ROOT / "tests/run_pipelines.py"), str(folder / "wishes.json")],
         cwd=folder,
         env=inherited | {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads((folder / "out").read_text())

@@ -3,15 +3,15 @@
 import json
 import os
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import IN_TWO_PROCESSES
 from datagen_models import CHAT_TEMPLATE, load_model, plain_greedy, plain_states, save_model, tokenizer_with_markers
 from filelock import FileLock
+from run_programs import run_program
 from safetensors.torch import load_file
 
 from llada_trm_hf import DimensionCompressor, DimensionCompressorConfig, LLaDAConfig, LLaDAForMaskedDiffusion
@@ -394,17 +394,16 @@ def test_interrupted(flags, tmp_path, finished, monkeypatch, capsys):
 
 
 def test_two_processes_give_the_files_of_one(flags, finished, tmp_path):
-    launch = "-m torch.distributed.run --standalone --nproc_per_node 2 -m llada_trm_hf.cli"  # on any free port
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, *launch.split(), *flags, "--output_dir", str(tmp_path)]
-    result = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+    arguments = [*IN_TWO_PROCESSES, "-m", "llada_trm_hf.cli", *flags, "--output_dir", str(tmp_path)]
+    result = run_program(arguments, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("hidden pairs of") == 1
     assert files(tmp_path) == files(finished)
     # A run of two processes is refused as one is, and none of them writes.
     (tmp_path / "pairs-00001.safetensors").unlink()
     with FileLock(tmp_path / ".datagen.lock"):
-        result = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+        result = run_program(arguments, env=environment)
     assert result.returncode != 0 and "Another run is writing to" in result.stderr
     assert not (tmp_path / "pairs-00001.safetensors").exists()
 

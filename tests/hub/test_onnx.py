@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 import sys
 from functools import partial
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from conftest import EOS, MASK, PAD, randomise
 from latent_thinking_models import make_model
+from run_programs import run_program
 
 from llada_trm_hf.cli.main import main
 from llada_trm_hf.hub import export_onnx
@@ -404,4 +404,4 @@ def test_package_imports_without_them():
         "import llada_trm_hf, llada_trm_hf.cli.publish as command\n"
         "assert callable(llada_trm_hf.hub.export_onnx) and callable(command.export_onnx)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_program([sys.executable, "-c", code], check=True)

@@ -1,12 +1,12 @@
 """Debug mode: the numbers it prints, that it changes none, and that it costs nothing while it is off."""
 
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import MASK, HostCopies, randomise
+from run_programs import run_program
 from torch.nn.functional import cosine_similarity
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -313,8 +313,6 @@ def test_remote_code_runs_without_a_report(tiny_hybrid, tmp_path):
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", **ON}
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    done = run_program([sys.executable, "-c", script], cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == ["torch.Size([1,", "4,", "50])"]

@@ -6,13 +6,13 @@ import os
 import re
 import shutil
 import struct
-import subprocess
 import sys
 from dataclasses import fields
 from html.parser import HTMLParser
 
 import pytest
 import torch
+from run_programs import run_program
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 import llada_trm_hf.inspection
@@ -117,7 +117,7 @@ def rendered(path, step, row):
     profile = f"--user-data-dir={path.parent / 'profile'}"
     address = f"{path.as_uri()}#step={step}&row={row}"
     command = [CHROMIUM, *options.split(), "--disable-component-update", "--disable-sync", profile, "--dump-dom"]
-    page = subprocess.run([*command, address], capture_output=True, check=True, timeout=120).stdout.decode()
+    page = run_program([*command, address], check=True).stdout
     return page[: page.index('<ul class="legend"')]
 
 

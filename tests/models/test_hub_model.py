@@ -20,6 +20,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from latent_thinking_models import make_lm, make_model
 from load_from_hub import PAUSE, outputs
+from run_programs import talk_to
 from tiny_training import TOKENIZER, new_backbone, new_hybrid
 from transformers import GenerationMixin, ModernBertConfig, ModernBertForMaskedLM, PreTrainedModel, modeling_utils
 
@@ -124,7 +125,7 @@ def run_python(arguments, hub, home, in_pause=None, **environment):
     }
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHONPATH"))}
     command, pipe, said = [sys.executable, *map(str, arguments)], subprocess.PIPE, ""
-    with subprocess.Popen(
+    with talk_to(
         command, cwd=home, env=inherited | settings, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True
     ) as process:
         for line in process.stdout:

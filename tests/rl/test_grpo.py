@@ -2,7 +2,6 @@
 
 import csv
 import json
-import subprocess
 import sys
 
 import pytest
@@ -17,6 +16,7 @@ from latent_thinking_models import (
     plain_logits,
     reading_lm,
 )
+from run_programs import run_program
 from safetensors import safe_open
 from tiny_training import StopAt
 from transformers import AutoTokenizer
@@ -448,4 +448,4 @@ def test_without_trl(tmp_path, monkeypatch, capsys):
 
 def test_nothing_else_imports_trl():
     code = "import sys, llada_trm_hf.training, llada_trm_hf.cli.train; sys.exit('trl' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert run_program([sys.executable, "-c", code]).returncode == 0

@@ -2,13 +2,13 @@
 
 import copy
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 from latent_thinking_models import THOUGHT, make_lm, make_model, pad_rows, tokens
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from run_programs import run_program
 from transformers import AutoModelForCausalLM
 
 from llada_trm_hf import LatentThinkingForCausalLM
@@ -134,7 +134,7 @@ def test_loaded_where_the_package_is_not_installed(checkpoints, tmp_path):
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
     command = [sys.executable, "-c", REMOTE]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = run_program(command, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     for found, logits_before in zip(torch.load(tmp_path / "outputs.pt"), expected, strict=True):
         torch.testing.assert_close(found, logits_before, atol=1e-4, rtol=1e-4)

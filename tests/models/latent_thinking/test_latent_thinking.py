@@ -2,7 +2,6 @@
 
 import copy
 import os
-import subprocess
 import sys
 
 import pytest
@@ -26,6 +25,7 @@ from latent_thinking_models import (
     tokens,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
+from run_programs import run_program
 from safetensors import safe_open
 from tiny_training import new_hybrid
 from torch.nn.functional import cross_entropy
@@ -645,9 +645,7 @@ def test_loads_where_the_package_is_not_installed(on_disk_backbone, tmp_path):
     torch.save(inputs, tmp_path / "inputs.pt")
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
-    done = subprocess.run(
-        [sys.executable, "-c", REMOTE], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    done = run_program([sys.executable, "-c", REMOTE], cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     expected = [model(**inputs).logits.detach(), model.generate(**inputs, max_new_tokens=4)]
     for found in torch.load(tmp_path / "outputs.pt", weights_only=True).values():

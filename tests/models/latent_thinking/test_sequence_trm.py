@@ -3,12 +3,12 @@
 import cmath
 import json
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import randomise
+from run_programs import run_program
 from safetensors.torch import load_file
 from torch.nn.functional import cosine_similarity, pad
 from transformers import AutoModel
@@ -663,12 +663,10 @@ def test_loads_where_the_package_is_not_installed(context, tmp_path):
     context = context.float()
     torch.save(context, tmp_path / "context.pt")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
+    done = run_program(
         [sys.executable, "-c", IN_A_PROCESS_WITHOUT_THE_PACKAGE],
         cwd=tmp_path,
         env=environment | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     outputs = torch.load(tmp_path / "outputs.pt", weights_only=True)

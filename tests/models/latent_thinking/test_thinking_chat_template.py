@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 import warnings
 
 import pytest
 import torch
 from latent_thinking_models import backbone_for, make_model, new_tokenizer
+from run_programs import run_program
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -192,7 +192,7 @@ def test_pipeline_thinks_about_messages_where_the_package_is_not_installed(templ
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
     command = [sys.executable, "-c", PIPELINE]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = run_program(command, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "texts.json").read_text())
 

@@ -2,12 +2,12 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import EOS, MASK, PAD
+from run_programs import run_program
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import linear, silu
@@ -560,13 +560,10 @@ def test_loads_where_the_package_is_not_installed(moe, make_hybrid, batch, tmp_p
     torch.save(batch[0], tmp_path / "inputs.pt")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
+    done = run_program(
         [sys.executable, "-c", IN_A_PROCESS_WITHOUT_THE_PACKAGE],
         cwd=tmp_path,
         env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     outputs = torch.load(tmp_path / "outputs.pt")

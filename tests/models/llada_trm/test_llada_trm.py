@@ -4,13 +4,13 @@ import copy
 import json
 import os
 import re
-import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import MASK, PAD
 from hybrid_models import AUTO_CLASSES, assert_same_model, random_tokens
+from run_programs import run_program
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
@@ -729,12 +729,10 @@ def test_loads_where_the_package_is_not_installed(tiny_hybrid, on_disk_backbone,
     torch.save({"input_ids": batch[0], "hidden_states": hidden_states, "settings": settings}, tmp_path / "inputs.pt")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
+    done = run_program(
         [sys.executable, "-c", IN_A_PROCESS_WITHOUT_THE_PACKAGE],
         cwd=tmp_path,
         env=environment,
-        capture_output=True,
-        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     outputs = torch.load(tmp_path / "outputs.pt", weights_only=False)

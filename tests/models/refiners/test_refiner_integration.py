@@ -3,13 +3,13 @@
 import importlib
 import json
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import MASK, ROOT, forget_refiner, randomise
 from hybrid_models import AUTO_CLASSES, assert_same_model, random_tokens
+from run_programs import run_program
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
@@ -449,9 +449,7 @@ def run(arguments, folder, **environment):
     """Python in a process of its own that runs in `folder`, with HF's cache of code there too."""
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=inherited | environment, capture_output=True, text=True
-    )
+    done = run_program([sys.executable, *arguments], cwd=folder, env=inherited | environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
