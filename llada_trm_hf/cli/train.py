@@ -19,7 +19,7 @@ _OVERVIEW = """usage: llada-trm train --recipe NAME [options]
 Trains what a recipe says. --recipe NAME --help lists all its settings with their defaults, in a few seconds.
 
 recipes:
-  warmup, slot_warmup        a recursive head, a slot refiner, on a frozen backbone (slot_warmup_cpu: a small one)
+  warmup, slot_warmup        a TRM refiner, a slot refiner, on a frozen backbone (slot_warmup_cpu: a small one)
   finetune, slot_full        the refiner and its whole backbone; slot_finetune: and the backbone's last layers
   cot_specialized            both, on long reasoning
   compressor_1a, _1b         a compressor of a language model's hidden states
@@ -82,7 +82,7 @@ def run_demo(arguments: list[str]) -> None:
     """The whole journey on generated arithmetic, from scratch."""
     parser = CommandParser(
         prog="llada-trm demo",
-        description="Trains a masked-diffusion model from scratch, then a recursive head on top of it, and compares.",
+        description="Trains a masked-diffusion model from scratch, then a refiner on top of it, and compares.",
     )
     parser.add_argument("--output_dir", default="outputs/demo", help="a new folder for checkpoint, trace and results")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data and masks")

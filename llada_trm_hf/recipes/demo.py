@@ -89,7 +89,7 @@ class Demo:
         self.timed("train the refiner", lambda: self.train(hybrid, train, "refiner", self.size.refiner_steps))
 
         control_steps = self.steps_in_the_same_time()
-        print(f"\n3. Control: a copy of the backbone alone trains on for as long as the refiner: {control_steps:,} steps")
+        print(f"\n3. Control: a copy of the backbone trains on for as long as the refiner, {control_steps:,} steps")
         control = copy.deepcopy(backbone).requires_grad_(True)
         self.timed("train the control", lambda: self.train(control, train, "control", control_steps))
 

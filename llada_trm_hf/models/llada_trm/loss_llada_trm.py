@@ -91,7 +91,8 @@ class RefinementObjective:
             components["router_aux"] = encoded.router_aux_loss
         if result.refined.step_hidden_states:
             steps = result.refined.step_hidden_states
-            components["deep_supervision"] = self._deep_supervision(steps, targets, in_active)
+            if config.deep_supervision_weight:
+                components["deep_supervision"] = self._deep_supervision(steps, targets, in_active)
             if config.change_loss_weight:
                 changes = [states - hidden_states for states in steps]
                 components["change"] = self._deep_supervision(changes, targets, in_active)

@@ -270,16 +270,21 @@ def test_losses_equal_plain_ones(make_hybrid, batch, schedule, freeze_backbone, 
 
     chunks = plain_chunks(mask, 22)
     chunk_of = {(b, i): n for b, row in enumerate(chunks) for n, chunk in enumerate(row) for i in chunk}
-    step_losses = []
+    came = model.backbone(input_ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
+    step_losses, change_losses = [], []
     for states in refined.step_hidden_states:
-        losses = plain_token_losses(model.backbone.lm_head(states), input_ids, labels, p_mask)
-        step_losses.append(sum(loss for (b, i), loss in losses.items() if active[b, chunk_of[b, i]]))
+        for result, read in ((step_losses, states), (change_losses, states - came)):
+            losses = plain_token_losses(model.backbone.lm_head(read), input_ids, labels, p_mask)
+            result.append(sum(loss for (b, i), loss in losses.items() if active[b, chunk_of[b, i]]))
     weights = {
         "constant": [1.0] * len(step_losses),
         "linear": [float(k + 1) for k in range(len(step_losses))],
         "exponential": [2.0**k for k in range(len(step_losses))],
     }[schedule]
-    deep_supervision = sum(w * loss for w, loss in zip(weights, step_losses, strict=True)) / sum(weights)
+    deep_supervision, change = (
+        sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
+        for losses in (step_losses, change_losses)
+    )
 
     calibration = []
     for b, n in active.nonzero().tolist():
@@ -292,13 +297,14 @@ def test_losses_equal_plain_ones(make_hybrid, batch, schedule, freeze_backbone, 
         "diffusion": diffusion,
         "backbone": backbone,
         "deep_supervision": deep_supervision,
+        "change": change,
         "confidence": calibration,
     }
     assert set(outputs.loss_components) == set(components)
     for name, value in components.items():
         torch.testing.assert_close(outputs.loss_components[name], value.detach(), rtol=1e-4, atol=1e-5)
         assert not outputs.loss_components[name].requires_grad
-    total = diffusion + 0.3 * deep_supervision + 0.05 * calibration + (0 if freeze_backbone else backbone)
+    total = diffusion + 0.3 * deep_supervision + change + 0.05 * calibration + (0 if freeze_backbone else backbone)
     torch.testing.assert_close(outputs.loss, total, rtol=1e-4, atol=1e-5)
     assert torch.equal(outputs.refinement_steps > 0, active) and len(step_losses) > 2
 
