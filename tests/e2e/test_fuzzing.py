@@ -254,7 +254,7 @@ def run_command(work, place, words, capfd):
 GENERATE = "generate --checkpoint hybrid --prompt 1= --device cpu --max_new_tokens 3 --dtype float32"
 EVALUATE = "evaluate --model hybrid --device cpu --output_dir out --max_new_tokens 3 --split test[:2] --dataset_name "
 TRAIN = "train --backbone backbone --output_dir out --use_cpu --report_to none --disable_tqdm true --split train[:4]"
-TRAIN += " --max_steps 1 --max_length 48 --num_terms 4 --save_strategy no --head_hidden_size 8"
+TRAIN += " --max_steps 1 --max_length 48 --num_terms 4 --save_strategy no --recursion_size 8"
 FLAGS = {
     GENERATE: sorted(
         flag

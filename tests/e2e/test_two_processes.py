@@ -22,7 +22,8 @@ from llada_trm_hf.cli.main import main
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
 
-FLAGS = "--split train[:200] --num_terms 4 --chunk_size 5 --head_hidden_size 16 --eval_strategy steps --max_steps 6"
+FLAGS = "--split train[:200] --num_terms 4 --chunk_size 5 --eval_strategy steps --max_steps 6"
+FLAGS += " --refiner recursive_refinement_head --head_hidden_size 16"
 FLAGS += " --min_confidence 1 --lr 1e-2 --warmup_steps 0 --logging_steps 1 --use_cpu --disable_tqdm true"
 
 

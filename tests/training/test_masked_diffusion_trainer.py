@@ -285,7 +285,8 @@ def test_tensorboard_shows_what_the_csv_files_say(tmp_path, samples):
 
 def train_command(config_file: str, folder: Path, *more: str) -> list[str]:
     flags = f"--recipe warmup --backbone {config_file} --dataset_name arithmetic --split train[:64] --num_terms 4"
-    flags += f" --chunk_size 5 --head_hidden_size 16 --max_steps 4 --logging_steps 1 --use_cpu --output_dir {folder}"
+    flags += " --refiner recursive_refinement_head --head_hidden_size 16 --chunk_size 5 --max_steps 4"
+    flags += f" --logging_steps 1 --use_cpu --output_dir {folder}"
     return ["train", *flags.split(), *more]
 
 
