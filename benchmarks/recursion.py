@@ -91,6 +91,7 @@ def refiners(chunk_size: int) -> dict[str, dict[str, Any]]:
         head_hidden_size=192,
         head_intermediate_size=384,
         head_layers=1,
+        recall=True,
         step_size=0.5,
         max_recursive_steps=16,
         convergence_threshold=1e-4,
@@ -99,6 +100,7 @@ def refiners(chunk_size: int) -> dict[str, dict[str, Any]]:
     slots = SlotTRMRefinerConfig(
         **sizes,
         preset="tiny",
+        recall=True,
         max_recursive_steps=16,
         delta_scale=0.5,
         convergence_threshold=1e-4,

@@ -73,7 +73,6 @@ def make_hybrid(make_backbone):
         backbone = make_backbone() if backbone is None else backbone
         width = backbone.config.hidden_size
         defaults = {"hidden_size": width, "chunk_size": 4, "head_hidden_size": 16, "convergence_threshold": 0.02}
-        defaults |= {"max_free_steps": 0}  # the same depth in every training step
         refiner = RecursiveRefinementHeadConfig(**defaults | (head or {}))
         fields = {"min_confidence": 0.25} | fields
         model = LLaDATRMForMaskedDiffusion.from_backbone(backbone, refiner=refiner, **fields).eval()

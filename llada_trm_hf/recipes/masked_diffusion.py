@@ -60,7 +60,7 @@ class MaskedDiffusionScriptArguments(DataArguments):
     trained_steps: int | None = HfArg(default=None, help="Recursion steps with gradient in training; 4.")
     max_free_steps: int | None = HfArg(default=None, help="Most steps without gradient before them; 8.")
     free_steps_probability: float | None = HfArg(default=None, help="Share of batches with such steps; 0.5.")
-    recall: bool | None = HfArg(default=None, help="Whether head or slots read their input in every step; true.")
+    recall: bool | None = HfArg(default=None, help="Whether head or slots read their input in every step; false.")
     recursion_size: int | None = HfArg(default=None, help="Width of a TRM refiner; an eighth, 64 to 512.")
     n_latent_steps: int | None = HfArg(default=None, help="Updates of its z in a recursion step; 1.")
     damping: float | None = HfArg(default=None, help="Share of its state that an update keeps; 0.")

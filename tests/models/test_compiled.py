@@ -25,7 +25,7 @@ def refiner_configs(kind, early_stopping):
     sizes = {"hidden_size": WIDTH, "chunk_size": CHUNK, "max_recursive_steps": 4}
     slots = {"num_hidden_layers": 1, "num_attention_heads": 2}
     head = RecursiveRefinementHeadConfig(
-        **sizes, head_hidden_size=16, step_size=0.5, convergence_threshold=0.3 if early_stopping else 0.0
+        **sizes, head_hidden_size=16, convergence_threshold=0.02 if early_stopping else 0.0
     )
     slot = SlotTRMRefinerConfig(**sizes, **slots, convergence_threshold=0.0013 if early_stopping else 0.0)
     trm = TRMRefinerConfig(**sizes, recursion_size=16, convergence_threshold=1.1 if early_stopping else 0.0)

@@ -271,11 +271,11 @@ def check_recursion_depth(config: PreTrainedConfig) -> None:
 
 class RecallConfig(PreTrainedConfig):
     """
-    Base of the configs of refiners that were first made without recall: checkpoints that do not mention `recall` load
-    without it, and train at one depth, as they did.
+    Base of the configs of refiners that were first made without recall: with it, they read their input again in every
+    step, and their depth in training is random. Without, they train at one depth.
     """
 
-    recall: bool = True
+    recall: bool = False
     trained_steps: int = 4
     max_free_steps: int = 8
     free_steps_probability: float = 0.5
@@ -283,10 +283,6 @@ class RecallConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         check_recursion_depth(self)
         super().__post_init__(**kwargs)
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        return super().from_dict({"recall": False, **config_dict}, **kwargs)
 
 
 class RefinerAttention(nn.Module):
@@ -298,7 +294,7 @@ class RefinerAttention(nn.Module):
     def __init__(self, config: PreTrainedConfig, size: int):
         super().__init__()
         self.config = config
-        self.head_dim = size // config.num_attention_heads
+        self.num_heads, self.head_dim = config.num_attention_heads, size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.q_proj = nn.Linear(size, size, bias=False)
         self.k_proj = nn.Linear(size, size, bias=False)
@@ -309,7 +305,7 @@ class RefinerAttention(nn.Module):
         self, hidden_states: torch.Tensor, rotary: Rotary, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The output for `hidden_states` `[B, L, size]`, and the heads side by side before the output projection."""
-        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        heads = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
         query, key, value = (proj(hidden_states).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         query, key = rotate(query, rotary), rotate(key, rotary)
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # [B, heads, L, head_dim]

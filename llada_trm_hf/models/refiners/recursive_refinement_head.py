@@ -24,9 +24,8 @@ class RecursiveRefinementHeadConfig(RecallConfig):
         convergence_threshold (`float`, defaults to 0.01): A chunk stops when the cosine similarity of its code with
             that of the step before exceeds `1 - convergence_threshold`. 0 never stops.
         step_size (`float`, defaults to 0.1): Factor of every update.
-        recall (`bool`, defaults to `True`): Every step also reads the chunk as it came, and its update is added to
-            that: more steps than trained with do no harm. Without it, as in checkpoints that do not mention it,
-            updates add up.
+        recall (`bool`, defaults to `False`): Whether every step also reads the chunk as it came, and its update is
+            added to that. Without it, updates add up.
         trained_steps, max_free_steps, free_steps_probability: the depth in training, see [`RecursionDepth`]; with
             recall only.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
@@ -88,12 +87,11 @@ class RecursiveRefinementHead(PreTrainedRefiner):
     """
     Refines hidden states chunk by chunk, all active chunks of a batch at once.
 
-    Each step encodes a chunk `[C, D]` to a code, together with the code of the chunk as it came (recall), decodes an
-    update from it and adds `step_size` times the update to the chunk as it came. A chunk stops when its code no longer
-    turns (`convergence_threshold`), or after `max_recursive_steps` updates. In training nothing stops, and the depth
-    is random (see [`RecursionDepth`]).
+    Each step encodes a chunk `[C, D]` to a code, decodes an update from it and adds `step_size` times the update. A
+    chunk stops when its code no longer turns (`convergence_threshold`), or after `max_recursive_steps` updates.
 
-    With `recall=False` only the chunk's latest states are read, updates add up, and training is like inference.
+    With `recall=True`, the code of the chunk as it came is read too, and the update is added to the chunk as it came.
+    In training nothing stops then, and the depth is random (see [`RecursionDepth`]).
     """
 
     config: RecursiveRefinementHeadConfig

@@ -50,9 +50,8 @@ class SlotTRMRefinerConfig(RecallConfig):
             its hidden states with those before exceeds `1 - convergence_threshold`: by default, an update of about
             1.4% of their norm. 0 never stops.
         dropout (`float`, defaults to 0.0): On the output of attention and feed-forward layers.
-        recall (`bool`, defaults to `True`): Every step also reads the states as they came, and keeps half of its
-            distance from them: more steps than trained with do no harm. Without it, as in checkpoints that do not
-            mention it, updates add up.
+        recall (`bool`, defaults to `False`): Whether every step also reads the states as they came, and keeps half of
+            the distance from them. Without it, updates add up.
         trained_steps, max_free_steps, free_steps_probability: the depth in training, see [`RecursionDepth`]; with
             recall only.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.

@@ -271,6 +271,9 @@ class _Recursion:
 
     def run(self, depth: RecursionDepth, keep_steps: bool) -> None:
         """Takes the steps, and keeps the best trajectory of each chunk."""
+        if not self.rows.shape[0]:  # attention takes no empty batch
+            self.steps = [self.written] * depth.steps if keep_steps else []
+            return
         with torch.no_grad():
             for _ in range(depth.free):
                 self._step()

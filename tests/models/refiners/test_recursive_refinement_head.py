@@ -17,7 +17,7 @@ WIDTH, LENGTH = 6, 11
 
 
 def make_head(chunk_size=3, convergence_threshold=0.005, dtype=torch.float64, **config):
-    config.setdefault("step_size", 0.5 if config.get("recall", True) else 0.1)
+    config.setdefault("step_size", 0.5 if config.setdefault("recall", True) else 0.1)
     head = RecursiveRefinementHead(
         RecursiveRefinementHeadConfig(
             hidden_size=WIDTH,

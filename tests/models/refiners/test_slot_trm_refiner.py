@@ -20,7 +20,7 @@ def make_refiner(dtype=torch.float64, **config):
     defaults = {
         "hidden_size": WIDTH,
         "chunk_size": CHUNK,
-        "convergence_threshold": 0.0135 if config.get("recall", True) else 0.0375,
+        "convergence_threshold": 0.0135 if config.setdefault("recall", True) else 0.0375,
         "delta_scale": 1.0,
         **sizes,
     }
