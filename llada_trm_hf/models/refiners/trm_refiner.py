@@ -301,12 +301,13 @@ class _Recursion:
 
     def statistics(self, depth: RecursionDepth) -> dict[str, torch.Tensor]:
         unknown = torch.full_like(self.residual, torch.nan)
-        missing = [(unknown, unknown)] * (depth.free + depth.steps - len(self.history))
-        curves = zip(*self.history, *missing)
-        return {
-            name: self.of_batch(torch.stack(curve, dim=-1), torch.nan)
-            for name, curve in zip(("residual", "similarity"), curves)
-        }
+        missing = depth.free + depth.steps - len(self.history)
+        statistics = {}
+        for number, name in enumerate(("residual", "similarity")):
+            steps = [values[number] for values in self.history] + [unknown] * missing
+            curve = torch.stack(steps, dim=-1) if steps else unknown[..., None][..., :0]
+            statistics[name] = self.of_batch(curve, torch.nan)
+        return statistics
 
     def _step(self) -> None:
         refiner, numbers = self.refiner, self.numbers
