@@ -64,8 +64,11 @@ _LAZY = {
     ),
     "evaluation": (
         "Accuracy",
+        "CalibrationPoint",
         "ExecutionLimits",
+        "RefinerCalibration",
         "answers_match",
+        "calibrate_refiner",
         "exact_match_accuracy",
         "extract_answer",
         "run_tests",

@@ -17,6 +17,7 @@ COMMANDS = {
     "generate": ("generate:run", "generate text from prompts"),
     "trace": ("trace:run", "show how the answer to a prompt came about: a page, a picture, data"),
     "evaluate": ("evaluate:run_evaluate", "accuracy on a dataset, with an interval and a line for every problem"),
+    "calibrate": ("calibrate:run", "which chunks a hybrid refines, and when they stop: measured, and saved"),
     "compare": ("evaluate:run_compare", "evaluations of the same problems side by side"),
     "lm-eval": ("evaluate:run_lm_eval", "lm-evaluation-harness with --model llada_trm or latent_thinking"),
     "export-onnx": ("publish:export_onnx", "the forward pass of a hybrid, a backbone or a thinker as an ONNX graph"),
