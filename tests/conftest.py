@@ -189,3 +189,8 @@ IN_TWO_PROCESSES += ["--nproc_per_node", "2"]
 
 def launch_two_processes(arguments):
     run_program([*IN_TWO_PROCESSES, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+
+
+def run_two_processes(arguments):
+    """`llada-trm ARGUMENTS`, likewise."""
+    launch_two_processes(["-m", "llada_trm_hf.cli", *arguments])

@@ -242,7 +242,7 @@ def test_adapters_and_refiner_on_a_quantised_backbone(tmp_path, backbone_folder,
         return get_peft_model(new_hybrid(backbone_folder, kind), lora)
 
     trained = adapted()
-    optimizer = torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], lr=0.02)
     frozen = {name: p.detach().clone() for name, p in trained.named_parameters() if not p.requires_grad}
     clean = noisy.clamp(max=199)
     for _ in range(2):

@@ -30,7 +30,11 @@ HEAD = RecursiveRefinementHeadConfig(
 )
 SLOTS = SlotTRMRefinerConfig(hidden_size=WIDTH, chunk_size=CHUNK, max_recursive_steps=2, dropout=0.0)
 LOOP = TRMRefinerConfig(
-    hidden_size=WIDTH, chunk_size=CHUNK, recursion_size=16, num_attention_heads=2, convergence_threshold=0.3
+    hidden_size=WIDTH,
+    chunk_size=CHUNK,
+    recursion_size=16,
+    num_attention_heads=2,
+    max_recursive_steps=2,  # more steps of random weights are chaotic
 )
 TRM = SequenceTRMConfig(hidden_size=16, n_heads=2, n_latent_steps=2, n_supervision_steps=2, dropout=0.0)
 NO_LAYERS = "has no stack of layers"

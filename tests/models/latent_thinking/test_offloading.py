@@ -52,7 +52,8 @@ def assert_same(offloaded, model):
     assert any(parameter.is_meta for parameter in offloaded.thinker.parameters())
     input_ids, mask = pad_rows(ROWS)
     found, expected = (each(input_ids, attention_mask=mask) for each in (offloaded, model))
-    assert torch.equal(found.logits, expected.logits)
+    # Weights from the disk may be unaligned: on some CPUs other kernels round differently.
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=1e-5)
     assert torch.equal(found.reasoning_steps, expected.reasoning_steps)
     prompts, mask = pad_rows([ROWS[0], ROWS[1][: -len(tokens(3, 3))]])
     found, expected = (each.generate(prompts, attention_mask=mask, max_new_tokens=3) for each in (offloaded, model))
