@@ -37,7 +37,6 @@ from torch import nn
 from transformers import PreTrainedModel, ProgressCallback
 
 from llada_trm_hf import (
-    LLaDAConfig,
     LLaDAForMaskedDiffusion,
     LLaDATRMForMaskedDiffusion,
     MaskedDiffusionCollator,
@@ -51,7 +50,7 @@ from llada_trm_hf import (
     tokenize_reasoning,
 )
 from llada_trm_hf.evaluation import exact_match_accuracy
-from llada_trm_hf.recipes.run_setup import vocabulary_settings
+from llada_trm_hf.recipes.demo import Demo, DemoSize
 from llada_trm_hf.training import set_trainable
 
 DEPTHS = (1, 2, 4, 8, 16, 32)
@@ -62,20 +61,9 @@ TOKENIZER = byte_tokenizer()
 
 
 def new_backbone(seed: int, loops: int = 1) -> LLaDAForMaskedDiffusion:
-    """Two layers of width 64, as in the demo; run through `loops` times."""
+    """The demo's, its two layers run through `loops` times."""
     torch.manual_seed(seed)
-    model = LLaDAForMaskedDiffusion(
-        LLaDAConfig(
-            hidden_size=64,
-            intermediate_size=192,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-            initializer_range=0.1,
-            **vocabulary_settings(TOKENIZER),
-        )
-    )
+    model = LLaDAForMaskedDiffusion(Demo("", seed, DemoSize()).backbone_config())
     model.model.layers = nn.ModuleList([*model.model.layers] * loops)
     return model
 

@@ -1,6 +1,9 @@
 """What the plain references of several refiners share, and the paddings they are compared under."""
 
+import pytest
 import torch
+
+from llada_trm_hf.models.refiners.modeling_refiner import RecursionDepth
 
 MASKS = {
     "none": None,
@@ -18,3 +21,14 @@ def rotated(x):
         torch.complex(x[..., : size // 2], x[..., size // 2 :]) * torch.polar(torch.ones_like(angles), angles)[:, None]
     )
     return torch.cat([turned.real, turned.imag], dim=-1)
+
+
+# Recall, and steps without gradient before two or more with it, in training; None is not training.
+WAYS = {"first version": (False, None), "recall": (True, None), "in training": (True, 0), "free steps": (True, 2)}
+way = pytest.mark.parametrize("recall, free_steps", WAYS.values(), ids=WAYS.keys())
+
+
+def fix_depth(monkeypatch, free_steps, steps=2):
+    """Every forward pass takes so many steps without and with gradient."""
+    depth = RecursionDepth(free_steps, steps)
+    monkeypatch.setattr(RecursionDepth, "of", classmethod(lambda cls, refiner, max_steps: depth))

@@ -7,7 +7,7 @@ from .command import (
     DTYPES,
     CommandParser,
     add_device,
-    add_generator_options,
+    add_problem_options,
     checked_device,
     options_for,
 )
@@ -20,10 +20,7 @@ def run(arguments: list[str]) -> None:
         "refined) and convergence_threshold (when they stop), and saves the cheapest that lose nothing.",
     )
     parser.add_argument("--checkpoint", required=True, help="folder of a hybrid")
-    parser.add_argument("--dataset_name", default="gsm8k", help="gsm8k, arithmetic, ..., or a file of problems")
-    parser.add_argument("--split", default="test[:200]", help="split or slice that training has not seen")
-    parser.add_argument("--data_files", help="a local file to read instead of the Hub's, in the dataset's format")
-    add_generator_options(parser)
+    add_problem_options(parser, split="test[:200]")
     parser.add_argument("--max_length", type=int, default=512, help="tokens of prompt and response together")
     parser.add_argument("--batch_size", type=int, default=32, help="samples at a time")
     parser.add_argument("--tolerance", type=float, default=0.005, help="share of the tokens that may be lost")
@@ -38,8 +35,8 @@ def run(arguments: list[str]) -> None:
     if not os.path.isfile(config_file):
         raise FileNotFoundError(f"--checkpoint: there is no folder {options.checkpoint} with a config.json.")
 
-    from ..data import load_reasoning_dataset, tokenize_reasoning
-    from ..data.generated_problems import GeneratorOptions
+    from ..data import GeneratorOptions, load_reasoning_dataset, tokenize_reasoning
+    from ..data.reasoning import column_mapping
     from ..evaluation.refiner_calibration import calibrate_refiner
     from ..hub.files import write_text
     from ..hub.training_record import read_json
@@ -53,7 +50,7 @@ def run(arguments: list[str]) -> None:
         )
     generator = GeneratorOptions(**options_for(GeneratorOptions, options)).generator_options()
     rows, response = load_reasoning_dataset(
-        options.dataset_name, options.split, data_files=options.data_files, **generator
+        options.dataset_name, options.split, options.data_files, column_mapping(options.columns), **generator
     )
     samples = tokenize_reasoning(rows, tokenizer, response, options.max_length)
     found = calibrate_refiner(model, samples, tokenizer.pad_token_id, options.batch_size, options.tolerance)

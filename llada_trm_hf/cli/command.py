@@ -94,6 +94,15 @@ def add_import_module(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_problem_options(parser: argparse.ArgumentParser, split: str) -> None:
+    """Adds what says which problems a command works on; `split` is the default one."""
+    parser.add_argument("--dataset_name", default="gsm8k", help="gsm8k, math, humaneval, ..., or a file of problems")
+    parser.add_argument("--split", default=split, help="split or slice, e.g. test[:200]")
+    parser.add_argument("--data_files", help="a local file to read instead of the Hub's, in the dataset's format")
+    parser.add_argument("--columns", nargs="+", default=[], help="columns of a local file, e.g. prompt=question")
+    add_generator_options(parser)
+
+
 def add_generator_options(parser: argparse.ArgumentParser) -> None:
     """Adds the `GeneratorOptions`, which are in a module that would import torch before `--help` is answered."""
     parser.add_argument("--num_terms", type=int, help="digits of generated arithmetic (8) or bits of prefix_sum (32)")

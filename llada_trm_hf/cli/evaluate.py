@@ -5,7 +5,7 @@ import sys
 
 from .command import (
     CommandParser,
-    add_generator_options,
+    add_problem_options,
     check_output_dir,
     check_output_file,
     finish_distributed,
@@ -23,11 +23,7 @@ def run_evaluate(arguments: list[str]) -> None:
         "95% interval and a line for every problem. Started again, an interrupted evaluation goes on.",
     )
     parser.add_argument("--model", "--checkpoint", required=True, help="folder or repository")
-    parser.add_argument("--dataset_name", default="gsm8k", help="gsm8k, math, humaneval, ..., or a file of problems")
-    parser.add_argument("--split", default="test", help="split or slice, e.g. test[:200]")
-    parser.add_argument("--data_files", help="a local file to read instead of the Hub's, in the dataset's format")
-    parser.add_argument("--columns", nargs="+", default=[], help="columns of a local file, e.g. prompt=question")
-    add_generator_options(parser)
+    add_problem_options(parser, split="test")
     parser.add_argument("--data_seed", type=int, default=0, help="of generated problems")
     parser.add_argument("--prompt_format", default="{prompt}", help="e.g. '{prompt} Think step by step.'")
     parser.add_argument("--no_thinking", action="store_true", help="tell a causal model's chat template so")

@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from ..data import MaskedDiffusionCollator
 from ..models import ChunkLayout, LLaDATRMForMaskedDiffusion, TRMRefiner
+from ..models.llada_trm.loss_llada_trm import best_probability
+from ..models.refiners.modeling_refiner import refine
 
 MIN_CONFIDENCES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.999, 1.0)
 CONVERGENCE_THRESHOLDS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -142,6 +144,9 @@ def _chunks_of(model: LLaDATRMForMaskedDiffusion, batch: dict[str, torch.Tensor]
     batch_size, length = masked.shape
     layout = ChunkLayout(batch_size, length, model.config.chunk_size, mask, masked.device)
     active = layout.any_per_chunk(masked)  # [B, N]
+    number = torch.zeros_like(active, dtype=torch.float).scatter_add(
+        1, layout.chunk_of_token.clamp(min=0), masked.float()
+    )[active]
     head, labels = model.backbone.get_output_embeddings(), batch["labels"][masked]
 
     def per_chunk(of_masked: torch.Tensor, empty: float = 0.0) -> torch.Tensor:
@@ -149,37 +154,31 @@ def _chunks_of(model: LLaDATRMForMaskedDiffusion, batch: dict[str, torch.Tensor]
         values = torch.zeros(masked.shape, device=masked.device).masked_scatter(masked, of_masked.float())
         return layout.mean_per_chunk(values, masked, empty)[active]
 
-    def right(states: torch.Tensor) -> torch.Tensor:
-        return per_chunk(head(states[masked]).argmax(-1).to(labels.device) == labels)
+    def right(logits: torch.Tensor) -> torch.Tensor:
+        """How many masked tokens of each chunk have the label as their best guess, `[M]`."""
+        return per_chunk(logits.argmax(-1).to(labels.device) == labels) * number
 
-    number = torch.zeros_like(active, dtype=torch.float).scatter_add(
-        1, layout.chunk_of_token.clamp(min=0), masked.float()
-    )[active]
-    probability = head(hidden_states[masked]).float().softmax(-1).amax(-1).to(masked.device)
+    bare = head(hidden_states[masked])
     refiner, config = model.refiner, model.refiner.config
-    threshold, can_stop = getattr(config, "convergence_threshold", None), isinstance(refiner, TRMRefiner)
-    if can_stop:
-        config.convergence_threshold = 0.0
-    try:
-        refined = refiner(
-            hidden_states,
-            active,
-            mask,
-            output_step_hidden_states=True,
-            output_statistics=True,
-            return_dict=True,
-        )
-    finally:
-        if can_stop:
-            config.convergence_threshold = threshold
-    steps = [right(states.to(masked.device)) for states in refined.step_hidden_states] if can_stop else []
-    steps = steps or [right(refined.hidden_states.to(masked.device))]
+    can_stop = isinstance(refiner, TRMRefiner)
+    asked: dict[str, Any] = {"active_chunks": active, "attention_mask": mask}
+    if not can_stop:
+        states = [refine(refiner, hidden_states, layout, **asked).hidden_states]
+        residual = None
+    else:
+        own, config.convergence_threshold = config.convergence_threshold, 0.0
+        try:
+            asked |= {"output_step_hidden_states": True, "output_statistics": True}
+            refined = refine(refiner, hidden_states, layout, **asked)
+        finally:
+            config.convergence_threshold = own
+        states, residual = list(refined.step_hidden_states or ()), refined.statistics["residual"]
     result = {
         "tokens": number,
-        "bare": right(hidden_states) * number,
-        "refined": torch.stack(steps, dim=-1) * number[:, None],
-        "confidence": per_chunk(probability, empty=1.0),
+        "bare": right(bare),
+        "refined": torch.stack([right(head(each.to(masked.device)[masked])) for each in states], dim=-1),
+        "confidence": per_chunk(best_probability(bare).to(masked.device), empty=1.0),
     }
-    if can_stop:
-        result["residual"] = refined.statistics["residual"].to(masked.device)[active]
+    if residual is not None:
+        result["residual"] = residual.to(masked.device)[active]
     return result

@@ -94,8 +94,7 @@ class RefinementObjective:
             if config.deep_supervision_weight:
                 components["deep_supervision"] = self._deep_supervision(steps, targets, in_active)
             if config.change_loss_weight:
-                changes = [states - hidden_states for states in steps]
-                components["change"] = self._deep_supervision(changes, targets, in_active)
+                components["change"] = self._deep_supervision(steps, targets, in_active, without=hidden_states)
         if result.refined.orthogonality_loss is not None:
             components["orthogonality"] = result.refined.orthogonality_loss
         correct = torch.zeros_like(positions).index_put((targets.positions,), best[counted] == targets.tokens)
@@ -105,14 +104,22 @@ class RefinementObjective:
         return result, *weighted_loss(components, config, backbone_trains)
 
     def _deep_supervision(
-        self, steps: Sequence[torch.Tensor], targets: MaskedTargets, in_active: torch.Tensor
+        self,
+        steps: Sequence[torch.Tensor],
+        targets: MaskedTargets,
+        in_active: torch.Tensor,
+        without: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The loss of the states `[B, L, D]` of every recursion step, at the targets in chunks that were refined."""
+        """
+        The loss of the states `[B, L, D]` of every recursion step, at the targets in chunks that were refined; of what
+        they have more than the states `without`, if given.
+        """
         there, among = targets.positions & in_active, in_active[targets.positions]  # [B, L], [M]
         supervised = MaskedTargets(there, targets.tokens[among], targets.weights[among])
         losses = []
         for states in steps:
-            scores = score_tokens(states[there], self._logits, supervised.tokens)
+            read = states[there] if without is None else states[there] - without[there]
+            scores = score_tokens(read, self._logits, supervised.tokens)
             losses.append(masked_diffusion_loss(scores.losses, supervised))
         return deep_supervision_loss(losses, self.config.deep_supervision_schedule)
 

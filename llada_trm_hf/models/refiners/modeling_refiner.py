@@ -5,7 +5,8 @@ What every refiner shares: the interface, what it returns, the chunks it works o
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -260,29 +261,44 @@ class RecursionDepth(NamedTuple):
         return cls(free, steps)
 
 
-def check_recursion_depth(config: PreTrainedConfig) -> None:
-    """Raises ValueError for a config whose depth in training is out of range."""
-    check_at_least_one(config, "trained_steps")
-    if config.max_free_steps < 0:
-        raise ValueError(f"max_free_steps must be 0 or more, got {config.max_free_steps}.")
-    if not 0 <= config.free_steps_probability <= 1:
-        raise ValueError(f"free_steps_probability must be between 0 and 1, got {config.free_steps_probability}.")
+@contextmanager
+def free_steps(device: torch.device) -> Iterator[None]:
+    """
+    Inside, there are no gradients. Autocast keeps the weights it has cast; older torch releases (issue 112583) would
+    use those it casts here, without gradients, for the steps that follow.
+    """
+    with torch.no_grad():
+        yield
+    if torch.is_autocast_enabled(device.type):
+        torch.clear_autocast_cache()
 
 
-class RecallConfig(PreTrainedConfig):
+class RecursionDepthConfig(PreTrainedConfig):
+    """
+    Base of the configs of refiners whose depth in training is random, see [`RecursionDepth`]. ValueError for a number
+    out of range.
+    """
+
+    trained_steps: int = 4
+    max_free_steps: int = 8
+    free_steps_probability: float = 0.5
+
+    def __post_init__(self, **kwargs):
+        check_at_least_one(self, "trained_steps")
+        if self.max_free_steps < 0:
+            raise ValueError(f"max_free_steps must be 0 or more, got {self.max_free_steps}.")
+        if not 0 <= self.free_steps_probability <= 1:
+            raise ValueError(f"free_steps_probability must be between 0 and 1, got {self.free_steps_probability}.")
+        super().__post_init__(**kwargs)
+
+
+class RecallConfig(RecursionDepthConfig):
     """
     Base of the configs of refiners that were first made without recall: with it, they read their input again in every
     step, and their depth in training is random. Without, they train at one depth.
     """
 
     recall: bool = False
-    trained_steps: int = 4
-    max_free_steps: int = 8
-    free_steps_probability: float = 0.5
-
-    def __post_init__(self, **kwargs):
-        check_recursion_depth(self)
-        super().__post_init__(**kwargs)
 
 
 class RefinerAttention(nn.Module):

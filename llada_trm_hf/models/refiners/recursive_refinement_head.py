@@ -1,5 +1,6 @@
 """The recursive refinement head: re-reads a chunk of hidden states and corrects it until it stops changing."""
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -7,7 +8,14 @@ from torch import nn
 from transformers import initialization as init
 
 from ..hub_model import check_at_least_one, check_fields
-from .modeling_refiner import ChunkLayout, PreTrainedRefiner, RecallConfig, RecursionDepth, RefinerOutput
+from .modeling_refiner import (
+    ChunkLayout,
+    PreTrainedRefiner,
+    RecallConfig,
+    RecursionDepth,
+    RefinerOutput,
+    free_steps,
+)
 
 
 class RecursiveRefinementHeadConfig(RecallConfig):
@@ -180,7 +188,7 @@ class RecursiveRefinementHead(PreTrainedRefiner):
         came, result, state, code = chunks, chunks, chunks, self._encode(chunks, recalled)
         codes, steps = code, []
         for step in range(total):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and step >= depth.free):
+            with free_steps(chunks.device) if step < depth.free else nullcontext():
                 if step > 0:
                     previous, code = code, self._encode(state, recalled)
                     cosine = _cosine_similarity(code, previous)
@@ -192,8 +200,9 @@ class RecursiveRefinementHead(PreTrainedRefiner):
                         # Written once, when they stop: the codes and states of chunks that have converged.
                         codes = codes.index_copy(0, running, code)
                         result = result.index_copy(0, running, state)
-                        running, state, code, came = running[moving], state[moving], code[moving], came[moving]
-                        recalled = None if recalled is None else recalled[moving]
+                        running, state, code = running[moving], state[moving], code[moving]
+                        if recalled is not None:
+                            recalled, came = recalled[moving], came[moving]
                 # The first step runs even for no chunk at all: every weight gets a (zero) gradient, which DDP needs.
                 if step > 0 and not len(running):
                     break

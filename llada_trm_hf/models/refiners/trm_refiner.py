@@ -5,7 +5,6 @@ which it reads again in every step, so that more steps never lead away from them
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -16,13 +15,14 @@ from .modeling_refiner import (
     ChunkLayout,
     PreTrainedRefiner,
     RecursionDepth,
+    RecursionDepthConfig,
     RefinerAttention,
     RefinerOutput,
-    check_recursion_depth,
+    free_steps,
 )
 
 
-class TRMRefinerConfig(PreTrainedConfig):
+class TRMRefinerConfig(RecursionDepthConfig):
     r"""
     Configuration of [`TRMRefiner`].
 
@@ -68,9 +68,6 @@ class TRMRefinerConfig(PreTrainedConfig):
     damping: float = 0.0
     noise_std: float = 0.0
     num_trajectories: int = 1
-    trained_steps: int = 4
-    max_free_steps: int = 8
-    free_steps_probability: float = 0.5
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
@@ -97,7 +94,6 @@ class TRMRefinerConfig(PreTrainedConfig):
             raise ValueError(f"noise_std must be 0 or more, got {self.noise_std}.")
         if self.num_trajectories > 1 and not self.noise_std:
             raise ValueError(f"num_trajectories={self.num_trajectories} without noise_std would all be the same.")
-        check_recursion_depth(self)
         super().__post_init__(**kwargs)
 
 
@@ -182,7 +178,7 @@ class TRMRefiner(PreTrainedRefiner):
         layout, active = self.chunks_to_refine(hidden_states, active_chunks, attention_mask, layout)
         depth = RecursionDepth.of(self, max_steps)
         recursion = _Recursion(self, hidden_states, layout, active, attention_mask is not None)
-        recursion.run(depth, output_step_hidden_states)
+        recursion.run(depth, output_step_hidden_states, output_statistics)
         written = layout.to_tokens(active)[..., None]  # [B, L, 1]
 
         def tokens(y: torch.Tensor) -> torch.Tensor:
@@ -234,6 +230,8 @@ class _Recursion:
         num_steps: LongTensor `[b * T, N]`, steps taken.
         residual: `[b * T, N]`, of the last step taken.
         steps: `written` after each step with gradient, if asked for.
+        history: residual and similarity of each step, `[b * T, N]` each, NaN for a chunk that did not take it; if
+            asked for.
     """
 
     def __init__(
@@ -262,31 +260,29 @@ class _Recursion:
         self.num_steps = torch.zeros_like(active, dtype=torch.long)
         self.residual = torch.full(active.shape, torch.inf, device=active.device)
         self.steps: list[torch.Tensor] = []
-        self.history: list[tuple[torch.Tensor, torch.Tensor]] = []  # residual and similarity, [b * T, N] each
+        self.history: list[tuple[torch.Tensor, torch.Tensor]] = []
         # What follows is of the `r` rows that are still computed.
         self.numbers = torch.arange(x.shape[0], device=x.device)
         self.running = active  # BoolTensor [r, N]
         self.x, self.y, self.z = x, self.written, refiner.z_start.to(x.dtype).expand_as(x)
         self._attend(layout)
 
-    def run(self, depth: RecursionDepth, keep_steps: bool) -> None:
+    def run(self, depth: RecursionDepth, keep_steps: bool, keep_history: bool) -> None:
         """Takes the steps, and keeps the best trajectory of each chunk."""
         if not self.rows.shape[0]:  # attention takes no empty batch
             self.steps = [self.written] * depth.steps if keep_steps else []
             return
-        with torch.no_grad():
-            for _ in range(depth.free):
-                self._step()
         if depth.free:
-            if torch.is_autocast_enabled(self.y.device.type):
-                torch.clear_autocast_cache()  # it holds weights that were cast without gradient
+            with free_steps(self.y.device):
+                for _ in range(depth.free):
+                    self._step(keep_history)
             # The start vectors get a (zero) gradient in every batch: DDP needs it.
             self.y = self.y + 0.0 * self.refiner.y_start.to(self.y.dtype)
             self.z = self.z + 0.0 * self.refiner.z_start.to(self.z.dtype)
         for _ in range(depth.steps):
             if not self.numbers.shape[0]:
                 break
-            self._step()
+            self._step(keep_history)
             if keep_steps:
                 self.steps.append(self.written)
         if self.trajectories > 1:
@@ -300,6 +296,7 @@ class _Recursion:
         return whole.index_copy(0, self.rows, values)
 
     def statistics(self, depth: RecursionDepth) -> dict[str, torch.Tensor]:
+        """`residual` and `similarity` `[B, N, K]` from the history; NaN for steps that no row took."""
         unknown = torch.full_like(self.residual, torch.nan)
         missing = depth.free + depth.steps - len(self.history)
         statistics = {}
@@ -309,28 +306,31 @@ class _Recursion:
             statistics[name] = self.of_batch(curve, torch.nan)
         return statistics
 
-    def _step(self) -> None:
+    def _step(self, keep_history: bool) -> None:
         refiner, numbers = self.refiner, self.numbers
         z, noise = self.z, refiner.config.noise_std
         if noise and (refiner.training or self.trajectories > 1):
             z = z + noise * torch.randn_like(z)
         y, self.z = refiner.recursion_step(self.x, self.y, z, self.rotary, self.mask)
-        residual, similarity = _change(self.y.detach(), y.detach(), self.layout)
-        self.y = y
+        before, self.y = self.y, y
         if self.stops:
             moving = self.layout.to_tokens(self.running)[..., None]  # [r, L, 1]
             self.written = self.written.index_copy(0, numbers, torch.where(moving, y, self.written[numbers]))
         else:
             self.written = y
-        unknown = torch.full_like(self.residual, torch.nan)
-        running, residual = self.running, torch.where(self.running, residual, self.residual[numbers])
-        self.num_steps = self.num_steps.index_add(0, numbers, running.long())
+        self.num_steps = self.num_steps.index_add(0, numbers, self.running.long())
+        if not (self.stops or keep_history or self.trajectories > 1):
+            return
+        residual, similarity = _change(before.detach(), y.detach(), self.layout)
+        residual = torch.where(self.running, residual, self.residual[numbers])
         self.residual = self.residual.index_copy(0, numbers, residual)
-        curves = (torch.where(running, values, torch.nan) for values in (residual, similarity))
-        of_residual, of_similarity = (unknown.index_copy(0, numbers, values) for values in curves)
-        self.history.append((of_residual, of_similarity))
+        if keep_history:
+            unknown = torch.full_like(self.residual, torch.nan)
+            curves = (torch.where(self.running, values, torch.nan) for values in (residual, similarity))
+            of_residual, of_similarity = (unknown.index_copy(0, numbers, values) for values in curves)
+            self.history.append((of_residual, of_similarity))
         if self.stops:
-            self.running = running & (residual >= refiner.config.convergence_threshold)
+            self.running = self.running & (residual >= refiner.config.convergence_threshold)
             if not self.in_graph:
                 self._drop_finished_rows()
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from conftest import randomise
-from plain_refiners import MASKS
+from plain_refiners import MASKS, fix_depth, way
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cosine_similarity, gelu, layer_norm, linear, silu
 from transformers import AutoModel
@@ -17,7 +17,7 @@ WIDTH, LENGTH = 6, 11
 
 
 def make_head(chunk_size=3, convergence_threshold=0.005, dtype=torch.float64, **config):
-    config.setdefault("step_size", 0.5 if config.setdefault("recall", True) else 0.1)
+    config.setdefault("step_size", 0.5 if config.get("recall") else 0.1)
     head = RecursiveRefinementHead(
         RecursiveRefinementHeadConfig(
             hidden_size=WIDTH,
@@ -36,7 +36,7 @@ def states():
     return torch.randn(3, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def reference(head, hidden_states, mask=None, active=None, max_steps=None):
+def reference(head, hidden_states, mask=None, active=None, max_steps=None, free_steps=0):
     """The result, confidence and steps of every chunk, in the words of the specification."""
     config, weights = head.config, dict(head.named_parameters())
     max_steps = config.max_recursive_steps if max_steps is None else max_steps
@@ -73,11 +73,14 @@ def reference(head, hidden_states, mask=None, active=None, max_steps=None):
             missing = hidden_states.new_zeros(config.chunk_size - len(here), hidden_states.shape[-1])
             chunk = came = torch.cat([hidden_states[b, here], missing])
             previous = None
-            for _ in range(max_steps):
+            for step in range(max_steps):
+                if step == free_steps:
+                    chunk = chunk.detach() if step else chunk
                 code = encode(chunk, came)
                 if previous is not None:
                     curves[b, n].append(cosine_similarity(code, previous, dim=0).item())
-                    if curves[b, n][-1] > 1 - config.convergence_threshold:
+                    stops = not (config.recall and head.training)
+                    if stops and curves[b, n][-1] > 1 - config.convergence_threshold:
                         break
                 chunk = (came if config.recall else chunk) + config.step_size * update(code)
                 num_steps[b, n] += 1
@@ -125,15 +128,23 @@ def test_chunks_converge_after_different_numbers_of_steps(states, recall):
     assert len(num_steps.unique()) > 3 and num_steps.max() == 8
 
 
-def test_gradients_equal_those_of_the_plain_loop(states):
-    head, mask = make_head(), MASKS["holes"]
+@way
+def test_gradients_equal_those_of_the_plain_loop(states, monkeypatch, recall, free_steps):
+    head, mask, depth = make_head(recall=recall), MASKS["holes"], {}
+    if free_steps is not None:
+        head.train()
+        fix_depth(monkeypatch, free_steps)
+        depth = {"max_steps": free_steps + 2, "free_steps": free_steps}
     weight = torch.randn_like(states)
     leaves = [states.clone().requires_grad_() for _ in range(2)]
-    outputs = head(leaves[0], some_active(mask, 3), mask)
+    outputs = head(leaves[0], some_active(mask, 3), mask, output_step_hidden_states=True)
+    if free_steps is not None:
+        assert len(outputs.step_hidden_states) == 2 and outputs.num_steps.unique().tolist() == [0, free_steps + 2]
     ((outputs.hidden_states * weight).sum() + outputs.confidence.double().square().sum()).backward()
     found = {name: parameter.grad for name, parameter in head.named_parameters()}
     head.zero_grad(set_to_none=True)
-    result, confidence, _, _ = reference(head, leaves[1], mask, some_active(mask, 3))
+    result, confidence, _, _ = reference(head, leaves[1], mask, some_active(mask, 3), **depth)
+    torch.testing.assert_close(outputs.hidden_states, result)
     ((result * weight).sum() + confidence.square().sum()).backward()
     torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-5, atol=1e-6)
     for name, parameter in head.named_parameters():

@@ -120,7 +120,7 @@ def test_mix_equals_the_weighted_changes(states, active):
 
 
 def test_an_untrained_gate_gives_equal_shares(states):
-    model = RefinerMix(RefinerMixConfig(refiner_configs=[SLOTS, HEAD])).double().eval()
+    model = RefinerMix(RefinerMixConfig(refiner_configs=[SLOTS, HEAD])).double()
     for refiner in model.refiners:
         randomise(refiner)
     changes = [refiner(states).hidden_states - states for refiner in model.refiners]

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import randomise
-from plain_refiners import MASKS, rotated
+from plain_refiners import MASKS, fix_depth, rotated
 from torch.nn.functional import linear, silu
 
 from llada_trm_hf.models import TRMRefiner, TRMRefinerConfig
@@ -114,25 +114,24 @@ def test_chunks_converge_after_different_numbers_of_steps(states):
 
 
 @pytest.mark.parametrize("free_steps", [0, 3])
-def test_gradients_equal_those_of_the_equations(states, free_steps):
+def test_gradients_equal_those_of_the_equations(states, monkeypatch, free_steps):
     """In training nothing stops, and steps without gradient come first."""
-    refiner, mask = make_refiner(trained_steps=2, free_steps_probability=0.0).train(), MASKS["holes"]
-    if free_steps:
-        refiner.config.free_steps_probability, refiner.config.max_free_steps = 1.0, 1
-    free = min(free_steps, 1)
+    refiner, mask = make_refiner().train(), MASKS["holes"]
+    fix_depth(monkeypatch, free_steps)
     weight = torch.randn_like(states)
     leaves = [states.clone().requires_grad_() for _ in range(2)]
     outputs = refiner(leaves[0], some_active(), mask)
-    assert outputs.num_steps.max() == 2 + free
+    assert outputs.num_steps.unique().tolist() == [0, 2 + free_steps]
     ((outputs.hidden_states * weight).sum() + outputs.confidence.double().square().sum()).backward()
     found = {name: parameter.grad for name, parameter in refiner.named_parameters()}
     refiner.zero_grad(set_to_none=True)
-    result, confidence, _, _ = reference(refiner, leaves[1], mask, some_active(), max_steps=2, free_steps=free)
+    result, confidence, _, _ = reference(refiner, leaves[1], mask, some_active(), max_steps=2, free_steps=free_steps)
+    torch.testing.assert_close(outputs.hidden_states, result)
     ((result * weight).sum() + confidence.square().sum()).backward()
     torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-5, atol=1e-6)
     for name, parameter in refiner.named_parameters():
         expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        assert found[name].abs().max() > 0 or (free and name in ("y_start", "z_start")), name
+        assert found[name].abs().max() > 0 or (free_steps and name in ("y_start", "z_start")), name
         torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-5, msg=name)
 
 
