@@ -18,6 +18,7 @@ from .modeling_refiner import (
     RecursionDepth,
     RefinerAttention,
     RefinerOutput,
+    free_steps,
 )
 
 MAX_UPDATE = 0.5  # of a component, in one step
@@ -253,17 +254,19 @@ class SlotTRMRefiner(PreTrainedRefiner):
         recursion = _Recursion(self, hidden_states, layout, active, attention_mask is not None)
         if output_statistics:
             recursion.keep_statistics(depth.free + depth.steps)
-        with torch.no_grad():
-            for _ in range(depth.free):
-                recursion.step()
+        written = layout.to_tokens(active)[..., None]  # [B, L, 1]
+        if depth.free:
+            with free_steps(hidden_states.device):
+                for _ in range(depth.free):
+                    recursion.step()
+            # What is read only is the input still, gradients included.
+            recursion.states = torch.where(written, recursion.states, recursion.came)
         steps = []
         for _ in range(depth.steps):
             if not recursion.step():
                 break
             if output_step_hidden_states:
                 steps.append(recursion.states)
-
-        written = layout.to_tokens(active)[..., None]  # [B, L, 1]
 
         def tokens(states: torch.Tensor) -> torch.Tensor:
             return torch.where(written, states.to(hidden_states.dtype), hidden_states)
