@@ -80,7 +80,7 @@ class MaskedDiffusionScriptArguments(DataArguments):
     min_confidence: float | None = HfArg(default=None, help="Chunks below it are refined; 0.5.")
     deep_supervision_weight: float | None = HfArg(default=None, help="Of the loss over the steps; 0.3.")
     deep_supervision_schedule: str | None = HfArg(default=None, help="constant (default), linear or exponential.")
-    change_loss_weight: float | None = HfArg(default=None, help="Of what the refiner adds, read alone; 1.")
+    change_loss_weight: float | None = HfArg(default=None, help="Of what the refiner adds, read alone; 1 or 0.")
     confidence_loss_weight: float | None = HfArg(default=None, help="Of the confidence's calibration; 0.05.")
     orthogonality_weight: float | None = HfArg(default=None, help="Of the overlap between slots; 0.01.")
     freeze_backbone: bool = HfArg(default=False, help="Train the refiner only.")

@@ -56,7 +56,6 @@ def new_hybrid(folder, kind="int8", refiner_seed=1, **arguments):
     head = RecursiveRefinementHeadConfig(hidden_size=WIDTH, chunk_size=5, head_hidden_size=24)
     quantization = {} if kind is None else {"quantization_config": QUANTIZATIONS[kind][0]()}
     hybrid = LLaDATRMForMaskedDiffusion.from_backbone(folder, head, min_confidence=1.0, **quantization, **arguments)
-    hybrid.config.change_loss_weight = 0.0  # its gradient takes random weights far: a quantised weight more off
     randomise(hybrid.refiner, refiner_seed)
     return hybrid
 

@@ -32,10 +32,10 @@ class LLaDATRMConfig(PreTrainedConfig):
         deep_supervision_weight (`float`, defaults to 0.3): Weight of the mean loss over the recursion steps.
         deep_supervision_schedule (`str`, defaults to `"constant"`): How much each step counts in that mean: the same,
             in proportion to its number (`"linear"`), or twice the step before (`"exponential"`).
-        change_loss_weight (`float`, defaults to 1.0): Weight of the same loss of what the refiner adds to the hidden
+        change_loss_weight (`float`, *optional*): Weight of the same loss of what the refiner adds to the hidden
             states, read by the LM head without them. A refiner that starts near zero learns only from the tokens that
-            the backbone gets wrong, few of them; this lets it learn from all that are masked. 0 for checkpoints that
-            do not mention it.
+            the backbone gets wrong, few of them; this lets it learn from all that are masked. By default 1 for a
+            [`TRMRefiner`], for which it was measured, and 0 for others.
         confidence_loss_weight (`float`, defaults to 0.05): Weight of the calibration of the refiner's confidence.
         orthogonality_weight (`float`, defaults to 0.01): Weight of the overlap between a refiner's slots, where it has
             slots.
@@ -66,7 +66,7 @@ class LLaDATRMConfig(PreTrainedConfig):
     min_confidence: float = 0.5
     deep_supervision_weight: float = 0.3
     deep_supervision_schedule: str = "constant"
-    change_loss_weight: float = 1.0
+    change_loss_weight: float = None  # type: ignore[assignment]
     confidence_loss_weight: float = 0.05
     orthogonality_weight: float = 0.01
     mask_token_id: int = None  # type: ignore[assignment]
@@ -87,6 +87,8 @@ class LLaDATRMConfig(PreTrainedConfig):
             }
         self.refiner_config = combine_refiner_configs(self.refiner_config, self.integration)
         self.integration = getattr(self.refiner_config, "integration", "replace")
+        if self.change_loss_weight is None:
+            self.change_loss_weight = float(self.refiner_config.model_type == "trm_refiner")
         if self.mask_token_id is None:
             self.mask_token_id = getattr(text_config, "mask_token_id", None)
         self._check(text_config)
@@ -97,10 +99,6 @@ class LLaDATRMConfig(PreTrainedConfig):
         experts = kwargs.get("experts_implementation", self.backbone_config._experts_implementation)
         kwargs["experts_implementation"] = for_the_backbone_only(experts)
         super().__post_init__(**kwargs)
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        return super().from_dict({"change_loss_weight": 0.0, **config_dict}, **kwargs)
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The backbone's: what code that asks for `vocab_size` or `hidden_size` means."""

@@ -258,7 +258,8 @@ def test_losses_equal_plain_ones(make_hybrid, batch, schedule, freeze_backbone, 
     mask = (torch.arange(22) >= torch.tensor([[3], [0], [0]])).long()
     labels = labels.masked_fill(mask == 0, -100)
     p_mask = torch.tensor([0.6, 0.3, 0.8])
-    model = make_hybrid(deep_supervision_schedule=schedule, freeze_backbone=freeze_backbone).train(training)
+    fields = {"deep_supervision_schedule": schedule, "freeze_backbone": freeze_backbone, "change_loss_weight": 0.7}
+    model = make_hybrid(**fields).train(training)
     outputs = model(input_ids, attention_mask=mask, labels=labels, p_mask=p_mask)
 
     relevant = (input_ids == MASK) & (labels != -100)
@@ -304,7 +305,9 @@ def test_losses_equal_plain_ones(make_hybrid, batch, schedule, freeze_backbone, 
     for name, value in components.items():
         torch.testing.assert_close(outputs.loss_components[name], value.detach(), rtol=1e-4, atol=1e-5)
         assert not outputs.loss_components[name].requires_grad
-    total = diffusion + 0.3 * deep_supervision + change + 0.05 * calibration + (0 if freeze_backbone else backbone)
+    total = (
+        diffusion + 0.3 * deep_supervision + 0.7 * change + 0.05 * calibration + (0 if freeze_backbone else backbone)
+    )
     torch.testing.assert_close(outputs.loss, total, rtol=1e-4, atol=1e-5)
     assert torch.equal(outputs.refinement_steps > 0, active) and len(step_losses) > 2
 
@@ -319,6 +322,18 @@ def test_losses_equal_plain_ones(make_hybrid, batch, schedule, freeze_backbone, 
         torch.testing.assert_close(
             found[name], gradient, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: name + text
         )
+
+
+def test_the_change_is_supervised_by_kind(tiny_backbone):
+    """By default where it was measured."""
+    kinds = {"trm_refiner": 1.0, "recursive_refinement_head": 0.0, "slot_trm_refiner": 0.0}
+    for kind, expected in kinds.items():
+        config = LLaDATRMForMaskedDiffusion.from_backbone(tiny_backbone, kind, chunk_size=CHUNK).config
+        assert config.change_loss_weight == expected
+        assert LLaDATRMConfig.from_dict(config.to_dict()).change_loss_weight == expected
+        older = config.to_dict()
+        del older["change_loss_weight"]
+        assert LLaDATRMConfig.from_dict(older).change_loss_weight == expected
 
 
 def test_calibration_target_is_the_share_the_head_gets_right(make_hybrid, batch):
