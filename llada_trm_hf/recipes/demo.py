@@ -28,14 +28,14 @@ from .run_setup import vocabulary_settings
 class DemoSize:
     """How much the demo trains."""
 
-    problems: int = 200_000
+    problems: int = 100_000
     held_out: int = 1_000
     backbone_steps: int = 3_000
-    refiner_steps: int = 1_600
+    refiner_steps: int = 1_500
 
 
 SMOKE_TEST = DemoSize(problems=2_000, held_out=50, backbone_steps=20, refiner_steps=10)
-NUM_TERMS = 7
+NUM_TERMS = 8
 STEPS_COMPARED = (1, 2, 4)
 DEPTHS_COMPARED = (1, 2, 4, 8, 16, 32)  # recursion steps
 STEPS_SHOWN = 1  # in the trace: with more, there is hardly anything left for the refiner to fix
@@ -143,6 +143,7 @@ class Demo:
             max_steps=steps,
             per_device_train_batch_size=128,
             learning_rate=3e-3,
+            use_muon=True,
             lr_scheduler_type="linear",
             warmup_steps=min(100, steps // 2),
             weight_decay=0.01,
