@@ -6,9 +6,9 @@ Does recursion pay where more training of the backbone does not help? And does m
 
 For each seed a backbone is trained from scratch on chains of differences, its accuracy in one diffusion step measured
 in sixths of that training (what it gains in the last third says whether it has converged). Then each row is trained
-with the same batches and settings for the same time: as many steps as take the time of `--refiner_steps` steps of the
-TRM refiner. What a step takes is measured for all rows in turn, before they are trained, so that other work on the
-machine does not favour any.
+with the same batches and settings (Muon) for the same time: as many steps as take the time of `--refiner_steps` steps
+of the TRM refiner. What a step takes is measured for all rows in turn, before they are trained, so that other work on
+the machine does not favour any.
 
     control    the backbone trained on
     trm        TRMRefiner on the frozen backbone
@@ -54,6 +54,7 @@ from llada_trm_hf.recipes.demo import Demo, DemoSize
 from llada_trm_hf.training import set_trainable
 
 DEPTHS = (1, 2, 4, 8, 16, 32)
+THRESHOLDS = (0.01, 0.02, 0.03, 0.05, 0.1)
 LOOPS = 4
 BATCH, LEARNING_RATE = 128, 3e-3
 ROWS = ("control", "trm", "one_step", "head", "slots", "cascade", "looped")
@@ -120,14 +121,37 @@ def new_model(row: str, backbone: LLaDAForMaskedDiffusion, seed: int, chunk_size
     return hybrid
 
 
-def step_seconds(models: dict[str, PreTrainedModel], samples: Any, rounds: int = 15) -> dict[str, float]:
-    """What a training step of each takes, in turn; medians."""
+def new_trainer(
+    model: PreTrainedModel, samples: Any, steps: int, seed: int, folder: Path, callbacks: Any = None
+) -> MaskedDiffusionTrainer:
+    arguments = MaskedDiffusionTrainingArguments(
+        output_dir=str(folder / "training"),
+        max_steps=steps,
+        per_device_train_batch_size=BATCH,
+        learning_rate=LEARNING_RATE,
+        use_muon=True,
+        lr_scheduler_type="linear",
+        warmup_steps=100,
+        weight_decay=0.01,
+        adam_beta2=0.98,
+        logging_steps=100,
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        seed=seed,
+    )
+    return MaskedDiffusionTrainer(
+        model, arguments, train_dataset=samples, processing_class=TOKENIZER, callbacks=callbacks
+    )
+
+
+def step_seconds(models: dict[str, PreTrainedModel], samples: Any, folder: Path, rounds: int = 15) -> dict[str, float]:
+    """What a training step of each takes, in turn; means without the two shortest and longest."""
     collator = MaskedDiffusionCollator(TOKENIZER.mask_token_id, TOKENIZER.pad_token_id)
     batch = collator([samples[i] for i in range(BATCH)])
     models = {name: copy.deepcopy(model).train() for name, model in models.items()}
-    optimizers = {
-        name: torch.optim.AdamW(p for p in model.parameters() if p.requires_grad) for name, model in models.items()
-    }
+    optimizers = {name: new_trainer(model, samples, 1, 0, folder).create_optimizer() for name, model in models.items()}
     spent: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(rounds):
         for name, model in models.items():
@@ -141,26 +165,7 @@ def step_seconds(models: dict[str, PreTrainedModel], samples: Any, rounds: int =
 
 
 def train(model: PreTrainedModel, samples: Any, steps: int, seed: int, folder: Path, on_step: Any = None) -> None:
-    arguments = MaskedDiffusionTrainingArguments(
-        output_dir=str(folder / "training"),
-        max_steps=steps,
-        per_device_train_batch_size=BATCH,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="linear",
-        warmup_steps=100,
-        weight_decay=0.01,
-        adam_beta2=0.98,
-        logging_steps=100,
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        seed=seed,
-    )
-    trainer = MaskedDiffusionTrainer(
-        model, arguments, train_dataset=samples, processing_class=TOKENIZER, callbacks=[on_step] if on_step else None
-    )
-    trainer.train()
+    new_trainer(model, samples, steps, seed, folder, [on_step] if on_step else None).train()
     model.eval()
 
 
@@ -191,6 +196,11 @@ def measure(model: PreTrainedModel, test: Any, prompt: int) -> dict[str, Any]:
         for config, _ in own:
             config.max_recursive_steps, config.convergence_threshold = depth, 0.0
         result["depths"][depth] = accuracies(model, test)
+    result["thresholds"] = {}
+    for threshold in THRESHOLDS:
+        for config, fields in own:
+            config.max_recursive_steps, config.convergence_threshold = fields["max_recursive_steps"], threshold
+        result["thresholds"][threshold] = [mean_steps(model, test, prompt), *accuracies(model, test)]
     for config, fields in own:
         config.max_recursive_steps = fields["max_recursive_steps"]
         config.convergence_threshold = fields["convergence_threshold"]
@@ -231,7 +241,7 @@ def run_seed(seed: int, options: argparse.Namespace) -> None:
     if all((folder / f"{row}.json").exists() for row in ("backbone", *options.rows)):
         return
     samples = []
-    for split in ("train[:200000]", "test[:1000]"):
+    for split in ("train[:100000]", "test[:1000]"):
         problems, response = load_reasoning_dataset("arithmetic", split, num_terms=options.num_terms, seed=seed)
         samples.append(tokenize_reasoning(problems, TOKENIZER, response))
     training, test = samples
@@ -250,7 +260,7 @@ def run_seed(seed: int, options: argparse.Namespace) -> None:
     backbone.load_state_dict(torch.load(weights, weights_only=True))
     backbone.eval()
     timed = {row: new_model(row, backbone, seed, chunk) for row in dict.fromkeys(("control", "trm", *options.rows))}
-    clock = kept(folder / f"clock_{'_'.join(timed)}.json", lambda: step_seconds(timed, training))
+    clock = kept(folder / f"clock_{'_'.join(timed)}.json", lambda: step_seconds(timed, training, folder))
     for row in options.rows:
         budget = clock["trm"] * options.refiner_steps
         if row == "looped":
