@@ -39,7 +39,7 @@ class MuonWithAdamW(Optimizer):
 class CPUMuon(torch.optim.Muon):
     """
     torch's Muon with its Newton-Schulz steps in the dtype of the matrices. torch takes them in bfloat16, which is fast
-    on a GPU, but on a CPU without bfloat16 instructions an optimizer step of small matrices takes eleven times as long.
+    on a GPU, but on a CPU without bfloat16 instructions a step of small matrices takes eleven times as long.
     """
 
     @torch.no_grad()
