@@ -1,11 +1,13 @@
 """
-What a TRM refiner costs on a backbone of LLaDA-8B's shape, everything masked, every chunk refined with all its steps.
+What a TRM refiner costs on a backbone of LLaDA-8B's shape, everything masked, with all its steps: alone, with every
+chunk refined, and in the hybrid, with half of the chunks.
 
     python benchmarks/refiner_cost.py [--length 256] [--layers 1 3] [--threads 2] [--repeats 5]
 
 The backbone is built with few layers, in float32, with random weights; floating point operations (counted while it
 runs) and seconds (medians, in turn) of a layer are the difference of the two sizes, from which those of all 32 follow.
-The hybrid evaluates the LM head once more where it has refined. Writes benchmarks/results/refiner_cost.json.
+The hybrid looks for unsure chunks with the LM head, which the backbone's own pass has too, and evaluates it once more
+where it has refined. Writes benchmarks/results/refiner_cost.json.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import torch
 from record import circumstances, write_result
 from torch.utils.flop_counter import FlopCounterMode
 
-from llada_trm_hf import LLaDAConfig, LLaDAForMaskedDiffusion, TRMRefiner, TRMRefinerConfig
+from llada_trm_hf import LLaDAConfig, LLaDAForMaskedDiffusion, LLaDATRMForMaskedDiffusion, TRMRefinerConfig
 
 SHAPE = {
     "hidden_size": 4096,
@@ -48,8 +50,9 @@ def main() -> None:
     torch.manual_seed(0)
     few, more = options.layers
     backbone = LLaDAForMaskedDiffusion(LLaDAConfig(**SHAPE, num_hidden_layers=more)).eval()
-    refiner = TRMRefiner(TRMRefinerConfig(hidden_size=SHAPE["hidden_size"], convergence_threshold=0.0)).eval()
-    layers = backbone.model.layers
+    config = TRMRefinerConfig(hidden_size=SHAPE["hidden_size"], convergence_threshold=0.0)
+    hybrid = LLaDATRMForMaskedDiffusion.from_backbone(backbone, config).eval()
+    backbone, refiner, layers = hybrid.backbone, hybrid.refiner, hybrid.backbone.model.layers
     masks = torch.full((1, options.length), SHAPE["mask_token_id"])
     states = torch.randn(1, options.length, SHAPE["hidden_size"])
 
@@ -60,7 +63,15 @@ def main() -> None:
 
         return run
 
+    def run_hybrid() -> torch.Tensor:
+        backbone.model.layers = layers[:few]
+        return hybrid(masks).chunk_confidence
+
+    hybrid.config.min_confidence = run_hybrid().median().item()  # the half below it is refined
+    refined = (run_hybrid() < hybrid.config.min_confidence).float().mean().item()
+
     parts = {
+        "hybrid": run_hybrid,
         "few": layered(few),
         "more": layered(more),
         "refiner": lambda: refiner(states),
@@ -77,7 +88,9 @@ def main() -> None:
     result: dict[str, dict[str, float]] = {}
     for name, measured in (("flops", flops), ("seconds", seconds)):
         whole = measured["few"] + (LAYERS - few) * (measured["more"] - measured["few"]) / (more - few)
+        extra = measured["hybrid"] - measured["few"]
         result[name] = {
+            "throughput_of_hybrid": whole / (whole + extra),
             "backbone": whole,
             "refiner": measured["refiner"],
             "lm_head": measured["LM head"],
@@ -85,10 +98,12 @@ def main() -> None:
             "share_with_lm_head": (measured["refiner"] + measured["LM head"]) / whole,
         }
         shares = [f"{100 * result[name][key]:.2f}%" for key in ("refiner_share", "share_with_lm_head")]
-        print(f"{name}: backbone {whole:.4g}, refiner {shares[0]} of it, with the LM head once more {shares[1]}")
+        print(
+            f"{name}: backbone {whole:.4g}, refiner {shares[0]} of it, with the LM head once more {shares[1]}", end=""
+        )
+        print(f"; hybrid, {100 * refined:.0f}% of chunks refined: throughput {whole / (whole + extra):.3f}")
     command = f"python benchmarks/refiner_cost.py --length {options.length} --layers {few} {more}"
     command += f" --threads {options.threads} --repeats {options.repeats}"
-    config = refiner.config
     print(
         f"{refiner.num_parameters():,} parameters, width {config.recursion_size}, {config.max_recursive_steps} steps"
     )
@@ -96,6 +111,7 @@ def main() -> None:
         "refiner_cost",
         {
             **circumstances(command),
+            "chunks_refined": refined,
             "parameters": refiner.num_parameters(),
             "recursion_size": config.recursion_size,
             "max_recursive_steps": config.max_recursive_steps,
