@@ -30,8 +30,8 @@ class DemoSize:
 
     problems: int = 100_000
     held_out: int = 1_000
-    backbone_steps: int = 3_000
-    refiner_steps: int = 1_500
+    backbone_steps: int = 2_000
+    refiner_steps: int = 1_800
 
 
 SMOKE_TEST = DemoSize(problems=2_000, held_out=50, backbone_steps=20, refiner_steps=10)
