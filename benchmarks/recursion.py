@@ -297,7 +297,8 @@ def report(options: argparse.Namespace) -> None:
     command = f"python benchmarks/recursion.py --num_terms {options.num_terms} --seeds {' '.join(seeds)}"
     command += f" --backbone_steps {options.backbone_steps} --refiner_steps {options.refiner_steps}"
     command += f" --threads {options.threads}"
-    write_result(f"recursion_{options.num_terms}", {**circumstances(command), "seeds": seeds})
+    about = {"num_terms": options.num_terms, "optimizer": "Muon"}
+    write_result(f"recursion_{options.num_terms}", {**circumstances(command), **about, "seeds": seeds})
 
 
 def main() -> None:

@@ -71,28 +71,36 @@ def refiners(result: dict[str, Any]) -> str:
 def recursion(result: dict[str, Any]) -> str:
     names = {"backbone": "bare", "control": "control: the backbone trained on", "trm": "`TRMRefiner`"}
     depths = ["1", "2", "4", "8", "16", "32"]
-    rows, curves = [], []
+    rows, curves, stops = [], [], []
     for seed, found in result["seeds"].items():
         for name, title in names.items():
-            if name not in found:
-                continue
-            row = found[name]
-            stops = f"{row['mean_steps']:.1f} of {row['max_steps']}" if "mean_steps" in row else ""
-            rows.append([seed, title, f"{row['steps']:,}", *map(percent, row["accuracy"]), stops])
+            if name in found:
+                row = found[name]
+                rows.append([seed, title, f"{row['steps']:,}", *map(percent, row["accuracy"])])
         if "trm" in found:
             curves.append([seed, *(percent(found["trm"]["depths"][depth][0]) for depth in depths)])
+            each = found["trm"].get("thresholds", {}).values()
+            stops.append([seed, *(f"{steps:.1f}: {percent(accuracy)}" for steps, accuracy, _ in each)])
+    first = next(iter(result["seeds"].values()))
     sixths = "; ".join(
         f"seed {seed}: {', '.join(f'{100 * accuracy[0]:.1f}' for _, accuracy in found['backbone']['curve'])}"
         for seed, found in result["seeds"].items()
     )
-    header = ["seed", "", "training steps", "1 diffusion step", "2 steps", "recursion steps taken"]
-    return (
-        f"Chains of ten digits: whole responses right of 1,000 held-out problems. Control and refiner have the same "
-        f"training time (what a step takes was measured for both in turn):\n\n{table(header, rows)}\nThe backbone's "
+    text = (
+        f"Chains of {result['num_terms']} digits, trained with {result['optimizer']}: whole responses right of 1,000 "
+        f"held-out problems. Control and refiner have the same training time (what a step takes was measured for both "
+        f"in turn):\n\n{table(['seed', '', 'training steps', '1 diffusion step', '2 steps'], rows)}\nThe backbone's "
         f"accuracy in one diffusion step hardly rose in its own training (in sixths of it, %: {sixths}).\n\nOne "
         f"diffusion step, by recursion steps without early stop (trained with 4, and up to 8 without gradient before "
-        f"them):\n\n{table(['seed', *depths], curves)}\n{source(result)}"
+        f"them):\n\n{table(['seed', *depths], curves)}\n"
     )
+    if "thresholds" in first["trm"]:
+        header = ["seed", *first["trm"]["thresholds"]]
+        text += (
+            f"Mean recursion steps, of at most {first['trm']['max_steps']}, and accuracy in one diffusion step, by "
+            f"`convergence_threshold`:\n\n{table(header, stops)}\n"
+        )
+    return text + source(result)
 
 
 def demo(result: dict[str, Any]) -> str:
@@ -255,6 +263,7 @@ def mean(values: Any) -> float:
 PARTS = {
     "demo": demo,
     "latent_thinking": latent_thinking,
+    "recursion_12": recursion,
     "recursion_10": recursion,
     "refiners": refiners,
     "compressor": compressor,

@@ -35,7 +35,7 @@ class TRMRefinerConfig(RecursionDepthConfig):
         intermediate_size (`int`, *optional*): Width of their SwiGLU, `3 * w` if not given.
         n_latent_steps (`int`, defaults to 1): Updates of the latent z before one of y, in each recursion step.
         max_recursive_steps (`int`, defaults to 16): Largest number of recursion steps, `K`.
-        convergence_threshold (`float`, defaults to 0.01): A chunk stops when its y changes by less than this, relative
+        convergence_threshold (`float`, defaults to 0.05): A chunk stops when its y changes by less than this, relative
             to its norm. 0 never stops.
         damping (`float`, defaults to 0.0): Share of the old state that every update of y and z keeps.
         noise_std (`float`, defaults to 0.0): Standard deviation of the Gaussian noise on z before each step, in
@@ -64,7 +64,7 @@ class TRMRefinerConfig(RecursionDepthConfig):
     intermediate_size: int = None  # type: ignore[assignment]
     n_latent_steps: int = 1
     max_recursive_steps: int = 16
-    convergence_threshold: float = 0.01
+    convergence_threshold: float = 0.05
     damping: float = 0.0
     noise_std: float = 0.0
     num_trajectories: int = 1
