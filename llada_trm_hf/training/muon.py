@@ -38,7 +38,7 @@ class MuonWithAdamW(Optimizer):
 
 class CPUMuon(torch.optim.Muon):
     """
-    torch's Muon with its Newton-Schulz steps in the dtype of the matrices. torch takes them in bfloat16, which is fast
+    torch's Muon with its Newton-Schulz steps in float32 or better. torch takes them in bfloat16, which is fast
     on a GPU, but on a CPU without bfloat16 instructions a step of small matrices takes eleven times as long.
     """
 
@@ -68,11 +68,12 @@ def orthogonalized(
     """
     first, third, fifth = coefficients
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    wide = wide.to(torch.promote_types(wide.dtype, torch.float32))
     wide = wide / wide.norm().clamp(min=eps)
     for _ in range(steps):
         gram = wide @ wide.T
         wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=third, alpha=fifth), wide, beta=first)
-    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
+    return (wide if matrix.shape[0] <= matrix.shape[1] else wide.T).to(matrix.dtype)
 
 
 def hidden_matrices(model: PreTrainedModel) -> dict[str, nn.Parameter]:
