@@ -303,7 +303,7 @@ class SequenceTRM(HubModel, PreTrainedModel):
         if self.training and y is None and z is None:
             with free_steps(inputs.x.device):
                 for _ in range(draw_free_steps(self.config)):
-                    states = self.deep_recursion(inputs, *states)
+                    states = [*self.deep_recursion(inputs, *states)]
         y, z = self.deep_recursion(inputs, *states)
         prediction, halt_logits = self._read_out(inputs, y)
 
