@@ -209,7 +209,7 @@ def sequence_trm(result: dict[str, Any]) -> str:
         for row in [
             {"trajectories": 1, "noise_std": 0, "mean_steps": trained["mean_steps"], **result["without_noise"]}
         ]
-        + result["trajectories"]
+        + [row for row in result["trajectories"] if row.get("select_by", "halt") == "halt"]
     ]
     header = ["MSE", "R²", "cosine", "standardised cosine", "same top token"]
     return (

@@ -6,9 +6,11 @@ SequenceTRM on real hidden pairs, held out, beside the baselines a reader will a
 The pairs are made by `llada-trm datagen --stage states` from GSM8K's own solutions, with the model of
 benchmarks/gsm8k_language_model.py: the states of the question, and the state at `</think>`. They are compressed by
 PCA of the training pairs. Baselines: the mean of the training targets, the last context state copied, and ridge
-regression from it (its penalty chosen on a tenth of the training pairs). "top_token_agreement": how often the LM head
-says the same after the prediction as after the compressed target; "of_the_model": as after the target itself. Then
-`reason` with 1, 4 and 16 trajectories at several noise levels, on the first `--trajectory_pairs` held-out pairs.
+regression from it and from a summary of the whole context (last state, mean, standard deviation, means of the first
+and the last four states), with the penalty chosen on a tenth of the training pairs. "top_token_agreement": how often
+the LM head says the same after the prediction as after the compressed target; "of_the_model": as after the target
+itself. Then `reason` with 1, 4 and 16 trajectories at several noise levels, selected by halting probability and by
+residual, on the first `--trajectory_pairs` held-out pairs.
 Everything is left in `--output_dir`; results in benchmarks/results/sequence_trm.json.
 """
 
@@ -72,6 +74,12 @@ class Measure:
         }
 
 
+def summary(context: torch.Tensor) -> torch.Tensor:
+    """`[5 * D']` of a context `[L, D']`."""
+    parts = context[-1], context.mean(0), context.std(0, correction=0), context[:4].mean(0), context[-4:].mean(0)
+    return torch.cat(parts)
+
+
 def ridge(inputs: torch.Tensor, targets: torch.Tensor, held_out: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Predictions for `held_out`, and the penalty, which a tenth of the training pairs chose."""
 
@@ -121,7 +129,9 @@ def main() -> None:
     parser.add_argument("--halt_threshold", type=float, default=0.5)
     parser.add_argument("--n_latent_steps", type=int, default=3)
     parser.add_argument("--n_deep_recursions", type=int, default=2)
+    parser.add_argument("--n_trained_recursions", type=int, default=2)
     parser.add_argument("--n_supervision_steps", type=int, default=4)
+    parser.add_argument("--max_free_steps", type=int, default=4)
     parser.add_argument("--trajectory_pairs", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/sequence_trm_benchmark"))
@@ -143,10 +153,15 @@ def main() -> None:
     )
     held_out_last = torch.stack([pair["context"][-1] for pair in test])
     regression, penalty = ridge(last, targets, held_out_last)
+    summaries, held_out_summaries = (
+        torch.stack([summary(pair["context"]) for pair in pairs]) for pairs in (train, test)
+    )
+    strong_regression, _ = ridge(summaries, targets, held_out_summaries)
     rows: dict[str, dict[str, float]] = {
         "mean of the training targets": measure(targets.mean(0).expand_as(held_out_last)),
         "last context state": measure(held_out_last),
         "ridge regression": measure(regression),
+        "ridge regression, whole context": measure(strong_regression),
     }
     for name, measures in rows.items():
         show(name, measures)
@@ -164,7 +179,9 @@ def main() -> None:
         max_grad_norm=1.0,
         n_latent_steps=options.n_latent_steps,
         n_deep_recursions=options.n_deep_recursions,
+        n_trained_recursions=options.n_trained_recursions,
         n_supervision_steps=options.n_supervision_steps,
+        max_free_steps=options.max_free_steps,
         bce_halt_loss=True,
         halt_threshold=options.halt_threshold,
         adaptive_halt_threshold=True,
@@ -186,7 +203,7 @@ def main() -> None:
     for steps in (1, 2, options.n_supervision_steps, 2 * options.n_supervision_steps):
         fixed, _ = reason(model, test, max_steps=steps, halt_threshold=1.0)
         rows[f"SequenceTRM, {steps} steps each"] = measure(fixed)
-    for name in list(rows)[3:]:
+    for name in list(rows)[4:]:
         show(name, rows[name])
     print({name: rows["SequenceTRM"][name] for name in ("halting_accuracy", "solved_share", "mean_steps")})
 
@@ -194,10 +211,13 @@ def main() -> None:
     trajectories = []
     for noise in NOISE_LEVELS:
         for number in TRAJECTORIES:
-            predictions, steps = reason(model, some, num_trajectories=number, noise_std=noise)
-            row = {"trajectories": number, "noise_std": noise, "mean_steps": steps.float().mean().item()}
-            trajectories.append({**row, **measure(predictions)})
-            show(f"{number} trajectories, noise {noise}", trajectories[-1])
+            for select_by in ("halt", "residual") if number > 1 else ("halt",):
+                settings = {"num_trajectories": number, "noise_std": noise, "select_by": select_by}
+                predictions, steps = reason(model, some, **settings)
+                row = {"trajectories": number, "noise_std": noise, "select_by": select_by}
+                row["mean_steps"] = steps.float().mean().item()
+                trajectories.append({**row, **measure(predictions)})
+                show(f"{number} trajectories, noise {noise}, by {select_by}", trajectories[-1])
     plain, _ = reason(model, some)
     show("without noise", measure(plain))
     shown = ("data", "eval_data", "model", "output_dir")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llada_trm_hf.models.refiners.modeling_refiner import RecursionDepth
+from llada_trm_hf.models.recursion_depth import RecursionDepth
 
 MASKS = {
     "none": None,

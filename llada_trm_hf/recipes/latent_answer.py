@@ -30,7 +30,15 @@ from .run_setup import (
 )
 
 # Settings of a SequenceTRM that may be changed in a trained one too.
-_TRM_SETTINGS = ("n_latent_steps", "n_deep_recursions", "n_supervision_steps", "dropout")
+_TRM_SETTINGS = (
+    "n_latent_steps",
+    "n_deep_recursions",
+    "n_trained_recursions",
+    "n_supervision_steps",
+    "max_free_steps",
+    "free_steps_probability",
+    "dropout",
+)
 
 
 @dataclass
@@ -47,7 +55,10 @@ class LatentAnswerScriptArguments(DataArguments):
     n_heads: int = HfArg(default=8, help="Attention heads of a new SequenceTRM.")
     n_latent_steps: int | None = HfArg(default=None, help="Updates of z in a latent recursion; the model's, or 6.")
     n_deep_recursions: int | None = HfArg(default=None, help="Latent recursions in a step; the model's, or 3.")
+    n_trained_recursions: int | None = HfArg(default=None, help="Those with gradient, the last; the model's, or 1.")
     n_supervision_steps: int | None = HfArg(default=None, help="Steps of a thought; the model's, or 8.")
+    max_free_steps: int | None = HfArg(default=None, help="Most further steps in training; the model's, or 0.")
+    free_steps_probability: float | None = HfArg(default=None, help="Share of batches with them; the model's, or 0.5.")
     dropout: float | None = HfArg(default=None, help="Dropout in the SequenceTRM; its own by default.")
     freeze_backbone: bool = HfArg(default=True, help="Train compressor, SequenceTRM and projector only.")
 

@@ -16,7 +16,7 @@ from ..models.hub_model import lasting_name
 from ..training import TRMTrainer, TRMTrainingArguments
 from .run_setup import TrainingMethod, start_run, train_and_save
 
-_NETWORK_SETTINGS = ("n_layers", "n_heads", "block_style", "dropout")
+_NETWORK_SETTINGS = ("n_layers", "n_heads", "block_style", "dropout", "halt_bias")
 
 
 @dataclass
@@ -35,6 +35,7 @@ class TRMScriptArguments:
     n_heads: int = HfArg(default=8, help="Attention heads of a new network.")
     block_style: str = HfArg(default="trm", help="trm (the paper's block) or llm_trm.")
     dropout: float = HfArg(default=0.1, help="Dropout of a new network.")
+    halt_bias: float = HfArg(default=-5.0, help="Where a new network's halting logit starts.")
     dtype: str = HfArg(default="float32", help="Of the language model: float32, bfloat16, float16 or auto.")
 
 

@@ -191,7 +191,10 @@ class TRMTrainingArguments(EMATrainingArguments):
     halt_loss_weight: float | None = HfArg(default=None, help="Weight of the halting loss.")
     n_latent_steps: int | None = HfArg(default=None, help="Updates of z in a latent recursion.")
     n_deep_recursions: int | None = HfArg(default=None, help="Latent recursions in a supervision step.")
+    n_trained_recursions: int | None = HfArg(default=None, help="How many of them, the last, have gradients.")
     n_supervision_steps: int | None = HfArg(default=None, help="Supervision steps for each batch.")
+    max_free_steps: int | None = HfArg(default=None, help="Most steps without gradient before a batch's first.")
+    free_steps_probability: float | None = HfArg(default=None, help="Share of batches with such steps.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -206,6 +209,9 @@ class TRMTrainingArguments(EMATrainingArguments):
             "halt_loss_weight": self.halt_loss_weight,
             "n_latent_steps": self.n_latent_steps,
             "n_deep_recursions": self.n_deep_recursions,
+            "n_trained_recursions": self.n_trained_recursions,
             "n_supervision_steps": self.n_supervision_steps,
+            "max_free_steps": self.max_free_steps,
+            "free_steps_probability": self.free_steps_probability,
         }
         return {name: value for name, value in fields.items() if value is not None}

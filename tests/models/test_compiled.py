@@ -177,15 +177,16 @@ def test_supervision_steps(style, mask):
     torch.testing.assert_close(found.y, expected.y)
 
 
-@pytest.mark.parametrize("threshold", [0.5, 1.0])
-def test_reasoning(threshold):
-    """With 1.0 no sample halts; with less, those that have halted keep their results in the compiled graph."""
+@pytest.mark.parametrize("threshold, convergence", [(0.5, 0.0), (1.0, 0.0), (0.9, 0.3), (1.0, 0.3)])
+def test_reasoning(threshold, convergence):
+    """With 1.0 and 0 no sample halts; else those that have halted keep their results in the compiled graph."""
     model, context = make_trm(), contexts_of(8)
     mask = torch.ones(8, LENGTH, dtype=torch.long)
     mask[2, 3:], mask[5, :9] = 0, 0
 
     def reason(context, mask):
-        return model.reason(context, mask, max_steps=4, halt_threshold=threshold, output_steps=True)
+        halting = {"halt_threshold": threshold, "convergence_threshold": convergence}
+        return model.reason(context, mask, max_steps=4, output_steps=True, **halting)
 
     with torch.no_grad():
         expected, found = reason(context, mask), compiled(reason)(context, mask)
@@ -194,7 +195,7 @@ def test_reasoning(threshold):
         output.step_halt_probability = output.step_halt_probability[:, : int(expected.num_steps.max())]
     assert_same_outputs(found, expected)
     taken = set(expected.num_steps.tolist())
-    assert taken == {4} if threshold == 1.0 else len(taken) > 1
+    assert taken == {4} if (threshold, convergence) == (1.0, 0.0) else len(taken) > 1
 
 
 def test_fixed_steps_do_not_wait_for_the_device():

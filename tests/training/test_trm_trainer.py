@@ -193,6 +193,19 @@ def test_golden_five_updates(tmp_path, llm_trm):
     assert logged(trainer, "grad_norm") == pytest.approx(expected["grad_norms_before_clip"], rel=1e-4)
 
 
+def test_random_depth_before_the_first_step_of_a_batch(tmp_path):
+    """Steps without gradient change the start of a batch, never the steps after its first."""
+    settings = {"max_free_steps": 3, "free_steps_probability": 1.0, "dropout": 0.0}
+    trainer = make_trainer(tmp_path, make_model(**settings), max_steps=9, learning_rate=0.0)
+    calls, forward, per_step = [], trainer.model.net.forward, 2 * (2 + 1)  # recursions of 2 updates of z and one of y
+    trainer.model.net.forward = lambda *args: calls.append(trainer.state.global_step) or forward(*args)
+    trainer.train()
+    counts = [calls.count(step) // per_step for step in range(9)]
+    assert len(calls) == per_step * sum(counts)
+    assert all(count == 1 for step, count in enumerate(counts) if step % STEPS)
+    assert all(2 <= count <= 4 for count in counts[::STEPS]) and len(set(counts[::STEPS])) > 1
+
+
 # --- Batches and schedule ---
 
 
@@ -283,13 +296,23 @@ def test_one_update_per_batch_is_the_mean_over_the_steps(tmp_path):
 
 def test_options_change_the_config_and_are_checked(tmp_path):
     trainer = make_trainer(
-        tmp_path, bce_halt_loss=False, halt_threshold=0.3, halt_loss_weight=0.1, n_latent_steps=4, n_deep_recursions=5
+        tmp_path,
+        bce_halt_loss=False,
+        halt_threshold=0.3,
+        halt_loss_weight=0.1,
+        n_latent_steps=4,
+        n_deep_recursions=5,
+        n_trained_recursions=2,
+        max_free_steps=3,
+        free_steps_probability=0.25,
     )
     config = trainer.model.config
+    assert (config.n_trained_recursions, config.max_free_steps, config.free_steps_probability) == (2, 3, 0.25)
     assert (config.halt_loss, config.cosine_threshold, config.halt_loss_weight) == ("mse", 0.3, 0.1)
     assert (config.n_latent_steps, config.n_deep_recursions, config.n_supervision_steps) == (4, 5, STEPS)
     for wrong, message in (
         ({"n_supervision_steps": 0}, "n_supervision_steps must be at least 1, got 0"),
+        ({"max_free_steps": -1}, "max_free_steps must be 0 or more, got -1"),
         ({"ema_decay": 1.0}, "ema_decay must be at least 0 and below 1, got 1.0"),
         ({"halt_threshold": 2.0}, "halt_threshold is a cosine"),
         ({"early_stopping_patience": 2}, "needs evaluations and a metric"),

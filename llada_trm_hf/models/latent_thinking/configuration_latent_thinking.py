@@ -8,7 +8,7 @@ from ..backbone_wrapper import config_from_dict, for_the_backbone_only
 from ..hub_model import check_at_least_one, check_fields
 from ..rotary import check_token_id
 from .dimension_compressor import DimensionCompressor, DimensionCompressorConfig
-from .sequence_trm import SequenceTRM, SequenceTRMConfig
+from .sequence_trm import SequenceTRM, SequenceTRMConfig, check_selection
 
 THINKER_MODELS: dict[str, type[PreTrainedModel]] = {
     model.config_class.model_type: model for model in (DimensionCompressor, SequenceTRM)
@@ -32,11 +32,14 @@ class LatentThinkingConfig(PreTrainedConfig):
         latent_token_id (`int`): The token that holds a place for a latent. It takes part in nothing else: its own
             embedding is never read, and it is never generated. It is not the padding, start or end token.
         max_reasoning_steps (`int`, *optional*): The most supervision steps a thought takes at inference; by default
-            `trm_config.n_supervision_steps`, which is what training takes.
+            `trm_config.n_supervision_steps`, as in training.
         halt_threshold (`float`, defaults to 0.5): At inference, a thought ends when its halting probability exceeds
             this; 1 never ends it early.
-        num_trajectories (`int`, defaults to 1): Trajectories of a thought at inference, of which the one with the
-            highest halting probability is kept.
+        convergence_threshold (`float`, defaults to 0.0): At inference, a thought ends too when its residual (see
+            [`SequenceTRMReasoning`]) is below this; 0 does without.
+        num_trajectories (`int`, defaults to 1): Trajectories of a thought at inference, of which one is kept.
+        select_by (`str`, defaults to `"halt"`): Which: `"halt"`, that with the highest halting probability, or
+            `"residual"`, that with the smallest residual.
         noise_std (`float`, defaults to 0.0): Standard deviation of the noise that makes them differ.
         backbone_name_or_path (`str`, *optional*): Where the backbone came from; a checkpoint without it needs it.
         backbone_in_checkpoint (`bool`, defaults to `True`): Whether the checkpoint holds the backbone's weights.
@@ -68,7 +71,9 @@ class LatentThinkingConfig(PreTrainedConfig):
     latent_token_id: int = None  # type: ignore[assignment]
     max_reasoning_steps: int = None  # type: ignore[assignment]
     halt_threshold: float = 0.5
+    convergence_threshold: float = 0.0
     num_trajectories: int = 1
+    select_by: str = "halt"
     noise_std: float = 0.0
     backbone_name_or_path: str | None = None
     backbone_in_checkpoint: bool = True
@@ -125,8 +130,10 @@ class LatentThinkingConfig(PreTrainedConfig):
             )
         if not 0 <= self.halt_threshold <= 1:
             raise ValueError(f"halt_threshold must be between 0 and 1, got {self.halt_threshold}.")
-        if self.noise_std < 0:
-            raise ValueError(f"noise_std must not be negative, got {self.noise_std}.")
+        for name in ("noise_std", "convergence_threshold"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        check_selection(self.select_by)
 
     def _check_tokens(self, text_config: PreTrainedConfig) -> None:
         for name in ("think_start_token_ids", "think_end_token_ids"):

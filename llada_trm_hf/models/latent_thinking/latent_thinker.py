@@ -9,6 +9,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
 from ..hub_model import HubModel
+from ..recursion_depth import draw_free_steps
 from .configuration_latent_thinking import LatentThinkingConfig
 from .dimension_compressor import DimensionCompressor
 from .sequence_trm import SequenceTRM
@@ -33,10 +34,11 @@ class LatentThinker(HubModel, PreTrainedModel):
     Hidden states `[B, L, D]` are compressed to `[B, L, D']`, the SequenceTRM reasons over them to a prediction
     `[B, D']`, and a linear map makes `num_latents` input embeddings of it.
 
-    In training it takes `trm_config.n_supervision_steps` steps and never halts. Gradients reach all three parts, the
-    context through the compressor too, by the last latent recursion of the last step (the one-step approximation of
-    the TRM paper), not the halting head: what it learned in distillation stays. At inference each sample halts on its
-    own, after `config.max_reasoning_steps` at the latest.
+    In training it takes `trm_config.n_supervision_steps` steps and never halts; in a share of the batches a random
+    number of further ones (`trm_config.max_free_steps`), so that more steps at inference do no harm. Gradients reach
+    all three parts, the context through the compressor too, by the last `trm_config.n_trained_recursions` latent
+    recursions of the last step (with one, the approximation of the TRM paper), not the halting head: what it learned
+    in distillation stays. At inference each sample halts on its own, after `config.max_reasoning_steps` at the latest.
     """
 
     config: LatentThinkingConfig
@@ -91,7 +93,8 @@ class LatentThinker(HubModel, PreTrainedModel):
         config = self.config
         context = self.compressor.compress(hidden_states)  # [B, L, D']
         if self.training:
-            thought = self.trm.reason(context, mask, config.trm_config.n_supervision_steps, halt_threshold=1.0)
+            steps = config.trm_config.n_supervision_steps + draw_free_steps(config.trm_config)
+            thought = self.trm.reason(context, mask, steps, halt_threshold=1.0)
         else:
             thought = self.trm.reason(
                 context,
@@ -100,6 +103,8 @@ class LatentThinker(HubModel, PreTrainedModel):
                 config.halt_threshold,
                 config.num_trajectories,
                 config.noise_std,
+                select_by=config.select_by,
+                convergence_threshold=config.convergence_threshold,
             )
         latents = self.projector(self.norm(thought.prediction))  # [B, num_latents * D]
         return LatentThought(

@@ -1,20 +1,22 @@
 """SequenceTRM: a Tiny Recursive Model (arXiv 2510.04871) that reasons over a sequence of compressed hidden states."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
 from ..hub_model import HubModel, check_at_least_one, check_fields, with_device_hooks
+from ..recursion_depth import FreeStepsConfig, draw_free_steps, free_steps
 from ..rotary import rotary_embedding
 from .sequence_trm_layers import LLM_TRM_EPS, PackedSequences, ReasoningInput, SequenceTRMNetwork
 
 
-class SequenceTRMConfig(PreTrainedConfig):
+class SequenceTRMConfig(FreeStepsConfig):
     r"""
     Configuration of [`SequenceTRM`].
 
@@ -27,15 +29,22 @@ class SequenceTRMConfig(PreTrainedConfig):
         block_style (`str`, defaults to `"trm"`): `"trm"`, the block of the TRM paper (RoPE, SwiGLU, post-norm, no
             biases), or `"llm_trm"`, that of the published llm-trm weights (no positions, GELU, pre-norm, biases).
         n_latent_steps (`int`, defaults to 6): Updates of z in a latent recursion, `n`.
-        n_deep_recursions (`int`, defaults to 3): Latent recursions in a supervision step, `T`; the last one has
-            gradients.
+        n_deep_recursions (`int`, defaults to 3): Latent recursions in a supervision step, `T`.
+        n_trained_recursions (`int`, defaults to 1): How many of them, the last ones, have gradients; all if there are
+            fewer.
         n_supervision_steps (`int`, defaults to 8): Supervision steps, and the most that `reason` takes by default.
+        max_free_steps (`int`, defaults to 0): In training, the most supervision steps without gradient before the
+            first one of a batch. With them, more steps than trained with do no harm.
+        free_steps_probability (`float`, defaults to 0.5): Share of the batches in training with such steps, a random
+            number from 1 to `max_free_steps`.
         dropout (`float`, defaults to 0.1): In the `trm` style on the output of attention and MLP, in the `llm_trm`
             style on attention probabilities.
         halt_loss (`str`, defaults to `"bce"`): What the halting probability learns: `"bce"`, whether the cosine
             similarity of prediction and target exceeds `cosine_threshold`, or `"mse"`, the cosine similarity itself.
         cosine_threshold (`float`, defaults to 0.8): See `halt_loss`.
         halt_loss_weight (`float`, defaults to 0.5): Weight of the halting loss.
+        halt_bias (`float`, defaults to -5.0): What the halting head's bias starts at, as in TRM: a new model does not
+            halt before it has learned to.
         backbone_name_or_path (`str`, *optional*): The language model whose compressed hidden states it was trained on.
 
     Raises:
@@ -53,11 +62,13 @@ class SequenceTRMConfig(PreTrainedConfig):
     block_style: str = "trm"
     n_latent_steps: int = 6
     n_deep_recursions: int = 3
+    n_trained_recursions: int = 1
     n_supervision_steps: int = 8
     dropout: float = 0.1
     halt_loss: str = "bce"
     cosine_threshold: float = 0.8
     halt_loss_weight: float = 0.5
+    halt_bias: float = -5.0
     backbone_name_or_path: str | None = None
 
     def __post_init__(self, **kwargs):
@@ -70,6 +81,7 @@ class SequenceTRMConfig(PreTrainedConfig):
             self.intermediate_size = -(-gated_size // 64) * 64 if self.block_style == "trm" else 4 * self.hidden_size
         sizes = ("hidden_size", "n_layers", "n_heads", "intermediate_size")
         check_at_least_one(self, *sizes, "n_latent_steps", "n_deep_recursions", "n_supervision_steps")
+        check_at_least_one(self, "n_trained_recursions")
         # Rotary embeddings turn pairs of channels.
         width = self.n_heads * (2 if self.block_style == "trm" else 1)
         if self.hidden_size % width:
@@ -115,6 +127,8 @@ class SequenceTRMReasoning(ModelOutput):
         prediction: `[B, D']`, that of each sample's last step.
         halt_probability: `[B]`, after that step.
         num_steps: LongTensor `[B]`, supervision steps taken.
+        residual: `[B]`, detached: how much that step changed the state y of the reasoning token, of which the
+            prediction is made: the norm of the change relative to that of the state. 1 after the first step.
         step_predictions, step_halt_probability: with `output_steps=True`, `[B, S, D']` and `[B, S]`, detached, for
             the `S` steps that any sample took (`max_steps` in a compiled graph); a sample that has halted keeps its
             result.
@@ -123,6 +137,7 @@ class SequenceTRMReasoning(ModelOutput):
     prediction: torch.Tensor = None  # type: ignore[assignment]
     halt_probability: torch.Tensor = None  # type: ignore[assignment]
     num_steps: torch.Tensor = None  # type: ignore[assignment]
+    residual: torch.Tensor = None  # type: ignore[assignment]
     step_predictions: torch.Tensor | None = None
     step_halt_probability: torch.Tensor | None = None
 
@@ -133,7 +148,8 @@ class SequenceTRM(HubModel, PreTrainedModel):
     token's state at the end is the prediction `[B, D']`.
 
     State y (answer) and z (reasoning) start at zero. A latent recursion updates z `n` times from x + y + z, then y
-    from y + z; a supervision step (`forward`) is `T` latent recursions, the last with gradients.
+    from y + z; a supervision step (`forward`) is `T` latent recursions, the last `n_trained_recursions` with
+    gradients.
 
     Two block styles (`config.block_style`). `"trm"` is the paper's block. Its state has a fixed length (post-norm),
     so a linear map takes the context in, where it is normed too, and another one takes the prediction out, which can
@@ -171,11 +187,11 @@ class SequenceTRM(HubModel, PreTrainedModel):
             init.normal_(self.reasoning_token, std=0.02)
         elif isinstance(module, nn.Linear):
             if module is self.halt_head:
-                init.zeros_(module.weight)  # an untrained model does not halt: its probability is 0.5
+                init.zeros_(module.weight)
             else:
                 init.normal_(module.weight, std=module.in_features**-0.5)  # keeps the variance (LeCun)
             if module.bias is not None:
-                init.zeros_(module.bias)
+                init.constant_(module.bias, self.config.halt_bias if module is self.halt_head else 0.0)
         elif isinstance(module, nn.RMSNorm) and module.weight is not None:
             init.ones_(module.weight)
 
@@ -230,15 +246,14 @@ class SequenceTRM(HubModel, PreTrainedModel):
     def deep_recursion(
         self, inputs: ReasoningInput, y: torch.Tensor, z: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All latent recursions but the last without gradients. State `[T, D']`; returns y, z."""
-        with torch.no_grad():
-            for _ in range(self.config.n_deep_recursions - 1):
+        """All recursions but the last `n_trained_recursions` without gradients. State `[T, D']`; returns y, z."""
+        trained = min(self.config.n_trained_recursions, self.config.n_deep_recursions)
+        with free_steps(y.device):
+            for _ in range(self.config.n_deep_recursions - trained):
                 y, z = self.latent_recursion(inputs, y, z)
-        if torch.is_grad_enabled() and torch.is_autocast_enabled(y.device.type):
-            # Autocast keeps the weights it has cast. Older torch releases (issue 112583) would now reuse, in the last
-            # recursion, those they cast without gradients.
-            torch.clear_autocast_cache()
-        return self.latent_recursion(inputs, y, z)
+        for _ in range(trained):
+            y, z = self.latent_recursion(inputs, y, z)
+        return y, z
 
     def _network(self, states: torch.Tensor, inputs: ReasoningInput) -> torch.Tensor:
         return self.output_norm(self.net(states, inputs.sequences, inputs.rotary))
@@ -263,7 +278,8 @@ class SequenceTRM(HubModel, PreTrainedModel):
         cosine_threshold: float | None = None,
     ) -> SequenceTRMOutput:
         """
-        One supervision step.
+        One supervision step. In training, where a state is not given, a random number of steps without gradient comes
+        before it (`config.max_free_steps`).
 
         Args:
             context: `[B, L, D']`, compressed hidden states, in any float dtype.
@@ -284,6 +300,10 @@ class SequenceTRM(HubModel, PreTrainedModel):
                 raise ValueError(f"{name} must have shape {shape}, got {tuple(state.shape)}.")
             packed = torch.zeros_like(inputs.x) if state is None else state.flatten(0, 1)[inputs.places]
             states.append(packed.detach())
+        if self.training and y is None and z is None:
+            with free_steps(inputs.x.device):
+                for _ in range(draw_free_steps(self.config)):
+                    states = [*self.deep_recursion(inputs, *states)]
         y, z = self.deep_recursion(inputs, *states)
         prediction, halt_logits = self._read_out(inputs, y)
 
@@ -334,14 +354,18 @@ class SequenceTRM(HubModel, PreTrainedModel):
         num_trajectories: int = 1,
         noise_std: float = 0.0,
         output_steps: bool = False,
+        select_by: str = "halt",
+        convergence_threshold: float = 0.0,
     ) -> SequenceTRMReasoning:
         """
         Supervision steps until each sample halts; samples that have halted leave the batch.
 
-        With several trajectories, each adds its own Gaussian noise to z before every step and halts on its own; the
-        one with the highest halting probability at its end is kept (Probabilistic TRM, arXiv 2605.19943).
+        With several trajectories, each adds its own Gaussian noise to z before every step and halts on its own; one is
+        kept: that with the highest halting probability at its end (Probabilistic TRM, arXiv 2605.19943), or that with
+        the smallest residual, the nearest to a fixed point.
 
-        In grad mode, gradients reach the weights and the context through each sample's last latent recursion.
+        In grad mode, gradients reach the weights and the context through the latent recursions of each sample's last
+        step that have gradients.
 
         Args:
             context: `[B, L, D']`.
@@ -351,64 +375,83 @@ class SequenceTRM(HubModel, PreTrainedModel):
             num_trajectories: trajectories per sample.
             noise_std: standard deviation of the noise.
             output_steps: also return the result after each step.
+            select_by: `"halt"` or `"residual"`, which trajectory is kept.
+            convergence_threshold: a sample halts too when its residual is below this; 0 does without.
 
         Raises:
-            ValueError: for `max_steps` or `num_trajectories` below 1, a negative `noise_std`, or wrong shapes.
+            ValueError: for `max_steps` or `num_trajectories` below 1, a negative `noise_std` or
+                `convergence_threshold`, another `select_by`, or wrong shapes.
         """
         max_steps = self.config.n_supervision_steps if max_steps is None else max_steps
         for name, value in (("max_steps", max_steps), ("num_trajectories", num_trajectories)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
-        if noise_std < 0:
-            raise ValueError(f"noise_std must not be negative, got {noise_std}.")
+        for name, threshold in (("noise_std", noise_std), ("convergence_threshold", convergence_threshold)):
+            if threshold < 0:
+                raise ValueError(f"{name} must not be negative, got {threshold}.")
+        check_selection(select_by)
         samples = torch.arange(context.shape[0], device=context.device)  # (`len` would fix how many in a graph)
         if num_trajectories > 1:
             context = context.repeat_interleave(num_trajectories, dim=0)
             mask = None if mask is None else mask.repeat_interleave(num_trajectories, dim=0)
         inputs = self.build_input(context, mask)
+        halting = Halting(halt_threshold, convergence_threshold)
         # Without halting there is no need to ask the device who has, and in a graph no way to.
-        fixed = halt_threshold >= 1 or torch.compiler.is_compiling()
+        fixed = halting.never or torch.compiler.is_compiling()
         recur = self._recur_all_steps if fixed else self._recur_until_halted
-        result, steps = recur(inputs, max_steps, halt_threshold, noise_std, output_steps)
-        best = result.halt_probability.view(-1, num_trajectories).argmax(1) + samples * num_trajectories
+        result, steps = recur(inputs, max_steps, halting, noise_std, output_steps)
+        score = result.halt_probability if select_by == "halt" else -result.residual
+        best = score.view(-1, num_trajectories).argmax(1) + samples * num_trajectories
         # [B * trajectories, S, ...], one entry per step
         predictions, probabilities = (torch.stack(s, dim=1)[best] for s in zip(*steps)) if steps else (None, None)
         return SequenceTRMReasoning(
             prediction=result.prediction[best],
             halt_probability=result.halt_probability[best],
             num_steps=result.num_steps[best],
+            residual=result.residual[best],
             step_predictions=predictions,
             step_halt_probability=probabilities,
         )
 
+    def _reasoning_step(
+        self, inputs: ReasoningInput, y: torch.Tensor, z: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A supervision step: y, z, and prediction `[B, D']`, halting probability and residual `[B]` after it."""
+        before = y
+        y, z = self.deep_recursion(inputs, y, z)
+        prediction, logits = self._read_out(inputs, y)
+        return y, z, prediction, logits.sigmoid(), _change(before, y, inputs.sequences.last)
+
     def _recur_all_steps(
-        self, inputs: ReasoningInput, max_steps: int, halt_threshold: float, noise_std: float, output_steps: bool
+        self, inputs: ReasoningInput, max_steps: int, halting: "Halting", noise_std: float, output_steps: bool
     ) -> tuple[SequenceTRMReasoning, list[tuple[torch.Tensor, torch.Tensor]]]:
         """The same as `_recur_until_halted`, with rows that have halted computed on; they keep their results."""
         y = z = torch.zeros_like(inputs.x)
         num_steps = torch.zeros_like(inputs.sequences.lengths)
         running = torch.ones_like(num_steps, dtype=torch.bool)
-        results: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for _ in range(max_steps):
+        latest: tuple[torch.Tensor, ...] = ()
+        steps: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for step in range(1, max_steps + 1):
             if noise_std:
                 z = z + noise_std * torch.randn_like(z)
-            y, z = self.deep_recursion(inputs, y, z)
-            prediction, logits = self._read_out(inputs, y)
-            probability = logits.sigmoid()
-            if results and halt_threshold < 1:
-                before, probability_before = results[-1]
-                running = running & (probability_before <= halt_threshold)
-                prediction = torch.where(running[:, None], prediction, before)
-                probability = torch.where(running, probability, probability_before)
+            # Without halting, gradients are those of the last step.
+            with free_steps(y.device) if halting.never and step < max_steps else nullcontext():
+                y, z, *after = self._reasoning_step(inputs, y, z)
+            if latest and not halting.never:
+                running = running & ~halting.halts(*latest[1:])
+                after = [
+                    torch.where(running.view(-1, *[1] * (new.ndim - 1)), new, old) for new, old in zip(after, latest)
+                ]
             num_steps = num_steps + running
-            # Without halting the graphs of earlier steps are free to go.
-            results = [*results, (prediction, probability)] if output_steps else [(prediction, probability)]
+            latest = tuple(after)
+            if output_steps:
+                steps.append((latest[0].detach(), latest[1].detach()))
             y, z = y.detach(), z.detach()
-        steps = [(p.detach(), q.detach()) for p, q in results] if output_steps else []
-        return SequenceTRMReasoning(*results[-1], num_steps), steps
+        prediction, probability, residual = latest
+        return SequenceTRMReasoning(prediction, probability, num_steps, residual), steps
 
     def _recur_until_halted(
-        self, inputs: ReasoningInput, max_steps: int, halt_threshold: float, noise_std: float, output_steps: bool
+        self, inputs: ReasoningInput, max_steps: int, halting: "Halting", noise_std: float, output_steps: bool
     ) -> tuple[SequenceTRMReasoning, list[tuple[torch.Tensor, torch.Tensor]]]:
         """The result of each row of `inputs`, and prediction and halting probability after each step if asked for."""
         num_rows = len(inputs.sequences.lengths)
@@ -417,30 +460,59 @@ class SequenceTRM(HubModel, PreTrainedModel):
         tokens = torch.arange(len(all_tokens), device=inputs.x.device)  # theirs
         num_steps = torch.zeros_like(running)
         y = z = torch.zeros_like(inputs.x)
-        predictions = latest = y.new_zeros(num_rows, y.shape[-1])
-        probabilities = y.new_zeros(num_rows, dtype=torch.promote_types(y.dtype, torch.float32))
-        latest_probabilities, steps = probabilities, []
+        scores = y.new_zeros(num_rows, dtype=torch.promote_types(y.dtype, torch.float32))
+        results = [y.new_zeros(num_rows, y.shape[-1]), scores, scores]  # prediction, probability, residual
+        latest, steps = results[:2], []
         for step in range(1, max_steps + 1):
             if noise_std:
                 # Drawn for every row: whether another one has halted does not change a row's noise.
                 z = z + noise_std * torch.randn_like(all_tokens)[tokens]
-            y, z = self.deep_recursion(inputs, y, z)
-            prediction, logits = self._read_out(inputs, y)
-            probability = logits.sigmoid()
+            y, z, *after = self._reasoning_step(inputs, y, z)
             if output_steps:
-                latest = latest.index_copy(0, running, prediction.detach())
-                latest_probabilities = latest_probabilities.index_copy(0, running, probability.detach())
-                steps.append((latest, latest_probabilities))
-            going = probability <= halt_threshold if step < max_steps else torch.zeros_like(probability).bool()
-            kept, stopped = going.nonzero().squeeze(-1), (~going).nonzero().squeeze(-1)
+                latest = [old.index_copy(0, running, new.detach()) for old, new in zip(latest, after)]
+                steps.append((latest[0], latest[1]))
+            halted = halting.halts(*after[1:])
+            if step == max_steps:
+                halted = torch.ones_like(halted)
+            kept, stopped = (~halted).nonzero().squeeze(-1), halted.nonzero().squeeze(-1)
             if len(stopped):
                 # Written once, when they stop, so that the graphs of earlier steps are free to go.
-                predictions = predictions.index_copy(0, running[stopped], prediction[stopped])
-                probabilities = probabilities.index_copy(0, running[stopped], probability[stopped])
-                num_steps[running[stopped]] = step
+                rows = running[stopped]
+                results = [old.index_copy(0, rows, new[stopped]) for old, new in zip(results, after)]
+                num_steps[rows] = step
                 if not len(kept):
                     break
                 inputs, those = inputs.rows(kept)
                 running, tokens, y, z = running[kept], tokens[those], y[those], z[those]
             y, z = y.detach(), z.detach()
-        return SequenceTRMReasoning(predictions, probabilities, num_steps), steps
+        prediction, probability, residual = results
+        return SequenceTRMReasoning(prediction, probability, num_steps, residual), steps
+
+
+class Halting(NamedTuple):
+    """When a sample stops reasoning."""
+
+    halt_threshold: float
+    convergence_threshold: float
+
+    @property
+    def never(self) -> bool:
+        return self.halt_threshold >= 1 and not self.convergence_threshold
+
+    def halts(self, probability: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """BoolTensor `[B]`, after a step with these halting probabilities and residuals `[B]`."""
+        return (probability > self.halt_threshold) | (residual < self.convergence_threshold)
+
+
+def check_selection(select_by: str) -> None:
+    """Raises ValueError if trajectories cannot be selected so."""
+    if select_by not in ("halt", "residual"):
+        raise ValueError(f"select_by must be 'halt' or 'residual', got {select_by!r}.")
+
+
+@torch.no_grad()
+def _change(before: torch.Tensor, after: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """The norm of the change of these tokens `[B]` of `[T, D']`, relative to that of what they are after it: `[B]`."""
+    dtype = torch.promote_types(after.dtype, torch.float32)
+    before, after = before[tokens].to(dtype), after[tokens].to(dtype)
+    return (after - before).norm(dim=-1) / after.norm(dim=-1).clamp(min=1e-30)

@@ -5,10 +5,9 @@ What every refiner shares: the interface, what it returns, the chunks it works o
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -17,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, ModelOutput, can_return_tuple
 
-from ..hub_model import REFINERS, HubModel, check_at_least_one, module_name, source_files
+from ..hub_model import REFINERS, HubModel, module_name, source_files
 from ..rotary import Rotary, rotate
 
 
@@ -224,81 +223,6 @@ class PreTrainedRefiner(HubModel, PreTrainedModel):
                 f"{length} tokens in chunks of {self.config.chunk_size}."
             )
         return layout, active & active_chunks
-
-
-class RecursionDepth(NamedTuple):
-    """
-    How many recursion steps a forward pass takes.
-
-    Refiners that always train at one depth get worse with more steps than that; with a random number of steps without
-    gradient before those with (the progressive loss of Deep Thinking, arXiv 2202.05826), they learn to stay where they
-    have arrived, but learn slowly. A mixture of batches with and without such steps has both.
-
-    Attributes:
-        free: steps without gradient.
-        steps: the steps after them, with gradient in grad mode.
-    """
-
-    free: int
-    steps: int
-
-    @classmethod
-    def of(cls, refiner: PreTrainedModel, max_steps: int | None) -> "RecursionDepth":
-        """
-        For a refiner whose config has `trained_steps`, `max_free_steps` and `free_steps_probability`, and not
-        `recall=False`. In training `trained_steps` (or `max_steps`), after a random number without gradient, drawn on
-        the host by torch's generator, in a share of the calls. Else `max_steps`, `config.max_recursive_steps` by
-        default. In a compiled graph there are no steps without gradient.
-        """
-        config = refiner.config
-        if not refiner.training or not getattr(config, "recall", True):
-            return cls(0, config.max_recursive_steps if max_steps is None else max_steps)
-        steps, free = config.trained_steps if max_steps is None else max_steps, 0
-        if torch.compiler.is_compiling() or not config.max_free_steps:
-            return cls(0, steps)
-        if torch.rand(()).item() < config.free_steps_probability:
-            free = int(torch.randint(1, config.max_free_steps + 1, ()).item())
-        return cls(free, steps)
-
-
-@contextmanager
-def free_steps(device: torch.device) -> Iterator[None]:
-    """
-    Inside, there are no gradients. Autocast keeps the weights it has cast; older torch releases (issue 112583) would
-    use those it casts here, without gradients, for the steps that follow.
-    """
-    with torch.no_grad():
-        yield
-    if torch.is_autocast_enabled(device.type):
-        torch.clear_autocast_cache()
-
-
-class RecursionDepthConfig(PreTrainedConfig):
-    """
-    Base of the configs of refiners whose depth in training is random, see [`RecursionDepth`]. ValueError for a number
-    out of range.
-    """
-
-    trained_steps: int = 4
-    max_free_steps: int = 8
-    free_steps_probability: float = 0.5
-
-    def __post_init__(self, **kwargs):
-        check_at_least_one(self, "trained_steps")
-        if self.max_free_steps < 0:
-            raise ValueError(f"max_free_steps must be 0 or more, got {self.max_free_steps}.")
-        if not 0 <= self.free_steps_probability <= 1:
-            raise ValueError(f"free_steps_probability must be between 0 and 1, got {self.free_steps_probability}.")
-        super().__post_init__(**kwargs)
-
-
-class RecallConfig(RecursionDepthConfig):
-    """
-    Base of the configs of refiners that were first made without recall: with it, they read their input again in every
-    step, and their depth in training is random. Without, they train at one depth.
-    """
-
-    recall: bool = False
 
 
 class RefinerAttention(nn.Module):

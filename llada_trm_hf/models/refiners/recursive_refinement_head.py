@@ -8,14 +8,8 @@ from torch import nn
 from transformers import initialization as init
 
 from ..hub_model import check_at_least_one, check_fields
-from .modeling_refiner import (
-    ChunkLayout,
-    PreTrainedRefiner,
-    RecallConfig,
-    RecursionDepth,
-    RefinerOutput,
-    free_steps,
-)
+from ..recursion_depth import RecallConfig, RecursionDepth, free_steps
+from .modeling_refiner import ChunkLayout, PreTrainedRefiner, RefinerOutput
 
 
 class RecursiveRefinementHeadConfig(RecallConfig):

@@ -10,16 +10,9 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..hub_model import check_at_least_one, check_fields
+from ..recursion_depth import RecallConfig, RecursionDepth, free_steps
 from ..rotary import Rotary, rotary_embedding
-from .modeling_refiner import (
-    ChunkLayout,
-    PreTrainedRefiner,
-    RecallConfig,
-    RecursionDepth,
-    RefinerAttention,
-    RefinerOutput,
-    free_steps,
-)
+from .modeling_refiner import ChunkLayout, PreTrainedRefiner, RefinerAttention, RefinerOutput
 
 MAX_UPDATE = 0.5  # of a component, in one step
 KEPT_DISTANCE = 0.5  # from the states as they came, in one step with recall: no component ends further than 1 away

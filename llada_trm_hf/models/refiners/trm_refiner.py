@@ -10,16 +10,9 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..hub_model import check_at_least_one, check_fields
+from ..recursion_depth import RecursionDepth, RecursionDepthConfig, free_steps
 from ..rotary import Rotary, rotary_embedding
-from .modeling_refiner import (
-    ChunkLayout,
-    PreTrainedRefiner,
-    RecursionDepth,
-    RecursionDepthConfig,
-    RefinerAttention,
-    RefinerOutput,
-    free_steps,
-)
+from .modeling_refiner import ChunkLayout, PreTrainedRefiner, RefinerAttention, RefinerOutput
 
 
 class TRMRefinerConfig(RecursionDepthConfig):

@@ -220,6 +220,60 @@ def test_loss_and_gradients_equal_those_of_the_plain_loop(any_model, rows):
     assert all(p.grad is None for name, p in parameters.items() if name not in trained)
 
 
+def plain_latents(thinker, states, num_steps):
+    """`[B, num_latents * D]` after so many supervision steps, every latent recursion written out."""
+    trm, config = thinker.trm, thinker.config.trm_config
+    inputs = trm.build_input(states @ thinker.compressor.weight.T)
+    y = z = torch.zeros_like(inputs.x)
+    recursions = num_steps * config.n_deep_recursions
+    for recursion in range(recursions):
+        if recursion <= recursions - config.n_trained_recursions:
+            y, z = y.detach(), z.detach()
+        y, z = trm.latent_recursion(inputs, y, z)
+    prediction = trm.output_head(y[inputs.sequences.last])
+    length = (prediction.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    return (prediction / length) @ thinker.projector.weight.T + thinker.projector.bias
+
+
+@pytest.mark.parametrize("trained", [1, 2])
+def test_thoughts_of_random_depth(trained):
+    """In training, further steps without gradient; at inference, as many as asked for."""
+    trm = SequenceTRMConfig(
+        hidden_size=16,
+        n_heads=2,
+        n_latent_steps=2,
+        n_deep_recursions=2,
+        n_trained_recursions=trained,
+        n_supervision_steps=2,
+        max_free_steps=2,
+        free_steps_probability=0.7,
+        dropout=0.0,
+    )
+    thinker, depths = make_model(trm=trm, halt_threshold=1.0).thinker.double(), set()
+    states = torch.randn(2, 5, 32, dtype=torch.float64)
+    weight = torch.randn(2, NUM_LATENTS * 32, dtype=torch.float64)
+    parameters = {name: p for name, p in thinker.named_parameters() if "halt_head" not in name}
+    for seed in range(12):
+        torch.manual_seed(seed)
+        thought = thinker.train()(states)
+        steps = set(thought.num_steps.tolist())
+        assert len(steps) == 1
+        depth = steps.pop()
+        depths.add(depth)
+        expected = plain_latents(thinker, states, depth)
+        torch.testing.assert_close(thought.latents.flatten(1), expected)
+        found = torch.autograd.grad((thought.latents.flatten(1) * weight).sum(), list(parameters.values()))
+        gradients = torch.autograd.grad((expected * weight).sum(), list(parameters.values()))
+        for name, one, other in zip(parameters, found, gradients):
+            assert one.abs().max() > 0, name
+            torch.testing.assert_close(one, other, msg=name)
+    assert depths == {2, 3, 4}
+    with torch.no_grad():
+        thought = thinker.eval()(states, max_steps=7)
+    assert thought.num_steps.tolist() == [7, 7]
+    torch.testing.assert_close(thought.latents.flatten(1), plain_latents(thinker, states, 7))
+
+
 @pytest.mark.parametrize("freeze_backbone", [True, False])
 @pytest.mark.parametrize("headless", [True, False])
 def test_a_batch_without_a_thought_gives_zero_gradients(freeze_backbone, headless):
@@ -450,14 +504,17 @@ def test_latent_tokens_are_never_written(model):
     assert not ((found == LATENT) | (found == banned)).any()
 
 
-def test_several_noisy_trajectories(model):
-    """The one kept is the surest of those drawn."""
-    model.config.num_trajectories, model.config.noise_std = 5, 0.5
+@pytest.mark.parametrize("select_by", ["halt", "residual"])
+def test_several_noisy_trajectories(model, select_by):
+    """The one kept is the surest of those drawn, or the one nearest to a fixed point."""
+    model.config.num_trajectories, model.config.noise_std, model.config.select_by = 5, 0.5, select_by
+    model.config.convergence_threshold = 0.01
     inputs = torch.tensor([PROMPTS[0]])
     states = model.backbone(inputs[:, : -len(THOUGHT)], output_hidden_states=True).hidden_states[-1]
     torch.manual_seed(0)
     context = states @ model.thinker.compressor.weight.T
-    expected = model.thinker.trm.reason(context, torch.ones(1, 9), num_trajectories=5, noise_std=0.5)
+    settings = {"num_trajectories": 5, "noise_std": 0.5, "select_by": select_by, "convergence_threshold": 0.01}
+    expected = model.thinker.trm.reason(context, torch.ones(1, 9), **settings)
     torch.manual_seed(0)
     outputs = model(inputs)
     torch.testing.assert_close(outputs.halt_probability[0], expected.halt_probability.float(), atol=1e-6, rtol=0)
@@ -686,6 +743,8 @@ def test_malformed_thoughts(row, message, side):
         ({"max_reasoning_steps": 0}, "max_reasoning_steps must be at least 1"),
         ({"halt_threshold": 2.0}, "halt_threshold must be between"),
         ({"noise_std": -1.0}, "noise_std must not be negative"),
+        ({"convergence_threshold": -1.0}, "convergence_threshold must not be negative"),
+        ({"select_by": "mean"}, "select_by must be 'halt' or 'residual'"),
         ({"compressor": DimensionCompressorConfig(hidden_size=64, compressed_size=16)}, "hidden_size=64"),
         ({"compressor": DimensionCompressorConfig(hidden_size=32, compressed_size=8)}, "compressed_size=8"),
         ({"num_latent": 3}, "Unknown argument num_latent"),

@@ -108,23 +108,24 @@ class PlainTRM:
     def step(self, x, y, z):
         """A supervision step: prediction, halting probability, state."""
         for recursion in range(self.config.n_deep_recursions):
-            y, z = y.detach(), z.detach()
+            if recursion == 0 or recursion <= self.config.n_deep_recursions - self.config.n_trained_recursions:
+                y, z = y.detach(), z.detach()
             for _ in range(self.config.n_latent_steps):
                 z = self.net(x + y + z)
             y = self.net(y + z)
-            assert recursion < self.config.n_deep_recursions
         prediction = y[-1] if self.published else self.dense("output_head", y[-1])
         return prediction, self.dense("halt_head", y[-1]).sigmoid()[0], y, z
 
-    def reason(self, context, max_steps, halt_threshold, noise=()):
-        """Predictions and probabilities after each step until it halts."""
+    def reason(self, context, max_steps, halt_threshold, noise=(), convergence_threshold=0.0):
+        """Predictions, probabilities and residuals after each step until it halts."""
         x, y, z = self.start(context)
         steps = []
         for step in range(max_steps):
-            z = z + noise[step] if len(noise) else z
+            z, before = z + noise[step] if len(noise) else z, y[-1]
             prediction, probability, y, z = self.step(x, y, z)
-            steps.append((prediction, probability))
-            if probability > halt_threshold:
+            squares = [(y[-1] - before).square().sum().item(), y[-1].square().sum().item()]
+            steps.append((prediction, probability, (squares[0] / squares[1]) ** 0.5))
+            if probability > halt_threshold or steps[-1][2] < convergence_threshold:
                 break
         return steps
 
@@ -156,9 +157,10 @@ def test_equals_plain_loop(context, style, padding):
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("halt_loss", ["bce", "mse"])
-def test_loss_and_gradients_equal_those_of_the_plain_loop(context, target, style, halt_loss):
-    model = make_trm(style, halt_loss=halt_loss, halt_loss_weight=0.7)
+@pytest.mark.parametrize("halt_loss, trained", [("bce", 1), ("mse", 1), ("bce", 2), ("mse", 3), ("mse", 9)])
+def test_loss_and_gradients_equal_those_of_the_plain_loop(context, target, style, halt_loss, trained):
+    depth = {"n_deep_recursions": max(2, min(trained, 3)), "n_trained_recursions": trained}
+    model = make_trm(style, halt_loss=halt_loss, halt_loss_weight=0.7, **depth)
     mask, plain = MASKS["holes"], PlainTRM(model)
     first = model(context, mask)
     second = model(context, mask, first.y, first.z)
@@ -191,6 +193,88 @@ def test_loss_and_gradients_equal_those_of_the_plain_loop(context, target, style
         assert found[name].abs().max() > 0, name
         torch.testing.assert_close(found[name], parameter.grad)
     torch.testing.assert_close(contexts[0].grad, contexts[1].grad)
+
+
+# --- Random depth in training ---
+
+
+def gradients_of(model, loss):
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("trained", [1, 2])
+def test_free_steps_move_the_state_and_have_no_gradient(context, target, style, trained):
+    model = make_trm(style, n_trained_recursions=trained, dropout=0.0, max_free_steps=3, free_steps_probability=1.0)
+    mask, plain, depths = MASKS["holes"], PlainTRM(model.train()), set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        outputs = model(context, mask, target=target)
+        found = gradients_of(model, (outputs.prediction - target).square().sum())
+        for free in (1, 2, 3):
+            predictions, states = [], []
+            for row in real_rows(context, mask):
+                x, y, z = plain.start(row)
+                for _ in range(free):
+                    with torch.no_grad():
+                        _, _, y, z = plain.step(x, y, z)
+                prediction, _, y, z = plain.step(x, y, z)
+                predictions.append(prediction)
+                states.append(y[-1].detach())
+            if not torch.allclose(torch.stack(predictions), outputs.prediction):
+                continue
+            depths.add(free)
+            torch.testing.assert_close(outputs.y[:, -1], torch.stack(states))
+            expected = gradients_of(model, (torch.stack(predictions) - target).square().sum())
+            expected["halt_head.weight"] = expected["halt_head.bias"] = None
+            for name, gradient in found.items():
+                assert name.startswith("halt_head") or gradient.abs().max() > 0, name
+                torch.testing.assert_close(gradient, expected[name], msg=name)
+            break
+        else:
+            raise AssertionError("of no depth from 1 to 3")
+    assert depths == {1, 2, 3}
+
+
+def test_free_steps_only_before_a_batch_and_only_in_training(context, monkeypatch):
+    model, calls = make_trm(max_free_steps=4, free_steps_probability=1.0, dropout=0.0), []
+    deep_recursion = SequenceTRM.deep_recursion
+    monkeypatch.setattr(SequenceTRM, "deep_recursion", lambda *args: calls.append(args) or deep_recursion(*args))
+
+    def steps_of(call):
+        calls.clear()
+        call()
+        return len(calls)
+
+    assert steps_of(lambda: model(context)) == 1
+    model.train()
+    assert {steps_of(lambda: model(context)) for _ in range(60)} == {2, 3, 4, 5}
+    state = torch.zeros(3, LENGTH + 1, WIDTH, dtype=torch.float64)
+    assert {steps_of(lambda: model(context, y=state, z=state)) for _ in range(10)} == {1}
+    assert {steps_of(lambda: model.reason(context, None, 2)) for _ in range(10)} == {2}
+    model.config.free_steps_probability = 0.5
+    assert 20 < sum(steps_of(lambda: model(context)) == 1 for _ in range(60)) < 40
+
+
+def test_a_config_of_before_trains_as_before(context, target, tmp_path):
+    """Without the fields that came later: one depth, and gradients of the last latent recursion."""
+    model = make_trm(dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    later = ("n_trained_recursions", "max_free_steps", "free_steps_probability", "halt_bias")
+    assert [config.pop(name) for name in later] == [1, 0, 0.5, -5.0]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = SequenceTRM.from_pretrained(tmp_path).train()
+    loaded.config.dropout = 0.0
+    for module in loaded.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    assert all(torch.equal(p, q) for p, q in zip(loaded.parameters(), model.parameters(), strict=True))
+    for seed in range(5):
+        torch.manual_seed(seed)
+        assert torch.equal(loaded(context.float()).prediction, model(context.float()).prediction)
 
 
 # --- Golden data ---
@@ -411,13 +495,36 @@ def test_reason_equals_each_sample_alone(context, style):
     for b, steps in enumerate(expected):
         torch.testing.assert_close(outputs.prediction[b], steps[-1][0])
         torch.testing.assert_close(outputs.halt_probability[b], steps[-1][1])
+        assert outputs.residual[b].item() == pytest.approx(steps[-1][2])
         for s in range(longest):
-            prediction, probability = steps[min(s, len(steps) - 1)]
+            prediction, probability, _ = steps[min(s, len(steps) - 1)]
             torch.testing.assert_close(outputs.step_predictions[b, s], prediction)
             torch.testing.assert_close(outputs.step_halt_probability[b, s], probability)
     short = model.reason(context, None, 2)
     assert short.num_steps.tolist() == [min(2, len(steps)) for steps in expected]
     assert short.step_predictions is None
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("halt_threshold", [0.5, 1.0])
+@torch.no_grad()
+def test_a_sample_whose_state_has_converged_halts(context, style, halt_threshold):
+    model = halting_trm(context, style)
+    plain, all_steps = PlainTRM(model), 9
+    curves = [[step[2] for step in plain.reason(row, all_steps, 1.0)] for row in context]
+    assert all(curve[0] == pytest.approx(1.0) for curve in curves)
+    threshold = torch.tensor(curves)[:, 1:].quantile(0.4).item()
+    for padding in ("none", "left"):
+        mask = MASKS[padding]
+        found = model.reason(context, mask, all_steps, halt_threshold, convergence_threshold=threshold)
+        rows = real_rows(context, mask)
+        expected = [plain.reason(row, all_steps, halt_threshold, (), threshold) for row in rows]
+        assert found.num_steps.tolist() == [len(steps) for steps in expected]
+        for b, steps in enumerate(expected):
+            torch.testing.assert_close(found.prediction[b], steps[-1][0])
+            assert found.residual[b].item() == pytest.approx(steps[-1][2])
+            assert len(steps) == all_steps or steps[-1][1] > halt_threshold or steps[-1][2] < threshold
+    assert min(map(len, expected)) < all_steps
 
 
 @torch.no_grad()
@@ -435,17 +542,20 @@ def test_halted_samples_leave_the_batch(context):
     assert (model.reason(context, halt_threshold=0.0).num_steps == 1).all()
 
 
+@torch.no_grad()
 def test_the_threshold_itself_does_not_halt(context):
     torch.manual_seed(0)
     model = SequenceTRM(SequenceTRMConfig(hidden_size=WIDTH, n_heads=HEADS)).double().eval()
-    outputs = model.reason(context, None, 3)  # untrained: 0.5 exactly
+    model.halt_head.bias.zero_()
+    outputs = model.reason(context, None, 3)  # 0.5 exactly: the weight is zero
     assert (outputs.halt_probability == 0.5).all() and (outputs.num_steps == 3).all()
     assert (model.reason(context, None, 3, halt_threshold=0.499).num_steps == 1).all()
 
 
 @pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("select_by", ["halt", "residual"])
 @torch.no_grad()
-def test_best_of_several_noisy_trajectories(context, padding, monkeypatch):
+def test_best_of_several_noisy_trajectories(context, padding, select_by, monkeypatch):
     model, mask, trajectories, drawn = halting_trm(context), MASKS[padding], 4, []
     randn_like = torch.randn_like
 
@@ -455,7 +565,8 @@ def test_best_of_several_noisy_trajectories(context, padding, monkeypatch):
 
     monkeypatch.setattr(torch, "randn_like", record)
     torch.manual_seed(8)
-    outputs = model.reason(context, mask, 5, 0.6, trajectories, noise_std=0.5, output_steps=True)
+    settings = {"noise_std": 0.5, "select_by": select_by}
+    outputs = model.reason(context, mask, 5, 0.6, trajectories, output_steps=True, **settings)
     monkeypatch.undo()
     rows = real_rows(context, mask)
     lengths = [len(row) + 1 for row in rows for _ in range(trajectories)]
@@ -465,31 +576,36 @@ def test_best_of_several_noisy_trajectories(context, padding, monkeypatch):
     plain, chosen = PlainTRM(model), set()
     for b, row in enumerate(rows):
         tries = [plain.reason(row, len(drawn), 0.6, noises[b * trajectories + t]) for t in range(trajectories)]
-        best = max(range(trajectories), key=lambda t: tries[t][-1][1])
+        column, sign = (1, 1) if select_by == "halt" else (2, -1)
+        best = max(range(trajectories), key=lambda t: sign * tries[t][-1][column])
         chosen.add(best)
         torch.testing.assert_close(outputs.prediction[b], tries[best][-1][0])
         torch.testing.assert_close(outputs.halt_probability[b], tries[best][-1][1])
         assert outputs.num_steps[b] == len(tries[best])
-        for s, (prediction, _) in enumerate(tries[best]):
+        assert outputs.residual[b].item() == pytest.approx(tries[best][-1][2])
+        for s, (prediction, *_) in enumerate(tries[best]):
             torch.testing.assert_close(outputs.step_predictions[b, s], prediction)
     assert chosen != {0}
     torch.manual_seed(8)
-    again = model.reason(context, mask, 5, 0.6, trajectories, noise_std=0.5)
+    again = model.reason(context, mask, 5, 0.6, trajectories, **settings)
     assert torch.equal(again.prediction, outputs.prediction)
     still = model.reason(context, mask, 5, 0.6, trajectories)
     torch.testing.assert_close(still.prediction, model.reason(context, mask, 5, 0.6).prediction)
 
 
-def test_reason_has_the_gradients_of_each_last_step(context):
+@pytest.mark.parametrize("trained", [1, 2])
+@pytest.mark.parametrize("halt_threshold", [0.5, 1.0])
+def test_reason_has_the_gradients_of_each_last_step(context, trained, halt_threshold):
     model, weight = halting_trm(context), torch.randn(3, WIDTH, dtype=torch.float64)
+    model.config.n_trained_recursions = trained
     contexts = [context.clone().requires_grad_() for _ in range(2)]
-    outputs = model.reason(contexts[0], None, 6)
+    outputs = model.reason(contexts[0], None, 6, halt_threshold)
     ((outputs.prediction * weight).sum() + outputs.halt_probability.sum()).backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     plain = PlainTRM(model)
     for b, row in enumerate(contexts[1]):
-        prediction, probability = plain.reason(row, 6, 0.5)[-1]
+        prediction, probability, _ = plain.reason(row, 6, halt_threshold)[-1]
         ((prediction * weight[b]).sum() + probability).backward()
     torch.testing.assert_close(contexts[0].grad, contexts[1].grad)
     for name, parameter in model.named_parameters():
@@ -579,8 +695,10 @@ def test_initial_weights():
         if parameter.ndim == 2 and name != "halt_head.weight":
             assert parameter.std().item() == pytest.approx(parameter.shape[1] ** -0.5, rel=0.1), name
     outputs = model(torch.randn(2, 20, 256))
-    assert (outputs.halt_probability == 0.5).all() and 0.3 < outputs.prediction.std() < 3
+    assert (outputs.halt_logits == -5).all() and 0.3 < outputs.prediction.std() < 3
     assert 1e6 < model.num_parameters() < 2.5e6
+    neutral = SequenceTRM(SequenceTRMConfig(hidden_size=16, halt_bias=0.0))
+    assert not neutral.halt_head.bias.any() and neutral.config.halt_bias == 0
     published = SequenceTRM(SequenceTRMConfig(block_style="llm_trm"))
     assert (published.output_norm.weight == 1).all() and not published.net.layers[0].mlp[0].bias.any()
 
@@ -595,6 +713,9 @@ def test_initial_weights():
         ({"hidden_size": 36, "block_style": "llm_trm"}, "multiple of 8 for n_heads=8 in the 'llm_trm' style"),
         ({"block_style": "hrm"}, "block_style must be 'trm' or 'llm_trm', got 'hrm'"),
         ({"halt_loss": "l1"}, "halt_loss must be 'bce' or 'mse', got 'l1'"),
+        ({"n_trained_recursions": 0}, "n_trained_recursions must be at least 1, got 0"),
+        ({"max_free_steps": -1}, "max_free_steps must be 0 or more, got -1"),
+        ({"free_steps_probability": 1.5}, "free_steps_probability must be between 0 and 1, got 1.5"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
     ],
 )
@@ -617,6 +738,8 @@ def test_wrong_calls(context, target):
         ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
         ({"num_trajectories": 0}, "num_trajectories must be at least 1, got 0"),
         ({"noise_std": -1.0}, "noise_std must not be negative, got -1.0"),
+        ({"convergence_threshold": -1.0}, "convergence_threshold must not be negative, got -1.0"),
+        ({"select_by": "loss"}, "select_by must be 'halt' or 'residual', got 'loss'"),
     ):
         with pytest.raises(ValueError, match=message):
             model.reason(context, **arguments)
