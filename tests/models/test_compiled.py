@@ -184,7 +184,7 @@ def test_supervision_steps(style, mask):
     torch.testing.assert_close(found.y, expected.y)
 
 
-@pytest.mark.parametrize("threshold, convergence", [(0.5, 0.0), (1.0, 0.0), (0.9, 0.3), (1.0, 0.3)])
+@pytest.mark.parametrize("threshold, convergence", [(0.5, 0.0), (1.0, 0.0), (0.9, 0.95), (1.0, 0.95)])
 def test_reasoning(threshold, convergence):
     """With 1.0 and 0 no sample halts; else those that have halted keep their results in the compiled graph."""
     model, context = make_trm(), contexts_of(8)
