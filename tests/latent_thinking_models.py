@@ -53,7 +53,8 @@ def make_model(kind="smollm3", backbone=None, **fields):
     With weights of the thinker large enough that thoughts differ and halt after different numbers of steps, and not so
     large that recursion makes much of rounding.
     """
-    trm = SequenceTRMConfig(hidden_size=16, n_heads=2, n_latent_steps=2, n_deep_recursions=2, n_supervision_steps=4)
+    sizes = {"hidden_size": 16, "n_heads": 2, "n_latent_steps": 2, "n_deep_recursions": 2, "n_supervision_steps": 4}
+    trm = SequenceTRMConfig(**sizes, halt_bias=0.0)
     fields = {
         "compressor": DimensionCompressorConfig(hidden_size=32, compressed_size=16),
         "trm": trm,

@@ -210,7 +210,14 @@ def test_what_is_traced_computes_the_same(monkeypatch, kind, max_steps):
 
 # --- The parts of a thinker ---
 
-TRM = {"hidden_size": 16, "n_heads": 2, "n_layers": 1, "n_latent_steps": 1, "n_deep_recursions": 1}
+TRM = {
+    "hidden_size": 16,
+    "n_heads": 2,
+    "n_layers": 1,
+    "n_latent_steps": 1,
+    "n_deep_recursions": 1,
+    "halt_bias": 0.0,
+}
 
 
 def new_thinking():

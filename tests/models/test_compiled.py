@@ -15,7 +15,14 @@ from llada_trm_hf.models import (
 )
 
 CHUNK, LENGTH, WIDTH = 4, 14, 32
-TRM = {"hidden_size": 16, "n_heads": 2, "n_latent_steps": 1, "n_deep_recursions": 2, "n_supervision_steps": 4}
+TRM = {
+    "hidden_size": 16,
+    "n_heads": 2,
+    "n_latent_steps": 1,
+    "n_deep_recursions": 2,
+    "n_supervision_steps": 4,
+    "halt_bias": 0.0,
+}
 LEFT = (torch.arange(LENGTH) >= torch.tensor([[5], [0], [10]])).long()
 HOLES = torch.tensor([[1, 0] * 7, [1] * LENGTH, [0] * LENGTH])
 
@@ -177,7 +184,7 @@ def test_supervision_steps(style, mask):
     torch.testing.assert_close(found.y, expected.y)
 
 
-@pytest.mark.parametrize("threshold, convergence", [(0.5, 0.0), (1.0, 0.0), (0.9, 0.3), (1.0, 0.3)])
+@pytest.mark.parametrize("threshold, convergence", [(0.5, 0.0), (1.0, 0.0), (0.9, 0.95), (1.0, 0.95)])
 def test_reasoning(threshold, convergence):
     """With 1.0 and 0 no sample halts; else those that have halted keep their results in the compiled graph."""
     model, context = make_trm(), contexts_of(8)

@@ -35,7 +35,7 @@ class LatentThinker(HubModel, PreTrainedModel):
     `[B, D']`, and a linear map makes `num_latents` input embeddings of it.
 
     In training it takes `trm_config.n_supervision_steps` steps and never halts; in a share of the batches a random
-    number of further ones (`trm_config.max_free_steps`), so that more steps at inference do no harm. Gradients reach
+    number of further ones (`trm_config.max_free_steps`), against getting worse with more at inference. Gradients reach
     all three parts, the context through the compressor too, by the last `trm_config.n_trained_recursions` latent
     recursions of the last step (with one, the approximation of the TRM paper), not the halting head: what it learned
     in distillation stays. At inference each sample halts on its own, after `config.max_reasoning_steps` at the latest.

@@ -34,7 +34,7 @@ class SequenceTRMConfig(FreeStepsConfig):
             fewer.
         n_supervision_steps (`int`, defaults to 8): Supervision steps, and the most that `reason` takes by default.
         max_free_steps (`int`, defaults to 0): In training, the most supervision steps without gradient before the
-            first one of a batch. With them, more steps than trained with do no harm.
+            first one of a batch, against getting worse with more steps than trained with. They make learning slower.
         free_steps_probability (`float`, defaults to 0.5): Share of the batches in training with such steps, a random
             number from 1 to `max_free_steps`.
         dropout (`float`, defaults to 0.1): In the `trm` style on the output of attention and MLP, in the `llm_trm`
