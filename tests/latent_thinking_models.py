@@ -54,7 +54,7 @@ def make_model(kind="smollm3", backbone=None, **fields):
     large that recursion makes much of rounding.
     """
     sizes = {"hidden_size": 16, "n_heads": 2, "n_latent_steps": 2, "n_deep_recursions": 2, "n_supervision_steps": 4}
-    trm = SequenceTRMConfig(**sizes, halt_bias=0.0)
+    trm = SequenceTRMConfig(**sizes)
     fields = {
         "compressor": DimensionCompressorConfig(hidden_size=32, compressed_size=16),
         "trm": trm,

@@ -35,7 +35,7 @@ class TRMScriptArguments:
     n_heads: int = HfArg(default=8, help="Attention heads of a new network.")
     block_style: str = HfArg(default="trm", help="trm (the paper's block) or llm_trm.")
     dropout: float = HfArg(default=0.1, help="Dropout of a new network.")
-    halt_bias: float = HfArg(default=-5.0, help="Where a new network's halting logit starts.")
+    halt_bias: float = HfArg(default=0.0, help="Where a new network's halting logit starts.")
     dtype: str = HfArg(default="float32", help="Of the language model: float32, bfloat16, float16 or auto.")
 
 

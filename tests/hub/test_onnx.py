@@ -216,7 +216,6 @@ TRM = {
     "n_layers": 1,
     "n_latent_steps": 1,
     "n_deep_recursions": 1,
-    "halt_bias": 0.0,
 }
 
 

@@ -21,7 +21,6 @@ TRM = {
     "n_latent_steps": 1,
     "n_deep_recursions": 2,
     "n_supervision_steps": 4,
-    "halt_bias": 0.0,
 }
 LEFT = (torch.arange(LENGTH) >= torch.tensor([[5], [0], [10]])).long()
 HOLES = torch.tensor([[1, 0] * 7, [1] * LENGTH, [0] * LENGTH])

@@ -36,8 +36,7 @@ LOOP = TRMRefinerConfig(
     num_attention_heads=2,
     max_recursive_steps=2,  # more steps of random weights are chaotic
 )
-# (halt_bias=0: some of these random models halt early)
-TRM = SequenceTRMConfig(hidden_size=16, n_heads=2, n_latent_steps=2, n_supervision_steps=2, dropout=0.0, halt_bias=0.0)
+TRM = SequenceTRMConfig(hidden_size=16, n_heads=2, n_latent_steps=2, n_supervision_steps=2, dropout=0.0)
 NO_LAYERS = "has no stack of layers"
 
 

@@ -43,8 +43,8 @@ class SequenceTRMConfig(FreeStepsConfig):
             similarity of prediction and target exceeds `cosine_threshold`, or `"mse"`, the cosine similarity itself.
         cosine_threshold (`float`, defaults to 0.8): See `halt_loss`.
         halt_loss_weight (`float`, defaults to 0.5): Weight of the halting loss.
-        halt_bias (`float`, defaults to -5.0): What the halting head's bias starts at, as in TRM: a new model does not
-            halt before it has learned to.
+        halt_bias (`float`, defaults to 0.0): What the halting head's bias starts at. TRM starts at -5, so as not to halt
+            before it has learned to; with it a small model learned less here (R² 0.26 against 0.44).
         backbone_name_or_path (`str`, *optional*): The language model whose compressed hidden states it was trained on.
 
     Raises:
@@ -68,7 +68,7 @@ class SequenceTRMConfig(FreeStepsConfig):
     halt_loss: str = "bce"
     cosine_threshold: float = 0.8
     halt_loss_weight: float = 0.5
-    halt_bias: float = -5.0
+    halt_bias: float = 0.0
     backbone_name_or_path: str | None = None
 
     def __post_init__(self, **kwargs):

@@ -264,7 +264,7 @@ def test_a_config_of_before_trains_as_before(context, target, tmp_path):
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     later = ("n_trained_recursions", "max_free_steps", "free_steps_probability", "halt_bias")
-    assert [config.pop(name) for name in later] == [1, 0, 0.5, -5.0]
+    assert [config.pop(name) for name in later] == [1, 0, 0.5, 0.0]
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded = SequenceTRM.from_pretrained(tmp_path).train()
     loaded.config.dropout = 0.0
@@ -695,10 +695,10 @@ def test_initial_weights():
         if parameter.ndim == 2 and name != "halt_head.weight":
             assert parameter.std().item() == pytest.approx(parameter.shape[1] ** -0.5, rel=0.1), name
     outputs = model(torch.randn(2, 20, 256))
-    assert (outputs.halt_logits == -5).all() and 0.3 < outputs.prediction.std() < 3
+    assert (outputs.halt_logits == 0).all() and 0.3 < outputs.prediction.std() < 3
     assert 1e6 < model.num_parameters() < 2.5e6
-    neutral = SequenceTRM(SequenceTRMConfig(hidden_size=16, halt_bias=0.0))
-    assert not neutral.halt_head.bias.any() and neutral.config.halt_bias == 0
+    late = SequenceTRM(SequenceTRMConfig(hidden_size=16, halt_bias=-5.0))
+    assert (late(torch.randn(2, 20, 16)).halt_logits == -5).all()
     published = SequenceTRM(SequenceTRMConfig(block_style="llm_trm"))
     assert (published.output_norm.weight == 1).all() and not published.net.layers[0].mlp[0].bias.any()
 
