@@ -7,7 +7,7 @@ import torch
 from tiny_training import losses, new_backbone, new_hybrid, trainer
 
 from llada_trm_hf.training import set_trainable
-from llada_trm_hf.training.muon import MuonWithAdamW, hidden_matrices
+from llada_trm_hf.training.muon import CPUMuon, MuonWithAdamW, hidden_matrices, orthogonalize
 
 
 def test_muon_gets_the_matrices_of_the_hidden_layers():
@@ -23,8 +23,9 @@ def test_muon_gets_the_matrices_of_the_hidden_layers():
     assert all(name.startswith("refiner.") for name in hidden_matrices(frozen))
 
 
-def test_each_parameter_is_updated_by_its_own_optimizer(tmp_path, samples):
-    """Three steps with a schedule against the two optimizers apart."""
+def test_each_parameter_is_updated_by_its_own_optimizer(tmp_path, samples, monkeypatch):
+    """Three steps with a schedule against the two optimizers apart; torch's Muon in float32, as ours on a CPU."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
     arguments = {"learning_rate": 1e-2, "weight_decay": 0.1, "max_steps": 3, "max_grad_norm": 0.0}
     arguments |= {"use_muon": True, "muon_learning_rate": 3e-2, "optim": "adamw_torch"}
     run = trainer(new_hybrid(freeze_backbone=False), tmp_path, samples, **arguments)
@@ -66,6 +67,25 @@ def test_the_loss_falls(tmp_path, samples):
     before = run.evaluate()["eval_loss"]
     run.train()
     assert run.evaluate()["eval_loss"] < 0.8 * before
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (12, 5), (5, 12)])
+def test_in_full_precision_muon_does_what_torch_does_in_bfloat16(shape):
+    torch.manual_seed(0)
+    ours = torch.nn.Parameter(torch.randn(shape))
+    theirs = torch.nn.Parameter(ours.detach().clone())
+    settings = {"lr": 0.1, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = CPUMuon([ours], **settings), torch.optim.Muon([theirs], **settings)
+    for _ in range(4):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
+    orthogonal = orthogonalize(torch.randn(shape), (1.5, -0.5, 0.0), steps=40, epsilon=1e-7)  # Newton-Schulz, cubic
+    small = orthogonal if shape[0] <= shape[1] else orthogonal.mT
+    torch.testing.assert_close(small @ small.mT, torch.eye(min(shape)), rtol=0, atol=1e-4)
 
 
 def test_state_goes_to_both_optimizers(tmp_path):
