@@ -38,7 +38,7 @@ class MuonWithAdamW(Optimizer):
 
 class CPUMuon(torch.optim.Muon):
     """
-    torch's Muon, orthogonalising in float32: torch does it in bfloat16, which most CPUs only emulate, 5 to 20 times as
+    torch's Muon, orthogonalising in float32: torch does it in bfloat16, which most CPUs only emulate, about ten times as
     slow for the small matrices that are trained there. Updates are scaled as by its `match_rms_adamw`.
     """
 
