@@ -38,8 +38,8 @@ class MuonWithAdamW(Optimizer):
 
 class CPUMuon(torch.optim.Muon):
     """
-    torch's Muon, orthogonalising in float32: torch does it in bfloat16, which most CPUs only emulate, about ten times as
-    slow for the small matrices that are trained there. Updates are scaled as by its `match_rms_adamw`.
+    torch's Muon, orthogonalising in float32: torch does it in bfloat16, which most CPUs only emulate, about ten times
+    as slow for the small matrices that are trained there. Updates are scaled as by its `match_rms_adamw`.
     """
 
     @torch.no_grad()
