@@ -22,6 +22,7 @@ recipes:
   warmup, slot_warmup        a TRM refiner, a slot refiner, on a frozen backbone (slot_warmup_cpu: a small one)
   finetune, slot_full        the refiner and its whole backbone; slot_finetune: and the backbone's last layers
   cot_specialized            both, on long reasoning
+  sudoku_4, sudoku_6         both, a small new model, on sudokus of 4x4 or 6x6 cells, on a CPU
   compressor_1a, _1b         a compressor of a language model's hidden states
   trm                        a SequenceTRM on hidden pairs
   latent_answer, grpo        both, and a projector, on answers, or on rewards

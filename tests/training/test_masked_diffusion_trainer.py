@@ -12,6 +12,7 @@ from tiny_training import SIZES, TOKENIZER, losses, new_backbone, new_hybrid, tr
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, HfArgumentParser
 
 from llada_trm_hf.cli.main import main
+from llada_trm_hf.data import sudoku_puzzles
 from llada_trm_hf.recipes.recipe import load_recipe, load_settings, parse_recipe
 from llada_trm_hf.rl import LatentGRPOTrainingArguments
 from llada_trm_hf.training import (
@@ -199,6 +200,23 @@ def test_set_trainable_reports_and_refuses_a_pattern_that_matches_nothing(capsys
 def test_recipes_of_the_package_load(name, values):
     recipe = load_recipe(name)
     assert {key: recipe[key] for key in values} == values
+
+
+@pytest.mark.parametrize("size", [4, 6])
+def test_the_sudoku_recipes_train_all_of_a_new_model_on_whole_grids(tmp_path, config_file, size, capsys):
+    flags = f"--backbone {config_file} --split train[:8] --max_steps 2 --batch_size 4 --logging_steps 1"
+    flags += f" --output_dir {tmp_path / 'out'}"
+    assert main(["train", "--recipe", f"sudoku_{size}", *flags.split()]) == 0
+    assert "(100.00%)" in capsys.readouterr().out  # backbone and refiner
+    rows = list(csv.DictReader((tmp_path / "out" / "training_metrics.csv").open()))
+    assert all(float(row["refined_share"]) == 1 for row in rows)
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
+    puzzle = next(sudoku_puzzles(1, size, split="test"))["prompt"]
+    prompt = TOKENIZER(puzzle, return_tensors="pt").input_ids
+    canvas = torch.cat([prompt, torch.full_like(prompt, TOKENIZER.mask_token_id)], dim=1)
+    steps = model(canvas).refinement_steps
+    assert steps.tolist() == [[0, model.refiner.config.max_recursive_steps]]  # the solution, as one chunk
+    assert canvas.shape[1] == load_recipe(f"sudoku_{size}")["max_length"]
 
 
 def test_every_value_of_a_recipe_gets_the_type_of_its_field_and_flags_override_it(tmp_path):
