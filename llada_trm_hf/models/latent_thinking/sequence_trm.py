@@ -43,8 +43,8 @@ class SequenceTRMConfig(FreeStepsConfig):
             similarity of prediction and target exceeds `cosine_threshold`, or `"mse"`, the cosine similarity itself.
         cosine_threshold (`float`, defaults to 0.8): See `halt_loss`.
         halt_loss_weight (`float`, defaults to 0.5): Weight of the halting loss.
-        halt_bias (`float`, defaults to 0.0): What the halting head's bias starts at. TRM starts at -5, so as not to halt
-            before it has learned to; with it a small one learned less (R² 0.26, not 0.44).
+        halt_bias (`float`, defaults to 0.0): What the halting head's bias starts at. TRM starts at -5, so as not to
+            halt before it has learned to; a small model learned less with it (R² 0.26, not 0.44).
         backbone_name_or_path (`str`, *optional*): The language model whose compressed hidden states it was trained on.
 
     Raises:
