@@ -111,7 +111,8 @@ def report(options: argparse.Namespace) -> None:
                 print("  ".join(f"{depth}: {percent(found)}" for depth, found in row["depths"].items()), end="")
             print()
     command = f"python benchmarks/puzzles.py --size {options.size} --seeds {' '.join(seeds)}"
-    command += f" --threads {options.threads}"
+    measured = [row for row in LAYERS if any(row in rows for rows in seeds.values())]
+    command += f" --rows {' '.join(measured)} --threads {options.threads}"
     write_result(f"puzzles_{options.size}", {**circumstances(command), "seeds": seeds})
 
 
