@@ -62,13 +62,13 @@ def train(row: str, size: int, seed: int, folder: Path, steps: int, *more: str) 
     return method.run(*parse_recipe(parser, [*flags.split(), *more], settings))
 
 
-def step_seconds(size: int, rounds: int = 7, steps: int = 10) -> dict[str, float]:
+def step_seconds(size: int, rounds: int = 5, steps: int = 20) -> dict[str, float]:
     """What a training step of each row takes, measured in turn; means without the extremes."""
     spent: dict[str, list[float]] = {row: [] for row in LAYERS}
     for _ in range(rounds):
         for row in LAYERS:
             with tempfile.TemporaryDirectory() as folder:
-                state = train(row, size, 0, Path(folder), steps, "--split", "train[:320]").state
+                state = train(row, size, 0, Path(folder), steps, "--split", "train[:640]").state
             spent[row].append(state.log_history[-1]["train_runtime"] / steps)
     return {row: statistics.fmean(sorted(values)[1:-1]) for row, values in spent.items()}
 
@@ -111,7 +111,8 @@ def report(options: argparse.Namespace) -> None:
                 print("  ".join(f"{depth}: {percent(found)}" for depth, found in row["depths"].items()), end="")
             print()
     command = f"python benchmarks/puzzles.py --size {options.size} --seeds {' '.join(seeds)}"
-    command += f" --threads {options.threads}"
+    measured = [row for row in LAYERS if any(row in rows for rows in seeds.values())]
+    command += f" --rows {' '.join(measured)} --threads {options.threads}"
     write_result(f"puzzles_{options.size}", {**circumstances(command), "seeds": seeds})
 
 
