@@ -49,13 +49,13 @@ def hybrid(backbone, refiner, **fields):
 MODELS = {
     "llada": (lambda backbone: backbone, 10),
     "llada_moe": (lambda backbone: LLaDAMoEForMaskedDiffusion(MOE), 10),
-    "head": (lambda backbone: build_refiner(HEAD), 4),
-    "slots": (lambda backbone: build_refiner(SLOTS), 4),
+    "head": (lambda backbone: build_refiner(HEAD), 5),
+    "slots": (lambda backbone: build_refiner(SLOTS), 5),
     "trm": (lambda backbone: build_refiner(LOOP), 5),
     "cascade": (lambda backbone: build_refiner(RefinerCascadeConfig(refiner_configs=[HEAD, SLOTS])), 8),
     "hybrid": (lambda backbone: hybrid(backbone, HEAD), 20),
     "hybrid of a TRM refiner": (lambda backbone: hybrid(backbone, LOOP), 20),
-    "hybrid of a cascade": (lambda backbone: hybrid(backbone, [HEAD, SLOTS], integration="cascade"), 20),
+    "hybrid of a cascade": (lambda backbone: hybrid(backbone, [HEAD, SLOTS], integration="cascade"), 21),
     "hybrid on experts": (lambda backbone: hybrid(LLaDAMoEForMaskedDiffusion(MOE), SLOTS), 20),
     "latent thinker": (lambda backbone: make_model(), 20),
     "compressor": (

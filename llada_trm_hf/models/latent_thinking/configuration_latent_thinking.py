@@ -8,7 +8,8 @@ from ..backbone_wrapper import config_from_dict, for_the_backbone_only
 from ..hub_model import check_at_least_one, check_fields
 from ..rotary import check_token_id
 from .dimension_compressor import DimensionCompressor, DimensionCompressorConfig
-from .sequence_trm import SequenceTRM, SequenceTRMConfig, check_selection
+from .sequence_trm import SequenceTRM, SequenceTRMConfig
+from .sequence_trm_layers import check_selection
 
 THINKER_MODELS: dict[str, type[PreTrainedModel]] = {
     model.config_class.model_type: model for model in (DimensionCompressor, SequenceTRM)

@@ -1,19 +1,28 @@
 """SequenceTRM: a Tiny Recursive Model (arXiv 2510.04871) that reasons over a sequence of compressed hidden states."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import can_return_tuple
 
 from ..hub_model import HubModel, check_at_least_one, check_fields, with_device_hooks
 from ..recursion_depth import FreeStepsConfig, draw_free_steps, free_steps
 from ..rotary import rotary_embedding
-from .sequence_trm_layers import LLM_TRM_EPS, PackedSequences, ReasoningInput, SequenceTRMNetwork
+from .sequence_trm_layers import (
+    LLM_TRM_EPS,
+    Halting,
+    PackedSequences,
+    ReasoningInput,
+    SequenceTRMNetwork,
+    SequenceTRMOutput,
+    SequenceTRMReasoning,
+    check_selection,
+    relative_change,
+)
 
 
 class SequenceTRMConfig(FreeStepsConfig):
@@ -92,54 +101,6 @@ class SequenceTRMConfig(FreeStepsConfig):
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}.")
         super().__post_init__(**kwargs)
-
-
-@dataclass
-class SequenceTRMOutput(ModelOutput):
-    """
-    A supervision step.
-
-    Args:
-        loss: with a target, scalar: `mse + halt_loss_weight * halt`.
-        prediction: `[B, D']`.
-        halt_logits: `[B]`, in float32 or better; `halt_probability` is their sigmoid.
-        y, z: `[B, L + 1, D']`, the state after the step, detached, zeros at padding: pass it to the next one.
-        loss_components: with a target, the detached scalars `mse` and `halt`.
-        cosine_similarity: with a target, `[B]`, detached: that of prediction and target.
-    """
-
-    loss: torch.Tensor | None = None
-    prediction: torch.Tensor = None  # type: ignore[assignment]
-    halt_logits: torch.Tensor = None  # type: ignore[assignment]
-    halt_probability: torch.Tensor = None  # type: ignore[assignment]
-    y: torch.Tensor = None  # type: ignore[assignment]
-    z: torch.Tensor = None  # type: ignore[assignment]
-    loss_components: dict[str, torch.Tensor] | None = None
-    cosine_similarity: torch.Tensor | None = None
-
-
-@dataclass
-class SequenceTRMReasoning(ModelOutput):
-    """
-    What `reason` returns.
-
-    Args:
-        prediction: `[B, D']`, that of each sample's last step.
-        halt_probability: `[B]`, after that step.
-        num_steps: LongTensor `[B]`, supervision steps taken.
-        residual: `[B]`, detached: how much that step changed the state y of the reasoning token, of which the
-            prediction is made: the norm of the change relative to that of the state. 1 after the first step.
-        step_predictions, step_halt_probability: with `output_steps=True`, `[B, S, D']` and `[B, S]`, detached, for
-            the `S` steps that any sample took (`max_steps` in a compiled graph); a sample that has halted keeps its
-            result.
-    """
-
-    prediction: torch.Tensor = None  # type: ignore[assignment]
-    halt_probability: torch.Tensor = None  # type: ignore[assignment]
-    num_steps: torch.Tensor = None  # type: ignore[assignment]
-    residual: torch.Tensor = None  # type: ignore[assignment]
-    step_predictions: torch.Tensor | None = None
-    step_halt_probability: torch.Tensor | None = None
 
 
 class SequenceTRM(HubModel, PreTrainedModel):
@@ -420,10 +381,10 @@ class SequenceTRM(HubModel, PreTrainedModel):
         before = y
         y, z = self.deep_recursion(inputs, y, z)
         prediction, logits = self._read_out(inputs, y)
-        return y, z, prediction, logits.sigmoid(), _change(before, y, inputs.sequences.last)
+        return y, z, prediction, logits.sigmoid(), relative_change(before, y, inputs.sequences.last)
 
     def _recur_all_steps(
-        self, inputs: ReasoningInput, max_steps: int, halting: "Halting", noise_std: float, output_steps: bool
+        self, inputs: ReasoningInput, max_steps: int, halting: Halting, noise_std: float, output_steps: bool
     ) -> tuple[SequenceTRMReasoning, list[tuple[torch.Tensor, torch.Tensor]]]:
         """The same as `_recur_until_halted`, with rows that have halted computed on; they keep their results."""
         y = z = torch.zeros_like(inputs.x)
@@ -451,7 +412,7 @@ class SequenceTRM(HubModel, PreTrainedModel):
         return SequenceTRMReasoning(prediction, probability, num_steps, residual), steps
 
     def _recur_until_halted(
-        self, inputs: ReasoningInput, max_steps: int, halting: "Halting", noise_std: float, output_steps: bool
+        self, inputs: ReasoningInput, max_steps: int, halting: Halting, noise_std: float, output_steps: bool
     ) -> tuple[SequenceTRMReasoning, list[tuple[torch.Tensor, torch.Tensor]]]:
         """The result of each row of `inputs`, and prediction and halting probability after each step if asked for."""
         num_rows = len(inputs.sequences.lengths)
@@ -487,32 +448,3 @@ class SequenceTRM(HubModel, PreTrainedModel):
             y, z = y.detach(), z.detach()
         prediction, probability, residual = results
         return SequenceTRMReasoning(prediction, probability, num_steps, residual), steps
-
-
-class Halting(NamedTuple):
-    """When a sample stops reasoning."""
-
-    halt_threshold: float
-    convergence_threshold: float
-
-    @property
-    def never(self) -> bool:
-        return self.halt_threshold >= 1 and not self.convergence_threshold
-
-    def halts(self, probability: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """BoolTensor `[B]`, after a step with these halting probabilities and residuals `[B]`."""
-        return (probability > self.halt_threshold) | (residual < self.convergence_threshold)
-
-
-def check_selection(select_by: str) -> None:
-    """Raises ValueError if trajectories cannot be selected so."""
-    if select_by not in ("halt", "residual"):
-        raise ValueError(f"select_by must be 'halt' or 'residual', got {select_by!r}.")
-
-
-@torch.no_grad()
-def _change(before: torch.Tensor, after: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """The norm of the change of these tokens `[B]` of `[T, D']`, relative to that of what they are after it: `[B]`."""
-    dtype = torch.promote_types(after.dtype, torch.float32)
-    before, after = before[tokens].to(dtype), after[tokens].to(dtype)
-    return (after - before).norm(dim=-1) / after.norm(dim=-1).clamp(min=1e-30)

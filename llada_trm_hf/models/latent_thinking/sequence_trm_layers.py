@@ -1,12 +1,14 @@
 """
 The network of a SequenceTRM: transformer blocks in two styles, over sequences of different lengths, packed one after
-the other without padding.
+the other without padding; what it returns, and when a sequence has been reasoned over for long enough.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers.utils import ModelOutput
 
 from ..rotary import Rotary, rotate
 
@@ -120,6 +122,83 @@ class ReasoningInput(NamedTuple):
         sequences, tokens = self.sequences.keep(kept)
         rotary = None if self.rotary is None else (self.rotary[0][tokens], self.rotary[1][tokens])
         return ReasoningInput(self.x[tokens], sequences, rotary, self.places[tokens], self.real[kept]), tokens
+
+
+@dataclass
+class SequenceTRMOutput(ModelOutput):
+    """
+    A supervision step.
+
+    Args:
+        loss: with a target, scalar: `mse + halt_loss_weight * halt`.
+        prediction: `[B, D']`.
+        halt_logits: `[B]`, in float32 or better; `halt_probability` is their sigmoid.
+        y, z: `[B, L + 1, D']`, the state after the step, detached, zeros at padding: pass it to the next one.
+        loss_components: with a target, the detached scalars `mse` and `halt`.
+        cosine_similarity: with a target, `[B]`, detached: that of prediction and target.
+    """
+
+    loss: torch.Tensor | None = None
+    prediction: torch.Tensor = None  # type: ignore[assignment]
+    halt_logits: torch.Tensor = None  # type: ignore[assignment]
+    halt_probability: torch.Tensor = None  # type: ignore[assignment]
+    y: torch.Tensor = None  # type: ignore[assignment]
+    z: torch.Tensor = None  # type: ignore[assignment]
+    loss_components: dict[str, torch.Tensor] | None = None
+    cosine_similarity: torch.Tensor | None = None
+
+
+@dataclass
+class SequenceTRMReasoning(ModelOutput):
+    """
+    What `reason` returns.
+
+    Args:
+        prediction: `[B, D']`, that of each sample's last step.
+        halt_probability: `[B]`, after that step.
+        num_steps: LongTensor `[B]`, supervision steps taken.
+        residual: `[B]`, detached: how much that step changed the state y of the reasoning token, of which the
+            prediction is made: the norm of the change relative to that of the state. 1 after the first step.
+        step_predictions, step_halt_probability: with `output_steps=True`, `[B, S, D']` and `[B, S]`, detached, for
+            the `S` steps that any sample took (`max_steps` in a compiled graph); a sample that has halted keeps its
+            result.
+    """
+
+    prediction: torch.Tensor = None  # type: ignore[assignment]
+    halt_probability: torch.Tensor = None  # type: ignore[assignment]
+    num_steps: torch.Tensor = None  # type: ignore[assignment]
+    residual: torch.Tensor = None  # type: ignore[assignment]
+    step_predictions: torch.Tensor | None = None
+    step_halt_probability: torch.Tensor | None = None
+
+
+class Halting(NamedTuple):
+    """When a sample stops reasoning."""
+
+    halt_threshold: float
+    convergence_threshold: float
+
+    @property
+    def never(self) -> bool:
+        return self.halt_threshold >= 1 and not self.convergence_threshold
+
+    def halts(self, probability: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """BoolTensor `[B]`, after a step with these halting probabilities and residuals `[B]`."""
+        return (probability > self.halt_threshold) | (residual < self.convergence_threshold)
+
+
+def check_selection(select_by: str) -> None:
+    """Raises ValueError if trajectories cannot be selected so."""
+    if select_by not in ("halt", "residual"):
+        raise ValueError(f"select_by must be 'halt' or 'residual', got {select_by!r}.")
+
+
+@torch.no_grad()
+def relative_change(before: torch.Tensor, after: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """The norm of the change of these tokens `[B]` of `[T, D']`, relative to that of what they are after it: `[B]`."""
+    dtype = torch.promote_types(after.dtype, torch.float32)
+    before, after = before[tokens].to(dtype), after[tokens].to(dtype)
+    return (after - before).norm(dim=-1) / after.norm(dim=-1).clamp(min=1e-30)
 
 
 class SequenceTRMAttention(nn.Module):

@@ -253,7 +253,7 @@ def test_free_steps_only_before_a_batch_and_only_in_training(context, monkeypatc
     assert {steps_of(lambda: model(context)) for _ in range(60)} == {2, 3, 4, 5}
     state = torch.zeros(3, LENGTH + 1, WIDTH, dtype=torch.float64)
     assert {steps_of(lambda: model(context, y=state, z=state)) for _ in range(10)} == {1}
-    assert {steps_of(lambda: model.reason(context, None, 2)) for _ in range(10)} == {2}
+    assert {steps_of(lambda: model.reason(context, None, 2, halt_threshold=1.0)) for _ in range(10)} == {2}
     model.config.free_steps_probability = 0.5
     assert 20 < sum(steps_of(lambda: model(context)) == 1 for _ in range(60)) < 40
 
