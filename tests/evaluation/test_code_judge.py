@@ -334,7 +334,7 @@ def test_a_dead_program_is_not_the_exception_that_tests_expect(no_layers):
         tests = f"try:\n    f(-1)\n    raise SystemError\n{catching}"
         assert passes("def f(x): raise ValueError", tests).passed
         assert not passes("import os\ndef f(x): os._exit(0)", tests).passed
-        garbage = "import contextlib, os\ndef f(x):\n    for n in range(3, 32):\n"
+        garbage = "import contextlib, os\ndef f(x):\n    for n in range(3, 1024):\n"
         garbage += "        with contextlib.suppress(OSError): os.write(n, b'[]\\n')"
         assert not passes(garbage, tests).passed
 
