@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from record import circumstances, write_result
-from recursion import kept, measure
+from recursion import kept, kept_rows, measure
 from transformers import HfArgumentParser
 
 from llada_trm_hf import byte_tokenizer, load_reasoning_dataset, tokenize_reasoning
@@ -95,21 +95,7 @@ def run_seed(seed: int, options: argparse.Namespace) -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    seeds: dict[str, Any] = {}
-    for folder in sorted(options.output_dir.glob(f"{options.size}_*")):
-        rows = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
-        seeds[folder.name.split("_")[1]] = rows
-    percent = lambda values: " / ".join(f"{100 * value:5.1f}" for value in values)  # noqa: E731
-    for seed, rows in seeds.items():
-        for name, row in rows.items():
-            if "accuracy" not in row:
-                continue
-            print(f"{seed} {name:6} {row['steps']:6,} steps, {row['minutes']:4.1f} min ", end="")
-            print(percent(row["accuracy"]), end="")
-            if "depths" in row:
-                print(f"  {row['mean_steps']:.1f} of {row['max_steps']} steps; ", end="")
-                print("  ".join(f"{depth}: {percent(found)}" for depth, found in row["depths"].items()), end="")
-            print()
+    seeds = kept_rows(options.output_dir, f"{options.size}")
     command = f"python benchmarks/puzzles.py --size {options.size} --seeds {' '.join(seeds)}"
     measured = [row for row in LAYERS if any(row in rows for rows in seeds.values())]
     command += f" --rows {' '.join(measured)} --threads {options.threads}"

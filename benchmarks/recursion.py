@@ -277,26 +277,34 @@ def run_seed(seed: int, options: argparse.Namespace) -> None:
         print(f"seed {seed}: {row} {kept(folder / f'{row}.json', train_row)}", flush=True)
 
 
-def report(options: argparse.Namespace) -> None:
+def kept_rows(folder: Path, name: str) -> dict[str, Any]:
+    """What is kept of each seed, by row; prints it."""
     seeds: dict[str, Any] = {}
-    for folder in sorted(options.output_dir.glob(f"{options.num_terms}_*")):
-        rows = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
-        seeds[folder.name.split("_")[1]] = rows
+    for of_seed in sorted(folder.glob(f"{name}_*")):
+        rows = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(of_seed.glob("*.json"))}
+        seeds[of_seed.name.split("_")[1]] = rows
     percent = lambda values: " / ".join(f"{100 * value:5.1f}" for value in values)  # noqa: E731
     for seed, rows in seeds.items():
-        for name, row in rows.items():
+        for title, row in rows.items():
             if "accuracy" not in row:
                 continue
-            print(f"{seed} {name:9} {row['steps']:6,} steps  {percent(row['accuracy'])}", end="")
+            minutes = f" in {row['minutes']:.1f} min" if "minutes" in row else ""
+            print(f"{seed} {title:9} {row['steps']:6,} steps{minutes}  {percent(row['accuracy'])}", end="")
             if "depths" in row:
                 print(f"  {row['mean_steps']:.1f} of {row['max_steps']} steps; ", end="")
                 print("  ".join(f"{depth}: {percent(found)}" for depth, found in row["depths"].items()), end="")
             if "curve" in row:
                 print("  in sixths:", *(f"{100 * found[0]:.1f}" for _, found in row["curve"]), end="")
             print()
+    return seeds
+
+
+def report(options: argparse.Namespace) -> None:
+    seeds = kept_rows(options.output_dir, f"{options.num_terms}")
     command = f"python benchmarks/recursion.py --num_terms {options.num_terms} --seeds {' '.join(seeds)}"
     command += f" --backbone_steps {options.backbone_steps} --refiner_steps {options.refiner_steps}"
-    command += f" --threads {options.threads}"
+    measured = [row for row in ROWS if any(row in rows for rows in seeds.values())]
+    command += f" --rows {' '.join(measured)} --threads {options.threads}"
     about = {"num_terms": options.num_terms, "optimizer": "Muon"}
     write_result(f"recursion_{options.num_terms}", {**circumstances(command), **about, "seeds": seeds})
 

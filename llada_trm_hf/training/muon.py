@@ -38,12 +38,14 @@ class MuonWithAdamW(Optimizer):
 
 class CPUMuon(torch.optim.Muon):
     """
-    torch's Muon with its Newton-Schulz steps in float32 or better. torch takes them in bfloat16, which is fast
-    on a GPU, but on a CPU without bfloat16 instructions a step of small matrices takes eleven times as long.
+    torch's Muon with its Newton-Schulz steps in float32 or better. torch takes them in bfloat16, fast on a GPU, but on
+    a CPU without bfloat16 instructions a step of small matrices takes eleven times as long. Updates have the size of
+    AdamW's, whatever `adjust_lr_fn` says.
     """
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Updates every matrix that has a gradient; there is no `closure`."""
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             parameters: list[torch.Tensor] = []
@@ -55,7 +57,7 @@ class CPUMuon(torch.optim.Muon):
                 update = gradient.lerp(average, momentum) if group["nesterov"] else average
                 update = orthogonalized(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
                 parameter.mul_(1 - lr * group["weight_decay"])
-                # The size of AdamW's updates ("match_rms_adamw").
+                # (torch's "match_rms_adamw")
                 parameter.add_(update, alpha=-lr * 0.2 * max(parameter.shape) ** 0.5)
 
 
